@@ -1,0 +1,1 @@
+"""Gradient similarity between the inner product and the cosine, for dattri-core."""

@@ -1,0 +1,171 @@
+"""dattri-core: training-data attribution from interchangeable parts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dattri_core.atomic import atomic_file as atomic_file
+    from dattri_core.atomic import write_text as write_text
+    from dattri_core.batch import batch_size as batch_size
+    from dattri_core.batch import map_tensors as map_tensors
+    from dattri_core.batch import take as take
+    from dattri_core.blocks import Block as Block
+    from dattri_core.blocks import DenseBlock as DenseBlock
+    from dattri_core.blocks import OneHot as OneHot
+    from dattri_core.blocks import OuterBlock as OuterBlock
+    from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.checkpoint import Checkpoint as Checkpoint
+    from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
+    from dattri_core.errors import DattriError as DattriError
+    from dattri_core.errors import InputError as InputError
+    from dattri_core.errors import MemoryBudgetError as MemoryBudgetError
+    from dattri_core.errors import NumericsError as NumericsError
+    from dattri_core.errors import PluginError as PluginError
+    from dattri_core.errors import SpecError as SpecError
+    from dattri_core.errors import StoreError as StoreError
+    from dattri_core.errors import format_bytes as format_bytes
+    from dattri_core.errors import nearest as nearest
+    from dattri_core.evaluate import Evaluator as Evaluator
+    from dattri_core.evaluate import leaves as leaves
+    from dattri_core.fitted import FittedMethod as FittedMethod
+    from dattri_core.hookspecs import hookimpl as hookimpl
+    from dattri_core.losses import FunctionalLoss as FunctionalLoss
+    from dattri_core.losses import Loss as Loss
+    from dattri_core.losses import Target as Target
+    from dattri_core.losses import causal_lm as causal_lm
+    from dattri_core.losses import cross_entropy as cross_entropy
+    from dattri_core.losses import functional as functional
+    from dattri_core.losses import labels_of as labels_of
+    from dattri_core.losses import logit as logit
+    from dattri_core.losses import margin as margin
+    from dattri_core.losses import squared_error as squared_error
+    from dattri_core.memory import Plan as Plan
+    from dattri_core.memory import free_bytes as free_bytes
+    from dattri_core.methods import Method as Method
+    from dattri_core.methods import attribute as attribute
+    from dattri_core.methods import method as method
+    from dattri_core.protocols import Attributor as Attributor
+    from dattri_core.protocols import BoundSource as BoundSource
+    from dattri_core.protocols import Curvature as Curvature
+    from dattri_core.protocols import CurvatureKind as CurvatureKind
+    from dattri_core.protocols import Damping as Damping
+    from dattri_core.protocols import DenseOperator as DenseOperator
+    from dattri_core.protocols import Fold as Fold
+    from dattri_core.protocols import FoldState as FoldState
+    from dattri_core.protocols import Inverse as Inverse
+    from dattri_core.protocols import InverseHessian as InverseHessian
+    from dattri_core.protocols import LinearMap as LinearMap
+    from dattri_core.protocols import Operator as Operator
+    from dattri_core.protocols import Problem as Problem
+    from dattri_core.protocols import Projector as Projector
+    from dattri_core.protocols import RandomStream as RandomStream
+    from dattri_core.protocols import Scored as Scored
+    from dattri_core.protocols import Scorer as Scorer
+    from dattri_core.protocols import Side as Side
+    from dattri_core.protocols import Snapshot as Snapshot
+    from dattri_core.protocols import Solver as Solver
+    from dattri_core.protocols import Source as Source
+    from dattri_core.registry import Registry as Registry
+    from dattri_core.registry import default_registry as default_registry
+    from dattri_core.rows import Rows as Rows
+    from dattri_core.scores import Scores as Scores
+    from dattri_core.scores_writer import ScoresWriter as ScoresWriter
+    from dattri_core.space import BlockSpec as BlockSpec
+    from dattri_core.space import ParameterView as ParameterView
+    from dattri_core.space import Space as Space
+    from dattri_core.stages import CurvatureInverse as CurvatureInverse
+    from dattri_core.stream import Examples as Examples
+    from dattri_core.task import Task as Task
+
+# Name -> module. Looked up on first use, so that listing plugins imports no torch.
+_EXPORTS = {
+    "Attributor": "protocols",
+    "Block": "blocks",
+    "BlockSpec": "space",
+    "BoundSource": "protocols",
+    "Checkpoint": "checkpoint",
+    "ConvergenceWarning": "errors",
+    "Curvature": "protocols",
+    "CurvatureInverse": "stages",
+    "CurvatureKind": "protocols",
+    "Damping": "protocols",
+    "DattriError": "errors",
+    "DenseBlock": "blocks",
+    "DenseOperator": "protocols",
+    "Evaluator": "evaluate",
+    "Examples": "stream",
+    "FittedMethod": "fitted",
+    "Fold": "protocols",
+    "FoldState": "protocols",
+    "FunctionalLoss": "losses",
+    "InputError": "errors",
+    "Inverse": "protocols",
+    "InverseHessian": "protocols",
+    "LinearMap": "protocols",
+    "Loss": "losses",
+    "MemoryBudgetError": "errors",
+    "Method": "methods",
+    "NumericsError": "errors",
+    "OneHot": "blocks",
+    "Operator": "protocols",
+    "OuterBlock": "blocks",
+    "ParameterView": "space",
+    "Plan": "memory",
+    "PluginError": "errors",
+    "Problem": "protocols",
+    "Projector": "protocols",
+    "RandomStream": "protocols",
+    "Registry": "registry",
+    "Rows": "rows",
+    "Scored": "protocols",
+    "Scorer": "protocols",
+    "Scores": "scores",
+    "ScoresWriter": "scores_writer",
+    "Side": "protocols",
+    "Snapshot": "protocols",
+    "Solver": "protocols",
+    "Source": "protocols",
+    "Space": "space",
+    "SpecError": "errors",
+    "StoreError": "errors",
+    "Target": "losses",
+    "Task": "task",
+    "atomic_file": "atomic",
+    "attribute": "methods",
+    "batch_size": "batch",
+    "causal_lm": "losses",
+    "cross_entropy": "losses",
+    "default_registry": "registry",
+    "format_bytes": "errors",
+    "free_bytes": "memory",
+    "functional": "losses",
+    "hookimpl": "hookspecs",
+    "labels_of": "losses",
+    "leaves": "evaluate",
+    "logit": "losses",
+    "low_rank": "blocks",
+    "map_tensors": "batch",
+    "margin": "losses",
+    "method": "methods",
+    "nearest": "errors",
+    "squared_error": "losses",
+    "take": "batch",
+    "write_text": "atomic",
+}
+
+__all__ = sorted(_EXPORTS)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f"dattri_core.{_EXPORTS[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'dattri_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

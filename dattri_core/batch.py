@@ -1,0 +1,108 @@
+"""Batches of any nest: a tensor, a tuple, a dict, or any nest of them; other leaves pass through."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dattri_core.errors import InputError
+
+Batch = Any
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """Apply a function to every tensor of a nest; the nest keeps its types where it can."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, np.ndarray):
+        return function(torch.as_tensor(batch))
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a nest in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of examples: the common length of the first axis of all tensors."""
+    tensors = tensors_of(batch)
+    if not tensors:
+        raise InputError(
+            f"batch: no tensor in a {type(batch).__name__}; give tensors, or tuples or dicts of them"
+        )
+    shapes = [tuple(t.shape) for t in tensors]
+    if any(not shape for shape in shapes):
+        raise InputError(f"batch: a tensor has no axis of examples; shapes: {shapes}")
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        raise InputError(
+            f"batch: tensors disagree on the number of examples; shapes: {shapes}; "
+            "every tensor's first axis must count examples"
+        )
+    return int(sizes.pop())
+
+
+def take(batch: Batch, index: slice | Tensor) -> Batch:
+    """Return the chosen examples."""
+    return map_tensors(
+        lambda t: t[index.to(t.device) if isinstance(index, Tensor) else index], batch
+    )
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device; floating point dtypes are left alone."""
+
+    def one(t: Tensor) -> Tensor:
+        if t.is_meta and device.type != "meta":
+            raise InputError(
+                f"batch: a tensor of shape {tuple(t.shape)} is on the device 'meta' and holds no "
+                f"numbers; the model is on {device}; give tensors with data"
+            )
+        return t.to(device, non_blocking=True)
+
+    return map_tensors(one, batch)
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Concatenate batches of one structure along the axis of examples."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, (Tensor, np.ndarray)):
+        return torch.cat([torch.as_tensor(b) for b in batches])
+    if isinstance(first, Mapping):
+        return {key: join([b[key] for b in batches]) for key in first}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(join(list(parts)) for parts in zip(*batches, strict=True)))
+    if isinstance(first, (tuple, list)):
+        return type(first)(join(list(parts)) for parts in zip(*batches, strict=True))
+    return first
+
+
+def digest(batch: Batch) -> str:
+    """Return a hash of the numbers, shapes and dtypes of a batch."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors_of(batch):
+        state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        state.update(raw_bytes(tensor))
+    return state.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, whatever its dtype and device."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,131 @@
+"""The contraction planner: in which order to multiply rows, decided from shapes alone.
+
+For rows b of one side, ``G_b = sum_t e_bt x_bt^T`` with T positions, and rows c of the other with S,
+
+    <G_b, G_c> = sum_ts (e_bt . e_cs) (x_bt . x_cs)
+
+is reached without forming either matrix ("ghost", T S (O + I) products a pair) or by forming both
+("form", O I products a pair). Which is cheaper depends on T, S, O, I and on how many rows meet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import frozen
+
+from dattri_core.errors import SpecError, format_bytes
+
+Order = Literal["ghost", "form", "gather"]
+DEFAULT_LIMIT = 256 * 2**20
+"""Bytes that one contraction may use for its intermediates; larger ones run in slices of rows."""
+
+
+@frozen
+class Shape:
+    """The shape of one side: rows, positions (None once formed), outputs O, inputs I.
+
+    ``one_hot`` says that the inputs are indices, as those of an embedding.
+    """
+
+    rows: int
+    positions: int | None
+    outputs: int
+    inputs: int
+    one_hot: bool = False
+
+
+@frozen
+class Plan:
+    """The chosen order, its multiply-adds, and the bytes of its intermediates before slicing."""
+
+    order: Order
+    multiply_adds: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.order}: {self.multiply_adds:.2e} multiply-adds, {format_bytes(self.bytes)}"
+
+
+def plan_inner(left: Shape, right: Shape, *, order: Order | None = None, item: int = 4) -> Plan:
+    """Choose the order of the inner products of all rows of ``left`` with all of ``right``.
+
+    Args:
+        left: Side whose rows may be sliced (train rows, B of them).
+        right: The other side (test rows, C of them).
+        order: Force an order instead of the cheapest one.
+        item: Bytes of one number.
+
+    Returns:
+        The cheapest plan, or the forced one; on equal cost the one with less memory.
+
+    Raises:
+        SpecError: The forced order does not exist for these two sides.
+    """
+    return _choose(_inner_plans(left, right, item), order, f"inner of {left} and {right}")
+
+
+def plan_pair(side: Shape, *, order: Order | None = None, item: int = 4) -> Plan:
+    """Choose the order of the inner products of each row with the same row of an equal side."""
+    plans = [_formed_pair(side, item)]
+    if side.positions is not None:
+        t = side.positions
+        reach = 1 if side.one_hot else side.inputs
+        plans.append(
+            Plan(
+                "ghost",
+                side.rows * t * t * (side.outputs + reach + 1),
+                2 * side.rows * t * t * item,
+            )
+        )
+    return _choose(plans, order, f"pairwise inner of {side}")
+
+
+def _choose(plans: list[Plan], order: Order | None, operation: str) -> Plan:
+    if order is None:
+        return min(plans, key=lambda plan: (plan.multiply_adds, plan.bytes))
+    for plan in plans:
+        if plan.order == order:
+            return plan
+    raise SpecError(
+        f"{operation}: order {order!r} does not apply; valid: {[plan.order for plan in plans]}"
+    )
+
+
+def _inner_plans(left: Shape, right: Shape, item: int) -> list[Plan]:
+    size = left.outputs * left.inputs
+    pairs = left.rows * right.rows
+    forming = _forming(left) + _forming(right)
+    formed_bytes = sum(s.rows * size * item for s in (left, right) if s.positions is not None)
+    plans = [Plan("form", forming + pairs * size, formed_bytes)]
+    if left.positions is not None and right.positions is not None:
+        meetings = pairs * left.positions * right.positions
+        reach = 1 if left.one_hot or right.one_hot else left.inputs
+        # The two gram matrices are written, multiplied and summed: about two more operations each.
+        plans.append(Plan("ghost", meetings * (left.outputs + reach + 2), 2 * meetings * item))
+    for indexed, formed in ((left, right), (right, left)):
+        if indexed.one_hot and indexed.positions is not None and formed.positions is None:
+            picks = pairs * indexed.positions * indexed.outputs
+            plans.append(Plan("gather", 2 * picks, picks * item))
+    return plans
+
+
+def _forming(side: Shape) -> int:
+    if side.positions is None:
+        return 0
+    reach = 1 if side.one_hot else side.inputs
+    # A one-hot side still has to clear the whole matrix it scatters into.
+    clear = side.rows * side.outputs * side.inputs if side.one_hot else 0
+    return side.rows * side.positions * side.outputs * reach + clear
+
+
+def _formed_pair(side: Shape, item: int) -> Plan:
+    size = side.rows * side.outputs * side.inputs
+    held = 0 if side.positions is None else 2 * size * item
+    return Plan("form", 2 * _forming(side) + size, held)
+
+
+def rows_per_slice(plan: Plan, rows: int, limit: int) -> int:
+    """Return how many rows to take at once so that intermediates stay under ``limit`` bytes."""
+    per_row = max(1, plan.bytes // max(1, rows))
+    return max(1, min(rows, limit // per_row))

@@ -1,0 +1,311 @@
+"""Evaluating a task at one checkpoint without touching the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dattri_core.batch import Batch, batch_size, move, take
+from dattri_core.checkpoint import Checkpoint, state_fingerprint
+from dattri_core.errors import InputError, NumericsError
+from dattri_core.losses import FunctionalLoss, Loss, Reduction
+from dattri_core.protocols import Parameters, Role
+from dattri_core.task import Task
+
+T = TypeVar("T")
+
+
+class _Runner(nn.Module):
+    """Runs a function of the model as a forward pass, so that `functional_call` swaps weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], T]) -> T:
+        return function(self.model)
+
+
+class Evaluator:
+    """Losses and targets of one checkpoint as functions of parameters and a batch.
+
+    Args:
+        task: The task.
+        checkpoint: One of its checkpoints; its weights are loaded here, and only here.
+        sample: A few examples, to see the shape and the reduction of the loss.
+
+    Raises:
+        InputError: The loss is not one number per example, mixes examples, or is random.
+        NumericsError: The loss is not finite on the sample.
+    """
+
+    def __init__(self, task: Task, checkpoint: Checkpoint, sample: Batch) -> None:
+        self.task = task
+        self.checkpoint = checkpoint
+        self.device = task.device
+        self.state = checkpoint.load(task.model)
+        names = {name for name, _ in task.model.named_parameters()}
+        self.parameters: dict[str, Tensor] = {k: v for k, v in self.state.items() if k in names}
+        self.buffers: dict[str, Tensor] = {k: v for k, v in self.state.items() if k not in names}
+        if (
+            checkpoint.source is None
+        ):  # a forward pass that counts in a buffer must not reach the model
+            self.buffers = {k: v.clone() for k, v in self.buffers.items()}
+            self.state = {**self.state, **self.buffers}
+        self.selected: dict[str, Tensor] = {k: self.parameters[k] for k in task.parameter_names}
+        self._runner = _Runner(task.model)
+        self._reduction: Reduction = "each"
+        self._check(sample)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of the weights in use."""
+        return state_fingerprint(self.state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the attributed parameters."""
+        return next(iter(self.selected.values())).dtype
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the model in eval mode, without fused attention past its modules; then restore."""
+        modes = [(module, module.training) for module in self.task.model.modules()]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self.task.model.eval()
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, training in modes:
+                module.training = training
+
+    def call(self, function: Callable[[nn.Module], T], parameters: Parameters | None = None) -> T:
+        """Run ``function(model)`` with this checkpoint's weights, some replaced by ``parameters``.
+
+        Replacements last while the function runs; do the backward pass inside it when the model
+        recomputes activations.
+        """
+        state = {**self.state, **(parameters or {})}
+        swapped = {f"model.{name}": tensor for name, tensor in state.items()}
+        answer: T = functional_call(self._runner, swapped, (function,), tie_weights=True)
+        return answer
+
+    def per_example(self, parameters: Parameters | None, batch: Batch, role: Role) -> Tensor:
+        """Return the loss (train) or the signed target (test) of each example, ``[B]``."""
+        if isinstance(self._function(role), FunctionalLoss) and self._reduction != "each":
+            singles = [
+                self.total(parameters, take(batch, slice(i, i + 1)), role)
+                for i in range(batch_size(batch))
+            ]
+            return torch.stack(singles)
+        return self.call(lambda model: self.values(model, batch, role, parameters), parameters)
+
+    def total(self, parameters: Parameters | None, batch: Batch, role: Role) -> Tensor:
+        """Return the sum over the batch of the loss (train) or the signed target (test)."""
+        return self.call(lambda model: self.total_of(model, batch, role, parameters), parameters)
+
+    def total_of(
+        self, model: nn.Module, batch: Batch, role: Role, parameters: Parameters | None = None
+    ) -> Tensor:
+        """Return `total` for a model whose weights are swapped already (inside `call`)."""
+        values = self.values(model, batch, role, parameters)
+        if values.dim() == 0:
+            scale = batch_size(batch) if self._reduction == "mean" else 1
+            return values * scale
+        return values.sum()
+
+    def values(
+        self, model: nn.Module, batch: Batch, role: Role, parameters: Parameters | None = None
+    ) -> Tensor:
+        """Return what the loss or target gives, signed: ``[B]``, or a scalar if functional."""
+        function = self._function(role)
+        if isinstance(function, FunctionalLoss):
+            given = {**self.parameters, **(parameters or {})}
+            values = function.function(given, batch)
+        else:
+            values = function(model, batch)
+        return values * self.task.sign if role == "test" else values
+
+    def outputs(self, parameters: Parameters | None, batch: Batch) -> Tensor:
+        """Return the model outputs that the loss's criterion takes, ``[B, ...]``."""
+        loss = self.task.loss
+        if not isinstance(loss, Loss):
+            raise InputError(
+                f"outputs of the loss {self.task.loss_name!r}: a GGN needs the model's outputs and "
+                "the criterion apart; give dattri.Loss(forward=..., criterion=...) or a shipped "
+                "loss by name, or use the curvature 'hessian'"
+            )
+        return self.call(lambda model: loss.forward(model, batch), parameters)
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the train loss of given outputs, ``[B]``."""
+        loss = self.task.loss
+        assert isinstance(loss, Loss)
+        return loss.criterion(outputs, batch)
+
+    def _function(self, role: Role) -> FunctionalLoss | Callable[[nn.Module, Batch], Tensor]:
+        target = self.task.target
+        if role == "test" and target is not None:
+            return target.function
+        return self.task.loss
+
+    # --- checks before long work ----------------------------------------------------------------
+    def _check(self, sample: Batch) -> None:
+        sample = move(sample, self.device)
+        with self.session(), torch.no_grad():
+            if isinstance(self.task.loss, FunctionalLoss):
+                self._reduction = self._detect_reduction(sample)
+            self._check_values(sample, "train")
+            if self.task.target is not None:
+                self._check_values(sample, "test")
+
+    def _check_values(self, sample: Batch, role: Role) -> None:
+        size = batch_size(sample)
+        what = f"{'loss' if role == 'train' else 'target'} {self._name(role)!r}"
+        first = self._try(sample, role, what)
+        shape = tuple(first.shape)
+        if not isinstance(self._function(role), FunctionalLoss) and shape != (size,):
+            raise InputError(
+                f"{what}: returned shape {shape} for {size} examples; expected "
+                f"[{size}], one number per example (reduction='none'), or mark a function of "
+                "parameters with dattri.functional"
+            )
+        if not torch.isfinite(first).all():
+            raise NumericsError(
+                f"{what}: not finite at checkpoint {self.checkpoint.name!r} on the first examples: "
+                f"{first.tolist()}; look for a diverged checkpoint or a log of zero"
+            )
+        again = [self._try(sample, role, what) for _ in range(2)]
+        if not all(_close(first, other) for other in again):
+            raise self._random(what, first, again[-1])
+        if first.dim() == 1 and size > 1:
+            alike = take(sample, torch.zeros(size, dtype=torch.long))
+            alone = self._try(alike, role, what)
+            if not _close(first[:1], alone[:1]):
+                raise InputError(
+                    f"{what}: mixes examples: the first example's value is {first[0].item():.6g} "
+                    f"next to other examples and {alone[0].item():.6g} next to copies of itself; "
+                    f"{_culprits(self.task.model)}"
+                )
+
+    def _detect_reduction(self, sample: Batch) -> Reduction:
+        what = f"loss {self.task.loss_name!r}"
+        size = batch_size(sample)
+        whole = self._try(sample, "train", what)
+        again = self._try(sample, "train", what)
+        if not _close(whole, again) and torch.isfinite(whole).all():
+            raise self._random(what, whole, again)
+        if whole.dim() == 1 and len(whole) == size:
+            return "each"
+        if whole.dim() != 0:
+            raise InputError(
+                f"{what}: returned shape {tuple(whole.shape)} for {size} examples; a functional "
+                f"loss returns a scalar, or [{size}]"
+            )
+        # An example fitted to a loss of zero tells a sum from a mean only at other weights.
+        for shrink in (1.0, 0.5, 0.0):
+            weights = {name: tensor * shrink for name, tensor in self.parameters.items()}
+            reduction = self._reduction_at(weights if shrink < 1 else None, sample, what)
+            if reduction is not None:
+                return reduction
+        raise InputError(
+            f"{what}: it is zero on the first {size} examples, so its mean cannot be told from its "
+            f"sum; return one number per example, [{size}]"
+        )
+
+    def _reduction_at(
+        self, weights: Parameters | None, sample: Batch, what: str
+    ) -> Reduction | None:
+        size = batch_size(sample)
+        whole = self._try(sample, "train", what, weights)
+        singles = torch.stack(
+            [self._try(take(sample, slice(i, i + 1)), "train", what, weights) for i in range(size)]
+        )
+        if not torch.isfinite(torch.stack([whole, *singles])).all():
+            if weights is not None:
+                return None
+            raise NumericsError(
+                f"{what}: not finite at checkpoint {self.checkpoint.name!r}: {whole.item()} on "
+                f"{size} examples, {singles.tolist()} one at a time"
+            )
+        noise = _TOLERANCE.get(whole.dtype, 5e-2) * max(singles.abs().sum(), whole.abs())
+        mean, total = singles.mean(), singles.sum()
+        if (total - mean).abs() <= 4 * noise:
+            return None
+        if (whole - mean).abs() <= noise:
+            return "mean"
+        if (whole - total).abs() <= noise:
+            return "sum"
+        raise InputError(
+            f"{what}: on {size} examples it is {whole.item():.6g}, which is neither the mean "
+            f"({mean.item():.6g}) nor the sum ({total.item():.6g}) of the single "
+            "examples; it mixes examples, so no example has a gradient of its own; "
+            f"{_culprits(self.task.model)}"
+        )
+
+    def _random(self, what: str, first: Tensor, again: Tensor) -> InputError:
+        return InputError(
+            f"{what}: the same examples gave different numbers twice ({first.tolist()} and "
+            f"{again.tolist()}); something random runs in eval mode (a dropout called with "
+            "training=True, noise); switch it off"
+        )
+
+    def _try(
+        self, sample: Batch, role: Role, what: str, weights: Parameters | None = None
+    ) -> Tensor:
+        try:
+            values = self.call(lambda model: self.values(model, sample, role, weights), weights)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # batch statistics of one example
+                raise InputError(
+                    f"{what}: mixes examples: it cannot be computed for one alone ({error}); "
+                    f"{_culprits(self.task.model)}"
+                ) from error
+            raise
+        except RuntimeError as error:
+            if "device" in str(error):
+                raise InputError(
+                    f"{what}: tensors meet on two devices ({error}); the batch was moved to the "
+                    f"model's {self.device}; look for a constant of the loss or model elsewhere"
+                ) from error
+            raise
+        if not isinstance(values, Tensor):
+            raise InputError(f"{what}: returned a {type(values).__name__}, expected a tensor")
+        return values
+
+    def _name(self, role: Role) -> str:
+        return self.task.loss_name if role == "train" else self.task.target_name
+
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    loose = _TOLERANCE.get(left.dtype, 5e-2)
+    return torch.allclose(left, right, rtol=loose, atol=loose * 1e-2)
+
+
+def _culprits(model: nn.Module) -> str:
+    norms = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats
+    ]
+    if norms:
+        return (
+            f"batch statistics are used by {norms}; set track_running_stats=True or use another "
+            "norm"
+        )
+    return "look for statistics, sums or padding taken over the whole batch"
+
+
+def leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return leaf copies (sharing memory) that require gradients, for a backward pass."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}

@@ -1,0 +1,20 @@
+"""The conformance suite: laws of every protocol, and `check`, which runs them on a part."""
+
+from dattri_core.laws.law import Law, LawBroken, NotApplicable
+from dattri_core.laws.report import Finding, Report
+from dattri_core.laws.run import KINDS, bench_of, check, check_plugin, find, laws_of, part_of
+
+__all__ = [
+    "KINDS",
+    "Finding",
+    "Law",
+    "LawBroken",
+    "NotApplicable",
+    "Report",
+    "bench_of",
+    "check",
+    "check_plugin",
+    "find",
+    "laws_of",
+    "part_of",
+]

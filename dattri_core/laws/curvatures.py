@@ -1,0 +1,209 @@
+"""Laws of curvatures: a symmetric mean over the whole train set, whatever the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from dattri_core.errors import SpecError
+from dattri_core.laws.law import (
+    NotApplicable,
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+)
+from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
+from dattri_core.laws.spaces import flat_rows, formed
+from dattri_core.laws.spy import Operations
+from dattri_core.laws.worlds import N_TRAIN, World
+from dattri_core.protocols import Curvature, CurvatureKind, Operator
+from dattri_core.rows import Rows
+
+
+@frozen(eq=False)
+class CurvatureBench:
+    """A curvature on the toy worlds whose space it takes."""
+
+    part: Curvature
+
+    def places(self) -> Iterator[tuple[World, DenseProblem]]:
+        """Yield the worlds that the curvature takes; a `SpecError` leaves one out."""
+        refused = []
+        for world in curvature_worlds():
+            problem = problem_of(world)
+            try:
+                self.part.gives(problem.space)
+            except SpecError as error:
+                refused.append(f"{world.name}: {error}")
+                continue
+            yield world, problem
+        if len(refused) == len(curvature_worlds()):
+            raise NotApplicable(f"it takes none of the toy worlds: {'; '.join(refused)}")
+
+    def matrix(self, problem: DenseProblem) -> Tensor:
+        """Return the fitted operator as a matrix, however it answers, ``[d, d]``."""
+        operator: Any = self.part.fit(problem)
+        given = self.part.gives(problem.space)
+        if "apply" in given:
+            return applied(operator, problem)
+        if "dense" in given:
+            return cast("Tensor", operator.dense())
+        raise NotApplicable(f"it gives {sorted(given)}, of which no matrix can be read")
+
+
+def applied(operator: Operator, problem: DenseProblem) -> Tensor:
+    """Return H by applying it to every unit vector, ``[d, d]``."""
+    size = problem.space.dim
+    units = Rows.from_flat(problem.space, torch.eye(size).double(), torch.arange(size))
+    return operator.apply(units).flat()
+
+
+def _gives(*capabilities: str) -> Any:
+    def condition(bench: CurvatureBench) -> str | None:
+        _, problem = next(bench.places())
+        missing = set(capabilities) - bench.part.gives(problem.space)
+        return f"it does not give {sorted(missing)}" if missing else None
+
+    return condition
+
+
+def _exact(bench: CurvatureBench) -> str | None:
+    if not bench.part.exact:
+        return "it declares that it is not exact"
+    return None if _named(bench) else f"needs {sorted(bench.part.needs)} name no dense oracle"
+
+
+def _named(bench: CurvatureBench) -> CurvatureKind | None:
+    needs = bench.part.needs
+    kinds: tuple[CurvatureKind, ...] = ("hessian", "ggn")
+    found = [kind for kind in kinds if f"{kind}-product" in needs]
+    return found[0] if len(found) == 1 and "rows" not in needs else None
+
+
+def _of_squares(bench: CurvatureBench) -> str | None:
+    if "hessian-product" in bench.part.needs:
+        return "it is made from Hessian products, which may be indefinite"
+    return None
+
+
+@law("curvature")
+def gives_is_pure(bench: CurvatureBench) -> None:
+    """gives(space) runs no operation on tensors, and `fit` answers what it says."""
+    for world, problem in bench.places():
+        with Operations() as seen:
+            given = bench.part.gives(problem.space)
+        require(not seen.names, f"gives ran {sorted(set(seen.names))}")
+        unknown = given - {"apply", "dense", "spectral", "rows"}
+        require(not unknown, f"gives says {sorted(unknown)}, which no solver knows")
+        operator = bench.part.fit(problem)
+        for name in given:
+            require(hasattr(operator, name), f"gives says {name!r}; the operator has none")
+        same = operator.space.fingerprint
+        require_equal(same, problem.space.fingerprint, f"space of the operator in {world.name}")
+
+
+@law("curvature")
+def operator_is_symmetric(bench: CurvatureBench) -> None:
+    """<H g, k> = <g, H k>."""
+    for world, problem in bench.places():
+        matrix = bench.matrix(problem)
+        require_close(matrix, matrix.T, f"H against its transpose in {world.name}")
+
+
+@law("curvature", _exact)
+def operator_is_the_named_one(bench: CurvatureBench) -> None:
+    """H = the dense float64 oracle of the curvature that it needs products of."""
+    kind = _named(bench)
+    assert kind is not None
+    for world, problem in bench.places():
+        want = problem.matrices[kind]
+        require_close(bench.matrix(problem), want, f"the {kind} of {world.name}")
+
+
+@law("curvature")
+def operator_is_a_mean(bench: CurvatureBench) -> None:
+    """H of the data twice over = H of the data."""
+    for world, problem in bench.places():
+        twice = bench.matrix(problem_of(world, copies=2))
+        require_close(twice, bench.matrix(problem), f"H of doubled data in {world.name}")
+
+
+@law("curvature")
+def operator_ignores_order(bench: CurvatureBench) -> None:
+    """H of the data in another order = H of the data."""
+    order = (3, 8, 1, 0, 6, 2, 7, 5, 4)
+    assert len(order) == N_TRAIN
+    for world, problem in bench.places():
+        other = bench.matrix(problem_of(world, order))
+        require_close(other, bench.matrix(problem), f"H of reordered data in {world.name}")
+
+
+@law("curvature")
+def operator_ignores_batches(bench: CurvatureBench) -> None:
+    """H fitted in batches of 1, 2 or n rows = H fitted in batches of 4."""
+    for world, problem in bench.places():
+        want = bench.matrix(problem)
+        for size in (1, 2, N_TRAIN):
+            got = bench.matrix(evolve(problem, batch=size))
+            require_close(got, want, f"H in batches of {size} in {world.name}")
+
+
+@law("curvature", _gives("apply"))
+def operator_is_linear(bench: CurvatureBench) -> None:
+    """H(2 g - 3 h) = 2 H g - 3 H h."""
+    for world, problem in bench.places():
+        operator = bench.part.fit(problem)
+        left, right = flat_rows(problem.space, 3), flat_rows(problem.space, 3, seed=9)
+        mixed = Rows.from_flat(problem.space, 2 * left.flat() - 3 * right.flat(), left.index)
+        want = 2 * operator.apply(left).flat() - 3 * operator.apply(right).flat()
+        require_close(operator.apply(mixed).flat(), want, f"H of a combination in {world.name}")
+
+
+@law("curvature", _gives("apply"))
+def apply_is_of_single_rows(bench: CurvatureBench) -> None:
+    """(H rows)_b = H row_b, with its index and aux, factored or formed."""
+    for world, problem in bench.places():
+        operator, rows = bench.part.fit(problem), problem.train_rows
+        whole = operator.apply(rows)
+        one = operator.apply(rows.take(slice(2, 3)))
+        require_close(one.flat(), whole.flat()[2:3], f"H of a row alone in {world.name}")
+        made = operator.apply(formed(rows))
+        require_close(made.flat(), whole.flat(), f"H of formed rows in {world.name}")
+        require_identical(whole.index, rows.index, f"index in {world.name}")
+
+
+@law("curvature", _gives("apply", "dense"))
+def dense_is_apply(bench: CurvatureBench) -> None:
+    """dense() e_k = apply(e_k), in float64, in the order of the space."""
+    for world, problem in bench.places():
+        operator: Any = bench.part.fit(problem)
+        dense = operator.dense()
+        require_equal(dense.dtype, torch.float64, "dtype of dense()")
+        require_close(dense, applied(operator, problem), f"dense() in {world.name}")
+
+
+@law("curvature")
+def fit_is_repeatable(bench: CurvatureBench) -> None:
+    """H fitted twice is the same, bit for bit, whatever the global random state."""
+    for world, problem in bench.places():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            first = bench.matrix(problem)
+            torch.manual_seed(2)
+            require_identical(bench.matrix(problem), first, f"H fitted twice in {world.name}")
+
+
+@law("curvature", _of_squares)
+def operator_is_positive(bench: CurvatureBench) -> None:
+    """<g, H g> >= 0 where H is made from GGN products or from rows, not from Hessian products."""
+    for world, problem in bench.places():
+        matrix = bench.matrix(problem)
+        low = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
+        high = float(matrix.abs().max())
+        require(low >= -1e-9 * high, f"smallest eigenvalue in {world.name}: {low:.3e}")

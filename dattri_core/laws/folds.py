@@ -1,0 +1,158 @@
+"""Laws of folds: checkpoints reduced tile by tile, from a state that can be stored."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+
+import torch
+from attrs import frozen
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.worlds import random
+from dattri_core.protocols import Fold, FoldState, Scored, Snapshot
+
+TILE = (4, 3)
+COUNT = 3
+
+
+@frozen(eq=False)
+class FoldBench:
+    """A fold with toy tiles of scores."""
+
+    part: Fold
+
+    def snapshot(self, position: int, count: int, rate: float = 1.0) -> Snapshot:
+        """Return a snapshot with a learning rate, where the fold needs one."""
+        weight = rate if "learning-rate" in self.part.needs else None
+        return Snapshot(position, count, f"checkpoint {position}", weight)
+
+    def run(self, tiles: Iterable[Scored], rates: Iterable[float] = ()) -> Tensor:
+        """Return the fold of tiles of consecutive checkpoints."""
+        tiles = list(tiles)
+        rates = list(rates) or [0.5**position for position in range(len(tiles))]
+        state: FoldState | None = None
+        for position in self.order(len(tiles)):
+            snapshot = self.snapshot(position, len(tiles), rates[position])
+            state = self.part.update(state, tiles[position], snapshot)
+        assert state is not None
+        return self.part.finish(state)
+
+    def order(self, count: int) -> list[int]:
+        """Return the positions of checkpoints in the order that the fold asks for."""
+        positions = list(range(count))
+        return positions if self.part.order == "forward" else positions[::-1]
+
+
+def tiles(count: int, dtype: torch.dtype = torch.float64) -> list[Scored]:
+    """Return tiles of scores with weights, one a checkpoint."""
+    return [
+        Scored(
+            random(*TILE, seed=k).to(dtype), (random(TILE[0], seed=50 + k).abs() + 0.5).to(dtype)
+        )
+        for k in range(count)
+    ]
+
+
+def part(scored: Scored, rows: slice) -> Scored:
+    """Return some rows of a tile."""
+    return Scored(scored.values[rows], None if scored.weight is None else scored.weight[rows])
+
+
+@law("fold")
+def facts_are_declared(bench: FoldBench) -> None:
+    """Order is "forward" or "reverse"; needs name nothing but learning rates and weights."""
+    require(bench.part.order in ("forward", "reverse"), f"order is {bench.part.order!r}")
+    unknown = bench.part.needs - {"learning-rate", "weight"}
+    require(not unknown, f"needs name {sorted(unknown)}")
+
+
+@law("fold")
+def one_checkpoint_is_itself(bench: FoldBench) -> None:
+    """fold of one checkpoint, with learning rate 1 and weights 1, is the identity."""
+    values = random(*TILE, seed=0)
+    one = Scored(values, torch.ones(TILE[0], dtype=torch.float64))
+    require_close(bench.run([one], [1.0]), values, "the fold of one checkpoint")
+
+
+@law("fold")
+def tiles_are_their_own(bench: FoldBench) -> None:
+    """The fold of a part of the train rows = that part of the fold."""
+    whole = bench.run(tiles(COUNT))
+    for rows in (slice(0, 1), slice(1, 4)):
+        got = bench.run(part(tile, rows) for tile in tiles(COUNT))
+        require_close(got, whole[rows], "the fold of a smaller tile")
+
+
+@law("fold")
+def state_is_all_it_keeps(bench: FoldBench) -> None:
+    """A state is tensors; stored, read again and mixed with other tiles, it gives the same bits."""
+    made, other = tiles(COUNT), [Scored(-t.values, t.weight) for t in tiles(COUNT)]
+    want = bench.run(tiles(COUNT))
+    state: FoldState | None = None
+    for position in bench.order(COUNT):
+        snapshot = bench.snapshot(position, COUNT, 0.5**position)
+        state = _stored(bench.part.update(state, made[position], snapshot))
+        bench.part.update(None, other[position], snapshot)
+    assert state is not None
+    require_identical(bench.part.finish(state), want, "the fold of a stored state")
+
+
+def _stored(state: FoldState) -> Mapping[str, Tensor]:
+    for key, value in state.items():
+        require(isinstance(key, str), f"the state has a key {key!r}")
+        require(isinstance(value, Tensor), f"state[{key!r}] is a {type(value).__name__}")
+    written = io.BytesIO(save({key: value.contiguous() for key, value in state.items()}))
+    return load(written.getvalue())
+
+
+@law("fold")
+def fold_is_homogeneous(bench: FoldBench) -> None:
+    """fold of 3 S = 3 fold of S, at the same weights; so units and signs survive."""
+    want = bench.run(tiles(COUNT))
+    for factor in (3.0, -3.0):
+        got = bench.run(Scored(factor * t.values, t.weight) for t in tiles(COUNT))
+        require_close(got, factor * want, f"the fold of {factor:g} times the scores")
+
+
+@law("fold")
+def equal_checkpoints_keep_the_sign(bench: FoldBench) -> None:
+    """The fold of equal checkpoints is the scores times a positive number: signs survive."""
+    one = tiles(1)[0]
+    even = Scored(one.values, torch.ones(TILE[0], dtype=torch.float64))
+    folded = bench.run([even] * COUNT, [1.0] * COUNT)
+    ratio = folded / one.values
+    require(bool((ratio > 0).all()), "scores of equal checkpoints change their sign")
+    require_close(ratio, ratio[0, 0].expand(TILE), "ratio of the fold to the scores")
+
+
+@law("fold")
+def inputs_are_untouched(bench: FoldBench) -> None:
+    """Update leaves the scores and weights that it is given as they are."""
+    made = tiles(COUNT)
+    bench.run(made)
+    for got, want in zip(made, tiles(COUNT), strict=True):
+        require_identical(got.values, want.values, "scores after update")
+        assert got.weight is not None
+        assert want.weight is not None
+        require_identical(got.weight, want.weight, "weights after update")
+
+
+@law("fold")
+def fold_is_repeatable(bench: FoldBench) -> None:
+    """The same tiles fold to the same bits, whatever the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first = bench.run(tiles(COUNT))
+        torch.manual_seed(2)
+        require_identical(bench.run(tiles(COUNT)), first, "the fold, run again")
+
+
+@law("fold")
+def float32_fold_is_close(bench: FoldBench) -> None:
+    """The fold in float32 = the fold in float64, and has the shape of a tile."""
+    low = bench.run(tiles(COUNT, torch.float32)).double()
+    require_equal(tuple(low.shape), TILE, "shape of the fold")
+    require_close(low, bench.run(tiles(COUNT)), "float32 fold", 2e-5)

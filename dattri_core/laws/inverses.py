@@ -1,0 +1,122 @@
+"""Laws of whole inverse Hessians: fitted on a train set, applied to test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from dattri_core.errors import SpecError
+from dattri_core.laws.law import (
+    NotApplicable,
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+)
+from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
+from dattri_core.laws.spaces import formed
+from dattri_core.laws.worlds import N_TRAIN, World
+from dattri_core.protocols import InverseHessian
+from dattri_core.rows import Rows
+
+
+@frozen(eq=False)
+class InverseBench:
+    """An inverse Hessian on the toy worlds whose space it takes."""
+
+    part: InverseHessian
+
+    def places(self) -> Iterator[tuple[World, DenseProblem]]:
+        """Yield the worlds that the part takes; a `SpecError` leaves one out."""
+        refused = []
+        for world in curvature_worlds():
+            problem = problem_of(world)
+            try:
+                self.part.check(problem.space)
+            except SpecError as error:
+                refused.append(f"{world.name}: {error}")
+                continue
+            yield world, problem
+        if len(refused) == len(curvature_worlds()):
+            raise NotApplicable(f"it takes none of the toy worlds: {'; '.join(refused)}")
+
+    def applied(self, problem: DenseProblem, rows: Rows) -> Tensor:
+        """Return the fitted inverse applied to rows, ``[B, d]``."""
+        return self.part.fit(problem).apply(rows).flat()
+
+
+@law("inverse_hessian")
+def inverse_is_linear(bench: InverseBench) -> None:
+    """A(2 g - 3 h) = 2 A g - 3 A h."""
+    for world, problem in bench.places():
+        rows = formed(problem.train_rows)
+        left, right = rows.take(slice(0, 4)), rows.take(slice(4, 8))
+        mixed = Rows.from_flat(problem.space, 2 * left.flat() - 3 * right.flat(), left.index)
+        inverse = bench.part.fit(problem)
+        want = 2 * inverse.apply(left).flat() - 3 * inverse.apply(right).flat()
+        require_close(
+            inverse.apply(mixed).flat(), want, f"A of a combination in {world.name}", 1e-5
+        )
+
+
+@law("inverse_hessian")
+def apply_is_of_single_rows(bench: InverseBench) -> None:
+    """(A rows)_b = A row_b, with its space, index and aux."""
+    for world, problem in bench.places():
+        inverse, rows = bench.part.fit(problem), problem.train_rows
+        whole = inverse.apply(rows)
+        one = inverse.apply(rows.take(slice(3, 4))).flat()
+        require_close(one, whole.flat()[3:4], f"A of a row alone in {world.name}", 1e-5)
+        require_equal(whole.space.fingerprint, rows.space.fingerprint, "space after A")
+        require_identical(whole.index, rows.index, "index after A")
+        require_equal(set(whole.aux), set(rows.aux), "aux after A")
+
+
+@law("inverse_hessian")
+def inverse_is_of_a_mean(bench: InverseBench) -> None:
+    """A fitted on the data twice over = A fitted on the data."""
+    for world, problem in bench.places():
+        rows = problem.train_rows
+        twice = bench.applied(problem_of(world, copies=2), rows)
+        require_close(
+            twice, bench.applied(problem, rows), f"A of doubled data in {world.name}", 1e-5
+        )
+
+
+@law("inverse_hessian")
+def inverse_ignores_batches(bench: InverseBench) -> None:
+    """A fitted in batches of 1 or n rows = A fitted in batches of 4."""
+    for world, problem in bench.places():
+        rows = problem.train_rows
+        want = bench.applied(problem, rows)
+        for size in (1, N_TRAIN):
+            got = bench.applied(evolve(problem, batch=size), rows)
+            require_close(got, want, f"A in batches of {size} in {world.name}", 1e-5)
+
+
+@law("inverse_hessian")
+def inverse_is_positive_where_the_loss_is_convex(bench: InverseBench) -> None:
+    """<g, A g> >= 0 on a convex world."""
+    convex = [(world, problem) for world, problem in bench.places() if world.convex]
+    if not convex:
+        raise NotApplicable("it takes no world with a convex loss")
+    for world, problem in convex:
+        rows = problem.train_rows
+        products = (rows.flat() * bench.applied(problem, rows)).sum(1)
+        require(bool((products >= 0).all()), f"<g, A g> in {world.name}: {products.tolist()}")
+
+
+@law("inverse_hessian")
+def fit_is_repeatable(bench: InverseBench) -> None:
+    """A fitted twice is the same, bit for bit, whatever the global random state."""
+    for world, problem in bench.places():
+        rows = problem.train_rows
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            first = bench.applied(problem, rows)
+            torch.manual_seed(2)
+            require_identical(bench.applied(problem, rows), first, f"A twice in {world.name}")

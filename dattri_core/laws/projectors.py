@@ -1,0 +1,153 @@
+"""Laws of projectors: linear maps of single rows, with a true space and a true adjoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.spaces import SPACE, flat_rows, formed, toy_rows
+from dattri_core.laws.spy import Operations
+from dattri_core.protocols import LinearMap, Projector, RandomStream
+from dattri_core.rows import Rows
+
+CPU = torch.device("cpu")
+
+
+@frozen(eq=False)
+class ProjectorBench:
+    """A projector, built on a space with every kind of block."""
+
+    part: Projector
+
+    def build(self, seed: int = 0) -> LinearMap:
+        """Return the map for one seed."""
+        return self.part.build(SPACE, stream=RandomStream(seed, "law"), device=CPU)
+
+
+def _gives(capability: str) -> Any:
+    def condition(bench: ProjectorBench) -> str | None:
+        return None if capability in bench.part.gives else f"it does not give {capability!r}"
+
+    return condition
+
+
+def _blockwise(bench: ProjectorBench) -> str | None:
+    return None if bench.build().blockwise else "its map is not blockwise"
+
+
+@law("projector")
+def out_space_is_true(bench: ProjectorBench) -> None:
+    """out_space(space) is the space of P g, and of the map."""
+    told = bench.part.out_space(SPACE)
+    require_equal(bench.build().out_space.fingerprint, told.fingerprint, "out_space of the map")
+    mapped = bench.build().map(toy_rows(3))
+    require_equal(mapped.space.fingerprint, told.fingerprint, "space of mapped rows")
+
+
+@law("projector")
+def out_space_is_pure(bench: ProjectorBench) -> None:
+    """out_space(space) runs no operation on tensors and answers the same twice."""
+    with Operations() as seen:
+        first = bench.part.out_space(SPACE)
+        again = bench.part.out_space(SPACE)
+    require(not seen.names, f"out_space ran {sorted(set(seen.names))}")
+    require_equal(again.fingerprint, first.fingerprint, "out_space, asked twice")
+
+
+@law("projector")
+def map_is_linear(bench: ProjectorBench) -> None:
+    """P(2 g - 3 h) = 2 P g - 3 P h."""
+    built = bench.build()
+    left, right = formed(toy_rows(3)), formed(toy_rows(3, seed=9))
+    mixed = Rows.from_flat(SPACE, 2 * left.flat() - 3 * right.flat(), left.index)
+    want = 2 * built.map(left).flat() - 3 * built.map(right).flat()
+    require_close(built.map(mixed).flat(), want, "map of a combination")
+
+
+@law("projector")
+def map_is_of_single_rows(bench: ProjectorBench) -> None:
+    """(P rows)_b = P row_b: no row sees the others."""
+    built, rows = bench.build(), toy_rows(4)
+    whole = built.map(rows).flat()
+    for b in (0, 3):
+        one = built.map(rows.take(slice(b, b + 1))).flat()
+        require_close(one, whole[b : b + 1], "map of a row alone")
+
+
+@law("projector")
+def map_is_of_the_row(bench: ProjectorBench) -> None:
+    """P of a row kept as factors = P of the same row formed."""
+    built, rows = bench.build(), toy_rows(4)
+    require_close(built.map(rows).flat(), built.map(formed(rows)).flat(), "map of factored rows")
+
+
+@law("projector")
+def map_keeps_index_and_aux(bench: ProjectorBench) -> None:
+    """index(P g) = index(g), aux(P g) = aux(g)."""
+    rows = toy_rows(4)
+    mapped = bench.build().map(rows)
+    require_identical(mapped.index, rows.index, "index of mapped rows")
+    require_equal(set(mapped.aux), set(rows.aux), "aux of mapped rows")
+    for key, numbers in rows.aux.items():
+        require_identical(mapped.aux[key], numbers, f"aux {key!r}")
+
+
+@law("projector")
+def map_is_of_its_stream(bench: ProjectorBench) -> None:
+    """The map is a function of the space and the random stream: built twice, the same bits."""
+    rows = toy_rows(3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first = bench.build().map(rows).flat()
+        torch.manual_seed(2)
+        require_identical(bench.build().map(rows).flat(), first, "the map built twice")
+
+
+@law("projector")
+def float32_map_is_close(bench: ProjectorBench) -> None:
+    """P in float32 = P in float64, to the tolerance of float32."""
+    built, rows = bench.build(), toy_rows(4)
+    low = built.map(rows.to(dtype=torch.float32)).flat().double()
+    require_close(low, built.map(rows).flat(), "float32 map", 2e-5)
+
+
+@law("projector", _gives("adjoint"))
+def adjoint_is_true(bench: ProjectorBench) -> None:
+    """<P g, k> = <g, P^T k>."""
+    built, rows = bench.build(), toy_rows(4)
+    keys = flat_rows(built.out_space, 3, seed=5)
+    left = built.map(rows).flat() @ keys.flat().T
+    raised = built.adjoint(keys)
+    require_equal(raised.space.fingerprint, SPACE.fingerprint, "space of the adjoint")
+    require_close(rows.flat() @ raised.flat().T, left, "<g, P^T k> against <P g, k>")
+
+
+@law("projector", _gives("keeps-factors"))
+def factors_are_kept(bench: ProjectorBench) -> None:
+    """A block of factors is mapped to a block of factors."""
+    rows = toy_rows(4)
+    mapped = bench.build().map(rows)
+    for spec in mapped.space:
+        if spec.kind == "outer":
+            require(
+                mapped.blocks[spec.name].positions is not None,
+                f"block {spec.name!r} is an outer block, but its rows came formed",
+            )
+    kinds = [spec.kind for spec in mapped.space]
+    require_equal(kinds.count("outer"), 2, "outer blocks after the map, of 2 before")
+
+
+@law("projector", _blockwise)
+def blockwise_is_true(bench: ProjectorBench) -> None:
+    """Block k of P g needs block k of g only: the map of a part is that part of the map."""
+    built, rows = bench.build(), toy_rows(4)
+    whole = built.map(rows)
+    for name in SPACE.names:
+        part = Rows(SPACE.select([name]), {name: rows.blocks[name]}, rows.index, rows.aux)
+        mapped = built.map(part)
+        for key, block in mapped.blocks.items():
+            require(key in whole.blocks, f"the part {name!r} gave the block {key!r}")
+            require_close(block.flat(), whole.blocks[key].flat(), f"map of block {name!r} alone")

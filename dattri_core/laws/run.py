@@ -1,0 +1,163 @@
+"""Check a part or a method against every law of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from dattri_core.errors import SpecError, nearest
+from dattri_core.laws import (
+    curvatures,
+    folds,
+    inverses,
+    methods,
+    projectors,
+    scorers,
+    solvers,
+    sources,
+)
+from dattri_core.laws.law import LAWS, Law, LawBroken, NotApplicable
+from dattri_core.laws.report import Finding, Report
+from dattri_core.methods import method
+from dattri_core.registry import Registry, default_registry, using
+
+BENCHES: dict[str, Callable[[Any], Any]] = {
+    "source": sources.SourceBench,
+    "projector": projectors.ProjectorBench,
+    "curvature": curvatures.CurvatureBench,
+    "solver": solvers.SolverBench,
+    "inverse_hessian": inverses.InverseBench,
+    "scorer": scorers.ScorerBench,
+    "fold": folds.FoldBench,
+    "method": methods.MethodBench,
+}
+KINDS = tuple(BENCHES)
+"""The kinds that have laws; an attributor answers to those of a method."""
+
+
+def check(kind: str, name_or_part: Any, *, registry: Registry | None = None) -> Report:
+    """Run every law of a kind on a part.
+
+    A part may declare ``expected_failures``, a mapping of laws to reasons: such a law counts as
+    expected to fail, and as failed once it holds, so that the declaration cannot outlive its cause.
+
+    Args:
+        kind: One of `KINDS`, or ``"attributor"``.
+        name_or_part: A registered name, or the part, method or attributor itself.
+        registry: Where names are looked up; default that of the installed plugins.
+
+    Returns:
+        The findings; ``report.ok`` says whether all is well, ``print(report)`` shows a table.
+
+    Raises:
+        SpecError: No such kind or name, or the part has fields without a default.
+    """
+    name = name_or_part if isinstance(name_or_part, str) else type(name_or_part).__name__
+    with using(registry or default_registry()):
+        part = part_of(kind, name_or_part)
+        bench = bench_of(kind, part)
+        findings: tuple[Any, ...] = tuple(find(law, bench) for law in laws_of(kind))
+    return Report(kind, name, findings)
+
+
+def laws_of(kind: str) -> tuple[Law, ...]:
+    """Return the laws of a kind, in the order of their file."""
+    return tuple(LAWS[_known(kind)].values())
+
+
+def bench_of(kind: str, part: Any) -> Any:
+    """Return what the laws of a kind take: the part amid toy worlds."""
+    return BENCHES[_known(kind)](part)
+
+
+def part_of(kind: str, name_or_part: Any) -> Any:
+    """Return the part of a name from the default registry, or the part itself."""
+    known = _known(kind)
+    if not isinstance(name_or_part, str):
+        return name_or_part
+    if kind == "method":
+        return method(name_or_part)
+    registry = default_registry()
+    cls = registry.resolve(kind, name_or_part)
+    if isinstance(cls, type) and attrs.has(cls):
+        bare = [a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING and a.init]
+        if bare:
+            raise SpecError(
+                f"check {known} {name_or_part!r}: the fields {bare} have no default; give the part "
+                "itself: dattri_core.laws.check(kind, Part(...))"
+            )
+    return registry.make(kind, name_or_part)
+
+
+def check_plugin(name: str, *, registry: Registry | None = None) -> tuple[Report, ...]:
+    """Check every part and method that one plugin, or one distribution, brings.
+
+    Parts whose fields have no default are left to the methods that use them.
+
+    Raises:
+        SpecError: No such plugin, or it brings nothing that has laws.
+    """
+    registry = registry or default_registry()
+    reports = tuple(_plugin_reports(name, registry))
+    if not reports:
+        known = {e.origin.plugin for e in registry.entries()}
+        raise SpecError(
+            f"check plugin {name!r}: it brings nothing that has laws; {nearest(name, known)}"
+        )
+    return reports
+
+
+def _plugin_reports(name: str, registry: Registry) -> Iterator[Report]:
+    for entry in registry.entries():
+        if name not in (entry.origin.plugin, entry.origin.distribution):
+            continue
+        if entry.kind not in (*KINDS, "attributor"):
+            continue
+        if entry.kind != "method":
+            cls = registry.resolve(entry.kind, entry.name)
+            if attrs.has(cls) and any(
+                a.default is attrs.NOTHING and a.init for a in attrs.fields(cls)
+            ):
+                continue
+        yield check(entry.kind, entry.name, registry=registry)
+
+
+def _known(kind: str) -> str:
+    known = "method" if kind == "attributor" else kind
+    if known not in BENCHES:
+        raise SpecError(f"check: no laws for the kind {kind!r}; {nearest(kind, KINDS)}")
+    return known
+
+
+def _expected(part: Any) -> Mapping[str, str]:
+    declared: Mapping[str, str] = getattr(part, "expected_failures", {})
+    if declared:
+        known = {name for laws in LAWS.values() for name in laws}
+        for name in declared:
+            if name not in known:
+                raise SpecError(
+                    f"{type(part).__name__}.expected_failures: no law {name!r}; "
+                    f"{nearest(name, known)}"
+                )
+    return declared
+
+
+def find(law: Law, bench: Any) -> Finding:
+    """Return what becomes of one law on a bench; nothing that the part raises escapes."""
+    expected = _expected(bench.part)
+    try:
+        law.check(bench)
+    except NotApplicable as reason:
+        return Finding(law.name, law.statement, "skipped", str(reason))
+    except LawBroken as broken:
+        if law.name in expected:
+            return Finding(law.name, law.statement, "expected", expected[law.name])
+        return Finding(law.name, law.statement, "failed", str(broken))
+    except Exception as error:  # the part's own failure is a finding, and must not hide the others
+        return Finding(law.name, law.statement, "failed", f"{type(error).__name__}: {error}")
+    if law.name in expected:
+        detail = f"it holds, though declared to fail: {expected[law.name]}"
+        return Finding(law.name, law.statement, "failed", detail)
+    return Finding(law.name, law.statement, "passed")

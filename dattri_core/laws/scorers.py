@@ -1,0 +1,188 @@
+"""Laws of scorers: what a tile of scores may depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from dattri_core.blocks import DenseBlock
+from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.spaces import formed, toy_rows
+from dattri_core.laws.worlds import random
+from dattri_core.protocols import Scored, Scorer, Side
+from dattri_core.rows import Rows
+
+
+class Watched(Mapping[str, Tensor]):
+    """Auxiliary numbers that remember which were read; any name has numbers."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.read: set[str] = set()
+        self._count, self._seed = count, seed
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.read.add(key)
+        numbers = random(self._count, seed=self._seed + sum(key.encode())).abs() + 0.1
+        return (3 * numbers).long() if key == "label" else numbers / (1 + numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.read))
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+
+@frozen(eq=False)
+class ScorerBench:
+    """A scorer with toy rows on both sides."""
+
+    part: Scorer
+
+    def side(self, rows: Rows, seed: int) -> Side:
+        """Return what the scorer may read of rows: the aux and the norm that it declares."""
+        names = self.part.needs - {"norm"}
+        aux = Watched(1000, seed)
+        norm = rows.pair_inner(rows).sqrt() if "norm" in self.part.needs else None
+        return Side(rows.index, {name: aux[name][rows.index - 100] for name in names}, norm)
+
+    def total(self, train: Rows, test: Rows) -> Tensor:
+        """Return the sum of the parts of all blocks, ``[B, C]``."""
+        parts = [self.part.pair(train.blocks[n], test.blocks[n]) for n in train.space.names]
+        return torch.stack(parts).sum(0)
+
+    def scored(self, train: Rows, test: Rows) -> Scored:
+        """Return the scores of a tile."""
+        total = self.total(train, test)
+        return self.part.finish(total, self.side(train, 1), self.side(test, 2))
+
+
+def _tile(bench: ScorerBench) -> str | None:
+    if bench.part.locality == "tile":
+        return None
+    return f"locality {bench.part.locality!r}: it sees a whole column of train rows"
+
+
+@law("scorer")
+def facts_are_declared(bench: ScorerBench) -> None:
+    """Locality is "tile" or "column"; scores are [B, C], a weight is [B], all finite."""
+    require(bench.part.locality in ("tile", "column"), f"locality is {bench.part.locality!r}")
+    scored = bench.scored(toy_rows(4), toy_rows(3, seed=9))
+    require_equal(tuple(scored.values.shape), (4, 3), "shape of the scores")
+    require(bool(torch.isfinite(scored.values).all()), "the scores are not finite")
+    if scored.weight is not None:
+        require_equal(tuple(scored.weight.shape), (4,), "shape of the weight")
+
+
+@law("scorer")
+def needs_are_all_it_reads(bench: ScorerBench) -> None:
+    """Finish reads only the aux and norms that `needs` names."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    sides, watched = [], []
+    for rows, seed in ((train, 1), (test, 2)):
+        aux = Watched(len(rows), seed)
+        sides.append(evolve(bench.side(rows, seed), aux=aux))
+        watched.append(aux)
+    try:
+        bench.part.finish(bench.total(train, test), *sides)
+    except (TypeError, AttributeError, AssertionError) as error:
+        reason = "reads a norm without needing it" if "norm" not in bench.part.needs else "fails"
+        require(False, f"finish {reason}: {type(error).__name__}: {error}")
+    read = watched[0].read | watched[1].read
+    require(read <= bench.part.needs, f"finish reads {sorted(read - bench.part.needs)}, undeclared")
+
+
+@law("scorer")
+def pair_adds_up_over_blocks(bench: ScorerBench) -> None:
+    """Pair of a block = the sum of pair over the pieces that it is cut into."""
+    left, right = random(4, 6, seed=1), random(3, 6, seed=2)
+    whole = bench.part.pair(DenseBlock(left), DenseBlock(right))
+    pieces = [
+        bench.part.pair(DenseBlock(left[:, cut]), DenseBlock(right[:, cut]))
+        for cut in (slice(0, 2), slice(2, 6))
+    ]
+    require_close(torch.stack(pieces).sum(0), whole, "pair summed over pieces")
+
+
+@law("scorer")
+def scores_are_of_the_rows(bench: ScorerBench) -> None:
+    """Scores of rows kept as factors = scores of the same rows formed."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    want = bench.scored(formed(train), formed(test)).values
+    require_close(bench.scored(train, test).values, want, "scores of factored rows")
+
+
+@law("scorer")
+def scores_follow_the_rows(bench: ScorerBench) -> None:
+    """Permuted train rows permute the scores, and so do permuted test rows."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    want = bench.scored(train, test)
+    order, turn = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0])
+    got = bench.scored(train.take(order), test.take(turn))
+    require_close(got.values, want.values[order][:, turn], "scores of permuted rows")
+    if want.weight is not None and got.weight is not None:
+        require_close(got.weight, want.weight[order], "weights of permuted rows")
+
+
+@law("scorer", _tile)
+def tiles_are_their_own(bench: ScorerBench) -> None:
+    """The scores of a part of the train rows = that part of the scores."""
+    train, test = toy_rows(5), toy_rows(3, seed=9)
+    want = bench.scored(train, test).values
+    got = bench.scored(train.take(slice(1, 3)), test).values
+    require_close(got, want[1:3], "scores of a smaller tile")
+
+
+@law("scorer")
+def queries_are_their_own(bench: ScorerBench) -> None:
+    """The scores for a part of the test rows = those columns of the scores."""
+    train, test = toy_rows(5), toy_rows(4, seed=9)
+    want = bench.scored(train, test).values
+    got = bench.scored(train, test.take(slice(1, 2))).values
+    require_close(got, want[:, 1:2], "scores of one test row")
+
+
+@law("scorer")
+def an_example_helps_itself(bench: ScorerBench) -> None:
+    """score(g, g) >= 0, and -g never helps g more than g does: score(-g, g) <= score(g, g)."""
+    rows = toy_rows(4)
+    own = bench.scored(rows, rows).values.diagonal()
+    require(bool((own >= 0).all()), f"scores of rows for themselves: {own.tolist()}")
+    against = bench.scored(rows.scale(torch.full((4,), -1.0)), rows).values.diagonal()
+    require(bool((against <= own).all()), f"-g helps g more than g: {against.tolist()}")
+
+
+@law("scorer")
+def scale_keeps_order_and_sign(bench: ScorerBench) -> None:
+    """All rows times 3 leaves signs, and the order of train rows for each test row."""
+    train, test = toy_rows(6), toy_rows(4, seed=9)
+    before = bench.scored(train, test).values
+    three = torch.full((6,), 3.0)
+    after = bench.scored(train.scale(three), test.scale(three[:4])).values
+    require_identical(after.sign(), before.sign(), "signs of scores of scaled rows")
+    require_identical(after.argsort(0), before.argsort(0), "order of scores of scaled rows")
+
+
+@law("scorer")
+def scores_are_repeatable(bench: ScorerBench) -> None:
+    """The same tile has the same scores, bit for bit; its inputs are left as they were."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    total = bench.total(train, test)
+    kept = total.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first = bench.part.finish(total, bench.side(train, 1), bench.side(test, 2)).values.clone()
+        require_identical(total, kept, "the sum over blocks, after finish")
+        torch.manual_seed(2)
+        again = bench.part.finish(total, bench.side(train, 1), bench.side(test, 2)).values
+    require_identical(again, first, "scores, asked again")
+
+
+@law("scorer")
+def float32_scores_are_close(bench: ScorerBench) -> None:
+    """Scores in float32 = scores in float64, to the tolerance of float32."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    low = bench.scored(train.to(dtype=torch.float32), test.to(dtype=torch.float32)).values.double()
+    require_close(low, bench.scored(train, test).values, "float32 scores", 2e-5)

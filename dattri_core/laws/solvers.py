@@ -1,0 +1,219 @@
+"""Laws of solvers: the damped inverse of an operator, as the solver declares it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import attrs
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.spaces import (
+    GIVEN,
+    SPACE,
+    ToyOperator,
+    formed,
+    symmetric,
+    toy_rows,
+)
+from dattri_core.protocols import Damping, Inverse, Solver
+from dattri_core.rows import Rows
+
+CPU = torch.device("cpu")
+DAMPING = Damping(0.1)
+POSITIVE = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0))
+SADDLE = ToyOperator(SPACE, symmetric(SPACE.dim, -1.03, 3.0))
+TIGHT = 1e-12
+
+
+@frozen(eq=False)
+class SolverBench:
+    """A solver on toy operators; one with a field ``tolerance`` is run at 1e-12."""
+
+    part: Any
+
+    def solver(self, damping: Damping = DAMPING) -> Solver:
+        """Return the solver at a damping."""
+        changes: dict[str, Any] = {"damping": damping}
+        if any(a.name == "tolerance" for a in attrs.fields(type(self.part))):
+            changes["tolerance"] = TIGHT
+        made: Solver = attrs.evolve(self.part, **changes)
+        return made
+
+    def inverse(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
+        """Return the inverse of an operator."""
+        return self.solver(damping).solve_for(operator, CPU)
+
+
+def exact_inverse(operator: ToyOperator, damping: float, flat: Tensor) -> Tensor:
+    """Return (H + damping I)^-1 g by a dense solve in float64."""
+    eye = torch.eye(SPACE.dim, dtype=torch.float64)
+    solution: Tensor = torch.linalg.solve(operator.matrix + damping * eye, flat.T).T
+    return solution
+
+
+def _needs_given(bench: SolverBench) -> str | None:
+    missing = bench.part.needs - GIVEN
+    return f"needs {sorted(missing)}, which no toy operator gives" if missing else None
+
+
+def _exact(bench: SolverBench) -> str | None:
+    return None if bench.part.exact else "it declares that it is not exact"
+
+
+@law("solver", _needs_given, _exact)
+def inverse_is_exact(bench: SolverBench) -> None:
+    """(H + damping I) apply(g) = g, for H with eigenvalues in [0.1, 3] and damping 0.1."""
+    rows = toy_rows(5)
+    got = bench.inverse().apply(rows).flat()
+    require_close(got, exact_inverse(POSITIVE, 0.1, rows.flat()), "apply against a dense solve")
+
+
+@law("solver", _needs_given, _exact)
+def saddle_is_not_hidden(bench: SolverBench) -> None:
+    """On an indefinite H the answer is exact, or stats count rows unsolved, or it is refused."""
+    rows = toy_rows(5)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inverse = bench.inverse(SADDLE)
+            got = inverse.apply(rows).flat()
+    except ArithmeticError:
+        return
+    if inverse.stats.get("converged", len(rows)) < len(rows):
+        return
+    want = exact_inverse(SADDLE, 0.1, rows.flat())
+    require_close(got, want, "apply on an indefinite H, said to have converged", 1e-7)
+
+
+@law("solver", _needs_given)
+def inverse_is_linear(bench: SolverBench) -> None:
+    """apply(2 g - 3 h) = 2 apply(g) - 3 apply(h)."""
+    inverse, left, right = bench.inverse(), formed(toy_rows(3)), formed(toy_rows(3, seed=9))
+    mixed = Rows.from_flat(SPACE, 2 * left.flat() - 3 * right.flat(), left.index)
+    want = 2 * inverse.apply(left).flat() - 3 * inverse.apply(right).flat()
+    require_close(inverse.apply(mixed).flat(), want, "apply of a combination")
+
+
+@law("solver", _needs_given)
+def inverse_is_symmetric(bench: SolverBench) -> None:
+    """<apply(g), k> = <g, apply(k)>."""
+    inverse, left, right = bench.inverse(), toy_rows(4), toy_rows(3, seed=9)
+    one = inverse.apply(left).flat() @ right.flat().T
+    require_close(left.flat() @ inverse.apply(right).flat().T, one, "<g, apply(k)>")
+
+
+@law("solver", _needs_given)
+def apply_is_of_single_rows(bench: SolverBench) -> None:
+    """apply(rows)_b = apply(row_b): no row waits for, or leans on, another."""
+    inverse, rows = bench.inverse(), toy_rows(4)
+    rows = rows.scale(torch.tensor([1.0, 1e-3, 1e3, 1.0]).double())
+    whole = inverse.apply(rows).flat()
+    for b in range(4):
+        one = inverse.apply(rows.take(slice(b, b + 1))).flat()
+        require_close(one, whole[b : b + 1], f"apply of row {b} alone")
+
+
+@law("solver", _needs_given)
+def apply_is_of_the_row(bench: SolverBench) -> None:
+    """apply of a row kept as factors = apply of the row formed, with its space, index and aux."""
+    inverse, rows = bench.inverse(), toy_rows(4)
+    got = inverse.apply(rows)
+    require_close(got.flat(), inverse.apply(formed(rows)).flat(), "apply of factored rows")
+    require_equal(got.space.fingerprint, rows.space.fingerprint, "space after apply")
+    require_identical(got.index, rows.index, "index after apply")
+    require_equal(set(got.aux), set(rows.aux), "aux after apply")
+
+
+@law("solver", _needs_given)
+def zero_stays_zero(bench: SolverBench) -> None:
+    """apply(0) = 0."""
+    rows = toy_rows(3).scale(torch.tensor([1.0, 0.0, 1.0]).double())
+    got = bench.inverse().apply(rows).flat()
+    require(bool(torch.isfinite(got).all()), "apply of rows with a zero among them: not finite")
+    require(bool((got[1] == 0).all()), f"apply of a zero row: {float(got[1].abs().max()):.3e}")
+
+
+@law("solver", _needs_given)
+def damping_can_change(bench: SolverBench) -> None:
+    """with_damping(d).apply = solve_for at d, for absolute and relative d."""
+    rows = toy_rows(4)
+    for damping in (Damping(1.0), Damping(0.3, relative=True), Damping(0.02)):
+        changed = bench.inverse().with_damping(damping).apply(rows).flat()
+        fresh = bench.inverse(damping=damping).apply(rows).flat()
+        require_close(changed, fresh, f"with_damping({damping})", 1e-8)
+
+
+@law("solver", _needs_given)
+def damping_wins_in_the_end(bench: SolverBench) -> None:
+    """damping apply(g) -> g as damping -> infinity."""
+    rows = toy_rows(4)
+    got = 1e8 * bench.inverse(damping=Damping(1e8)).apply(rows).flat()
+    require_close(got, rows.flat(), "damping times apply at damping 1e8", 1e-6)
+
+
+@law("solver", _needs_given)
+def relative_damping_is_of_the_mean_eigenvalue(bench: SolverBench) -> None:
+    """Damping(v, relative) = Damping(v trace(H) / d), to 20 % where products estimate it."""
+    rows = toy_rows(4)
+    mean = float(POSITIVE.matrix.trace()) / SPACE.dim
+
+    def applied(damping: Damping) -> Tensor:
+        return bench.inverse(damping=damping).apply(rows).flat()
+
+    got = applied(Damping(0.3, relative=True))
+    if bench.part.needs != {"apply"}:
+        require_close(got, applied(Damping(0.3 * mean)), "relative against absolute damping", 1e-8)
+        return
+    size, most, least = (
+        x.norm(dim=1) for x in (got, applied(Damping(0.24 * mean)), applied(Damping(0.36 * mean)))
+    )
+    within = bool(((least <= size) & (size <= most)).all())
+    require(within, f"|apply(g)| is {size.tolist()}, not from {least.tolist()} to {most.tolist()}")
+
+
+@law("solver", _needs_given)
+def apply_is_repeatable(bench: SolverBench) -> None:
+    """apply(g) = apply(g), bit for bit, whatever was asked before and the global random state."""
+    rows = toy_rows(4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        inverse = bench.inverse()
+        first = inverse.apply(rows).flat()
+        torch.manual_seed(2)
+        inverse.apply(toy_rows(2, seed=3))
+        require_identical(inverse.apply(rows).flat(), first, "apply, asked again")
+        require_identical(bench.inverse().apply(rows).flat(), first, "apply of a second fit")
+
+
+@law("solver", _needs_given)
+def stats_are_true(bench: SolverBench) -> None:
+    """stats are finite; the residual is that of the answer, converged the number of rows solved."""
+    rows = toy_rows(4)
+    inverse = bench.inverse()
+    got = inverse.apply(rows).flat()
+    for key, number in inverse.stats.items():
+        require(isinstance(number, (int, float)), f"stats[{key!r}] is a {type(number).__name__}")
+        require(math.isfinite(number), f"stats[{key!r}] is {number}")
+    solved = inverse.stats.get("converged", len(rows))
+    require(solved == len(rows), f"{solved} of {len(rows)} rows converged on a simple H")
+    if "residual" in inverse.stats or "converged" in inverse.stats:
+        eye = torch.eye(SPACE.dim, dtype=torch.float64)
+        left = got @ (POSITIVE.matrix + 0.1 * eye) - rows.flat()
+        worst = float((left.norm(dim=1) / rows.flat().norm(dim=1)).max())
+        told = float(inverse.stats.get("residual", TIGHT))
+        require(worst <= 2 * told + 1e-11, f"the residual is {worst:.3e}, stats say {told:.3e}")
+
+
+@law("solver", _needs_given)
+def float32_apply_is_close(bench: SolverBench) -> None:
+    """apply in float32 = apply in float64, to the tolerance of float32."""
+    rows = toy_rows(4)
+    tolerance = {"tolerance": 1e-5} if hasattr(bench.part, "tolerance") else {}
+    solver: Any = attrs.evolve(bench.part, damping=DAMPING, **tolerance)
+    low = solver.solve_for(POSITIVE, CPU).apply(rows.to(dtype=torch.float32)).flat().double()
+    require_close(low, bench.inverse().apply(rows).flat(), "float32 apply", 2e-3)

@@ -1,0 +1,242 @@
+"""Laws of sources: rows of single examples, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core.batch import Batch, batch_size, join, take
+from dattri_core.blocks import Block
+from dattri_core.errors import SpecError
+from dattri_core.laws.law import (
+    NotApplicable,
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+)
+from dattri_core.laws.oracles import row_matrix, singles
+from dattri_core.laws.worlds import World, cast, first_logit, scaled, worlds
+from dattri_core.losses import Target
+from dattri_core.problem import collect
+from dattri_core.protocols import BoundSource, Role, Source
+from dattri_core.rows import Rows
+from dattri_core.task import Task
+
+CPU = torch.device("cpu")
+
+
+@frozen(eq=False)
+class SourceBench:
+    """A source on the toy worlds that it can be bound to."""
+
+    part: Source
+
+    def bind(self, task: Task, world: World, dtype: torch.dtype = torch.float64) -> BoundSource:
+        """Return the source bound to the last checkpoint of a task."""
+        sample = take(cast(world.train, dtype), slice(0, 3))
+        return self.part.bind(task, task.checkpoints[-1], sample)
+
+    def places(self) -> Iterator[tuple[World, Task, BoundSource]]:
+        """Yield the worlds that the source can be bound to; a `SpecError` leaves one out."""
+        refused = []
+        for world in worlds():
+            task = world.task()
+            try:
+                bound = self.bind(task, world)
+            except SpecError as error:
+                refused.append(f"{world.name}: {error}")
+                continue
+            yield world, task, bound
+        if len(refused) == len(worlds()):
+            raise NotApplicable(f"it can be bound to no toy world: {'; '.join(refused)}")
+
+    def gradients(self) -> Iterator[tuple[World, Task, BoundSource]]:
+        """Yield the worlds where the rows are gradients of parameters, as their space says."""
+        found = False
+        for place in self.places():
+            if place[2].space.covers_parameters:
+                found = True
+                yield place
+        if not found:
+            raise NotApplicable("its space covers no parameters, so rows need not be gradients")
+
+
+def rows_of(bound: BoundSource, batch: Batch, role: Role = "train") -> Rows:
+    """Return the whole rows of a batch."""
+    return collect(bound, batch, torch.arange(batch_size(batch)), role, CPU)
+
+
+def flat_of(bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
+    """Return the rows of a batch, formed, ``[B, d]``."""
+    return rows_of(bound, batch, role).flat().double()
+
+
+def alone(bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
+    """Return the rows of the examples, each in a batch of its own, ``[B, d]``."""
+    return torch.cat([flat_of(bound, example, role) for example in singles(batch)])
+
+
+@law("source")
+def space_is_true(bench: SourceBench) -> None:
+    """Each block of the space comes exactly once a batch, of its shape, outer ones as factors."""
+    for world, _, bound in bench.places():
+        for role in ("train", "test"):
+            seen: dict[str, int] = {}
+
+            def sink(
+                name: str,
+                block: Block,
+                seen: dict[str, int] = seen,
+                bound: BoundSource = bound,
+                world: World = world,
+            ) -> None:
+                seen[name] = seen.get(name, 0) + 1
+                require(name in bound.space, f"block {name!r} is not in the space")
+                require_equal(block.shape, bound.space[name].shape, f"shape of block {name!r}")
+                require_equal(len(block), batch_size(world.train), f"rows of block {name!r}")
+                factored = block.positions is not None
+                require(factored or bound.space[name].kind == "dense", f"{name!r} came formed")
+                require(block.is_finite(), f"block {name!r} is not finite")
+
+            bound.stream(world.train, role, sink)
+            require_equal(seen, dict.fromkeys(bound.space.names, 1), f"blocks in {world.name}")
+
+
+@law("source")
+def aux_is_declared(bench: SourceBench) -> None:
+    """The auxiliary numbers are those of `provides`, one per example: aux_k is [B]."""
+    for world, _, bound in bench.places():
+        aux = bound.stream(world.train, "train", lambda name, block: None)
+        require_equal(set(aux), set(bench.part.provides), f"aux in {world.name}")
+        for key, numbers in aux.items():
+            shape = tuple(numbers.shape)
+            require_equal(shape, (batch_size(world.train),), f"shape of aux {key!r}")
+
+
+@law("source")
+def rows_are_their_own(bench: SourceBench) -> None:
+    """row_b(batch) = row(z_b alone), for any batch, any order and any repetition."""
+    order = torch.tensor([4, 0, 7, 0, 4, 2])
+    for world, _, bound in bench.places():
+        for role in ("train", "test"):
+            single = alone(bound, take(world.train, slice(0, 3)), role)
+            whole = flat_of(bound, world.train, role)
+            require_close(whole[:3], single, f"rows of a batch in {world.name}")
+            mixed = flat_of(bound, take(world.train, order), role)
+            require_close(mixed, whole[order], f"rows of a reordered batch in {world.name}")
+
+
+@law("source")
+def rows_are_repeatable(bench: SourceBench) -> None:
+    """rows(batch) = rows(batch), bit for bit, whatever the global random state."""
+    for world, _, bound in bench.places():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            first = flat_of(bound, world.train)
+            torch.manual_seed(2)
+            require_identical(flat_of(bound, world.train), first, f"rows in {world.name}")
+
+
+@law("source")
+def rows_are_gradients(bench: SourceBench) -> None:
+    """row(z) = d loss(z) / d theta where the space covers parameters; z alone in its batch."""
+    for world, task, bound in bench.gradients():
+        want = row_matrix(task, bound.space, take(world.train, slice(0, 4)))
+        got = alone(bound, take(world.train, slice(0, 4)))
+        require_close(got, want, f"gradients in {world.name}")
+
+
+@law("source")
+def target_rows_carry_the_sign(bench: SourceBench) -> None:
+    """row_test(z) = -d target(z) / d theta where more of the target is better, + where less is."""
+    for world, _, bound in bench.gradients():
+        for higher in (True, False):
+            task = world.task(target=Target(first_logit, higher_is_better=higher))
+            bound = bench.bind(task, world)
+            some = take(world.test, slice(0, 2))
+            want = row_matrix(task, bound.space, some, "test")
+            require_close(alone(bound, some, "test"), want, f"target rows in {world.name}")
+
+
+@law("source")
+def rows_scale_with_the_loss(bench: SourceBench) -> None:
+    """Rows of c loss = c rows of loss, for c = 1000 and c = -1000."""
+    for world, _, bound in bench.gradients():
+        rows = flat_of(bound, world.train)
+        for factor in (1e3, -1e3):
+            task = world.task(loss=scaled(world.loss, factor))
+            more = flat_of(bench.bind(task, world), world.train)
+            require_close(more, factor * rows, f"rows of {factor:g} times the loss in {world.name}")
+
+
+@law("source")
+def rows_cover_the_selection(bench: SourceBench) -> None:
+    """The parameters of the space are the selected ones, no more and no fewer."""
+    for world, task, bound in bench.gradients():
+        names = set(bound.space.parameter_names)
+        require_equal(names, set(task.parameter_names), f"parameters in {world.name}")
+        some = world.task(parameters="*weight")
+        names = set(bench.bind(some, world).space.parameter_names)
+        require_equal(names, set(some.parameter_names), f"selected parameters in {world.name}")
+
+
+@law("source")
+def rows_are_at_the_checkpoint(bench: SourceBench) -> None:
+    """Rows depend on the weights of the checkpoint, not on those the model has now."""
+    for world, _, bound in bench.places():
+        want = flat_of(bound, world.train)
+        state = world.model().state_dict()
+        task = world.task(checkpoints=[state])
+        with torch.no_grad():
+            for weight in task.model.parameters():
+                weight.mul_(-0.5)
+        got = flat_of(bench.bind(task, world), world.train)
+        require_close(got, want, f"rows at a checkpoint in {world.name}")
+
+
+@law("source")
+def float32_rows_are_close(bench: SourceBench) -> None:
+    """Rows in float32 = rows in float64, to the tolerance of float32."""
+    for world, _, bound in bench.places():
+        task = world.task(torch.float32)
+        low = flat_of(bench.bind(task, world, torch.float32), cast(world.train, torch.float32))
+        require_close(low, flat_of(bound, world.train), f"float32 rows in {world.name}", 2e-5)
+
+
+@law("source")
+def model_is_untouched(bench: SourceBench) -> None:
+    """Weights, buffers, gradients, requires_grad, train() state and hooks are as before."""
+    for world, _, _ in bench.places():
+        task = world.task()
+        task.model.train()
+        before = fingerprint(task.model)
+        bound = bench.bind(task, world)
+        rows_of(bound, join([world.train, world.test]))
+        require_equal(fingerprint(task.model), before, f"the model in {world.name}")
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """Return all that a user could see of a model."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "weights": {name: t.detach().clone().flatten().tolist() for name, t in tensors.items()},
+        "identity": {name: id(t) for name, t in tensors.items()},
+        "grad": {name: t.grad is None for name, t in tensors.items()},
+        "requires_grad": {name: t.requires_grad for name, t in tensors.items()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "hooks": {
+            name: (
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                len(module._backward_hooks),
+            )
+            for name, module in model.named_modules()
+        },
+        "modules": {name: type(module).__name__ for name, module in model.named_modules()},
+    }

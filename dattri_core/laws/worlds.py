@@ -1,0 +1,208 @@
+"""Toy worlds: small tasks in float64 whose every number a dense oracle can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from dattri_core.batch import Batch, map_tensors
+from dattri_core.losses import Loss, causal_lm, cross_entropy, forward_of, squared_error
+from dattri_core.task import Task
+
+N_TRAIN, N_TEST = 9, 5
+
+
+@frozen(eq=False)
+class World:
+    """A model, its loss and a few examples.
+
+    Args:
+        name: How reports call it.
+        model: Makes the model, the same one every time, in float64 and eval mode.
+        loss: Its train loss.
+        train: ``N_TRAIN`` examples.
+        test: ``N_TEST`` examples.
+        convex: Whether the loss is convex in the parameters.
+        rate: The L2 rate that the weights minimise the mean train loss with; None: no minimum.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    loss: Loss
+    train: Batch
+    test: Batch
+    convex: bool = False
+    rate: float | None = None
+
+    def task(self, dtype: torch.dtype = torch.float64, **options: Any) -> Task:
+        """Return a fresh task; options go to `Task`."""
+        return Task(self.model().to(dtype), options.pop("loss", self.loss), **options)
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Return the batch with its floating point tensors in another dtype."""
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    """Return normal float64 numbers that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def integers(high: int, *shape: int, seed: int) -> Tensor:
+    """Return integers below ``high`` that depend on the seed alone."""
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build: Callable[[], nn.Module], scale: float = 0.5) -> nn.Module:
+    """Return a model with weights that depend on their names alone; global state is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        model = build().double()
+    with torch.no_grad():
+        for position, (name, weight) in enumerate(model.named_parameters()):
+            noise = scale * random(*weight.shape, seed=1000 + position)
+            weight.copy_(noise + (1.0 if name.endswith("norm.weight") else 0.0))
+    return model.eval()
+
+
+def regression() -> World:
+    """Return least squares: the Hessian is the mean of (x, 1)(x, 1)^T whatever the weights."""
+    return World(
+        "regression",
+        lambda: seeded(lambda: nn.Linear(3, 2)),
+        squared_error,
+        (random(N_TRAIN, 3, seed=1), random(N_TRAIN, 2, seed=2)),
+        (random(N_TEST, 3, seed=3), random(N_TEST, 2, seed=4)),
+        convex=True,
+    )
+
+
+def logistic(rate: float = 0.05) -> World:
+    """Return softmax regression whose weights minimise mean loss + rate/2 |w|^2 to rounding."""
+    train = (random(N_TRAIN, 3, seed=11), integers(3, N_TRAIN, seed=12))
+    test = (random(N_TEST, 3, seed=13), integers(3, N_TEST, seed=14))
+    weights = torch.full((N_TRAIN,), 1 / N_TRAIN, dtype=torch.float64)
+    fitted = minimise_logistic(train, weights, rate)
+
+    def build() -> nn.Module:
+        model = seeded(lambda: nn.Linear(3, 3))
+        assert isinstance(model, nn.Linear)
+        with torch.no_grad():
+            model.weight.copy_(fitted[:, :3])
+            model.bias.copy_(fitted[:, 3])
+        return model
+
+    return World("logistic", build, cross_entropy, train, test, convex=True, rate=rate)
+
+
+def minimise_logistic(train: Batch, weights: Tensor, rate: float) -> Tensor:
+    """Return [outputs, inputs + 1] that minimises sum_i weights_i loss_i + rate/2 |.|^2 by Newton.
+
+    Args:
+        train: Inputs ``[n, I]`` and labels ``[n]``.
+        weights: Weight of each example, ``[n]``.
+        rate: L2 rate, on the bias too.
+    """
+    inputs, labels = train
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
+    classes = int(labels.max()) + 1
+    solution = torch.zeros(classes * inputs.shape[1], dtype=torch.float64)
+    onehot = nn.functional.one_hot(labels, classes).double()
+    for _ in range(40):
+        p = (inputs @ solution.reshape(classes, -1).T).softmax(1)
+        gradient = torch.einsum("n,no,ni->oi", weights, p - onehot, inputs).flatten()
+        gradient = gradient + rate * solution
+        curve = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        hessian = torch.einsum("n,nop,ni,nj->oipj", weights, curve, inputs, inputs)
+        hessian = hessian.reshape(len(solution), len(solution))
+        step = torch.linalg.solve(hessian + rate * torch.eye(len(solution)).double(), gradient)
+        solution = solution - step
+    return solution.reshape(classes, -1)
+
+
+class _Network(nn.Module):
+    """Several kinds of module: a convolution, norms, a linear layer used at one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 3, padding=1)
+        self.group_norm = nn.GroupNorm(1, 3)
+        self.hidden = nn.Linear(12, 4)
+        self.layer_norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.group_norm(self.conv(inputs)))
+        hidden = torch.tanh(self.layer_norm(self.hidden(hidden.flatten(1))))
+        answer: Tensor = self.head(hidden)
+        return answer
+
+
+def network() -> World:
+    """Return a small classifier with several kinds of module; its loss is not convex."""
+    return World(
+        "network",
+        lambda: seeded(_Network),
+        cross_entropy,
+        (random(N_TRAIN, 2, 4, seed=21), integers(3, N_TRAIN, seed=22)),
+        (random(N_TEST, 2, 4, seed=23), integers(3, N_TEST, seed=24)),
+    )
+
+
+class _LanguageModel(nn.Module):
+    """Tokens in, logits out; position t sees the mean of the tokens up to t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 3)
+        self.mix = nn.Linear(3, 3)
+        self.layer_norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 6, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        tokens = self.embedding(input_ids)
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=tokens.dtype)
+        seen = tokens.cumsum(1) / steps[:, None]
+        answer: Tensor = self.head(self.layer_norm(tokens + torch.tanh(self.mix(seen))))
+        return answer
+
+
+def language() -> World:
+    """Return a tiny language model on sequences of 4 tokens, some of them ignored by the loss."""
+
+    def sequences(count: int, seed: int) -> dict[str, Tensor]:
+        tokens = integers(6, count, 4, seed=seed)
+        labels = tokens.clone()
+        labels[::2, 3] = -100
+        return {"input_ids": tokens, "labels": labels}
+
+    return World(
+        "language",
+        lambda: seeded(_LanguageModel),
+        causal_lm,
+        sequences(N_TRAIN, 31),
+        sequences(N_TEST, 32),
+    )
+
+
+def worlds() -> tuple[World, ...]:
+    """Return every toy world."""
+    return (regression(), logistic(), network(), language())
+
+
+def scaled(loss: Loss, factor: float) -> Loss:
+    """Return a loss times a factor, its outputs and criterion still apart."""
+    return Loss(
+        loss.forward, lambda outputs, batch: factor * loss.criterion(outputs, batch), loss.name
+    )
+
+
+def first_logit(model: nn.Module, batch: Batch) -> Tensor:
+    """Return one number per example that is no loss: the mean of the first output, ``[B]``."""
+    outputs = forward_of(model, batch)
+    return outputs[..., 0].reshape(len(outputs), -1).mean(1)

@@ -1,0 +1,117 @@
+"""Rows to named parameters and back: how curvature, which knows parameters, meets blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dattri_core.blocks import DenseBlock
+from dattri_core.errors import SpecError
+from dattri_core.rows import Rows
+from dattri_core.space import BlockSpec, ParameterView, Space
+
+
+def to_parameters(rows: Rows) -> dict[str, Tensor]:
+    """Return the rows as one tensor per parameter, views of the rows where strides allow.
+
+    Args:
+        rows: C rows of a space whose entries are parameters.
+
+    Returns:
+        By parameter name, values ``[C, *parameter shape]``.
+
+    Raises:
+        SpecError: An entry of the space belongs to no parameter, or to two.
+    """
+    require_parameters(rows.space)
+    found: dict[str, Tensor] = {}
+    for spec in rows.space:
+        matrix = rows.blocks[spec.name].dense().values.reshape(len(rows), *spec.matrix_shape)
+        for view in spec.parameters:
+            columns = matrix[:, :, view.start : view.stop]  # [C, O, columns]
+            if view.transposed:
+                columns = columns.mT
+            found[view.parameter] = columns.reshape(len(rows), *view.shape)
+    return found
+
+
+def from_parameters(space: Space, values: Mapping[str, Tensor], index: Tensor) -> Rows:
+    """Return one tensor per parameter as rows of a space; the exact inverse of `to_parameters`.
+
+    Args:
+        space: A space whose entries are parameters.
+        values: By parameter name, ``[C, *parameter shape]``; every parameter of the space.
+        index: Positions of the rows in the data set, ``[C]``.
+
+    Raises:
+        SpecError: An entry of the space belongs to no parameter, or to two; a parameter is missing
+            or has another shape.
+    """
+    require_parameters(space)
+    count = len(index)
+    for spec in space:
+        for view in spec.parameters:
+            got = tuple(values[view.parameter].shape) if view.parameter in values else None
+            if got != (count, *view.shape):
+                raise SpecError(
+                    f"rows from parameters: {view.parameter!r} of block {spec.name!r} has shape "
+                    f"{got}, expected {(count, *view.shape)}"
+                )
+    blocks = {spec.name: DenseBlock(_block(spec, values, count)) for spec in space}
+    return Rows(space, blocks, index)
+
+
+def _block(spec: BlockSpec, values: Mapping[str, Tensor], count: int) -> Tensor:
+    outputs, columns = spec.matrix_shape
+    parts = [_columns(values[v.parameter], outputs, v.transposed) for v in _ordered(spec)]
+    matrix = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return matrix.reshape(count, outputs, columns).reshape(count, *spec.shape)
+
+
+def _columns(values: Tensor, outputs: int, transposed: bool) -> Tensor:
+    count, width = len(values), values.shape[1:].numel() // outputs
+    if transposed:
+        return values.reshape(count, width, outputs).mT
+    return values.reshape(count, outputs, width)
+
+
+def _ordered(spec: BlockSpec) -> list[ParameterView]:
+    return sorted(spec.parameters, key=lambda view: view.start)
+
+
+@lru_cache(maxsize=64)
+def require_parameters(space: Space) -> None:
+    """Raise `SpecError` unless every entry of a row is exactly one entry of one parameter."""
+    if not space.covers_parameters:
+        bare = [
+            spec.name
+            for spec in space
+            if sum(v.stop - v.start for v in spec.parameters) != spec.matrix_shape[1]
+        ]
+        raise SpecError(
+            f"rows as parameters: the blocks {bare} are not made of parameters (features, or rows "
+            "after a projector); a Hessian or a GGN needs rows that are gradients in the parameters: "
+            "use the source 'per-example' or 'functional', and a projector that gives an adjoint"
+        )
+    seen: dict[str, str] = {}
+    for spec in space:
+        reached = 0
+        for view in _ordered(spec):
+            if view.start != reached or spec.matrix_shape[0] * (view.stop - view.start) != (
+                torch.Size(view.shape).numel()
+            ):
+                raise SpecError(
+                    f"block {spec.name!r}: parameter {view.parameter!r} of shape {view.shape} "
+                    f"cannot fill columns {view.start}:{view.stop} of {spec.matrix_shape}; views "
+                    "must tile the columns without a gap"
+                )
+            reached = view.stop
+            if view.parameter in seen:
+                raise SpecError(
+                    f"rows as parameters: {view.parameter!r} lies in the blocks "
+                    f"{seen[view.parameter]!r} and {spec.name!r}; a shared parameter has one block"
+                )
+            seen[view.parameter] = spec.name

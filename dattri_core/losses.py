@@ -1,0 +1,196 @@
+"""Losses and targets: what is differentiated, one number per example.
+
+A loss is a plain function ``loss(model, batch) -> [B]``, a `Loss` whose outputs and criterion are
+known apart (a GGN needs that), or a function of parameters marked with `functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from attrs import field, frozen
+from torch import Tensor, nn
+
+from dattri_core.batch import Batch
+from dattri_core.errors import InputError, nearest
+
+LABEL_KEYS = ("labels", "label")
+IGNORED = -100
+
+
+@frozen
+class Loss:
+    """A loss split in two: loss_b = criterion(forward(model, batch), batch)_b.
+
+    Args:
+        forward: ``(model, batch) -> outputs [B, ...]``.
+        criterion: ``(outputs, batch) -> [B]``, convex in the outputs for a GGN to be positive.
+        name: How results call it.
+    """
+
+    forward: Callable[[nn.Module, Batch], Tensor]
+    criterion: Callable[[Tensor, Batch], Tensor]
+    name: str = "loss"
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of each example, ``[B]``."""
+        return self.criterion(self.forward(model, batch), batch)
+
+
+@frozen
+class FunctionalLoss:
+    """A loss for ``torch.func``: ``function(parameters, batch) -> scalar``; see `functional`."""
+
+    function: Callable[[dict[str, Tensor], Batch], Tensor]
+    name: str = "functional"
+
+
+@frozen
+class Target:
+    """What is attributed: a number per test example, and whether more of it is better.
+
+    Args:
+        function: ``(model, batch) -> [B]``.
+        higher_is_better: True for a logit or a margin, False for a loss.
+        name: How results call it.
+    """
+
+    function: Callable[[nn.Module, Batch], Tensor]
+    higher_is_better: bool = field(kw_only=True)
+    name: str = field(default="target", kw_only=True)
+
+
+def functional(function: Callable[[dict[str, Tensor], Batch], Tensor]) -> FunctionalLoss:
+    """Mark ``function(parameters, batch) -> scalar`` as a loss of parameters, as in ``torch.func``.
+
+    Its reduction (sum or mean over examples) is detected; a loss that mixes examples is refused.
+    """
+    return FunctionalLoss(function, getattr(function, "__name__", "functional"))
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """Return the labels of a batch: the last item of a tuple, or the key 'labels' or 'label'."""
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                return torch.as_tensor(batch[key])
+        raise InputError(f"labels: the batch has keys {sorted(batch)}, none of {LABEL_KEYS}")
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return torch.as_tensor(batch[-1])
+    raise InputError(
+        f"labels: a {type(batch).__name__} has no labels; expected (inputs, ..., labels) or a dict"
+    )
+
+
+def forward_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's outputs on a batch: everything but the labels is passed on.
+
+    A mapping is passed by keyword, a tuple by position; of a structured answer ``.logits`` is
+    taken, else its first item.
+    """
+    if isinstance(batch, Mapping):
+        answer = model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+    else:
+        answer = model(*batch[:-1])
+    return _tensor_of(answer)
+
+
+def _tensor_of(answer: Any) -> Tensor:
+    if isinstance(answer, Tensor):
+        return answer
+    if hasattr(answer, "logits"):
+        return _tensor_of(answer.logits)
+    if isinstance(answer, Mapping) and "logits" in answer:
+        return _tensor_of(answer["logits"])
+    if isinstance(answer, (tuple, list)) and answer:
+        return _tensor_of(answer[0])
+    raise InputError(f"model output: a {type(answer).__name__} is neither a tensor nor has .logits")
+
+
+def _cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(outputs, labels_of(batch), reduction="none")
+
+
+def _squared_error(outputs: Tensor, batch: Batch) -> Tensor:
+    values = labels_of(batch).to(outputs.dtype).reshape(outputs.shape)
+    return (outputs - values).square().flatten(1).sum(1) / 2
+
+
+def _next_token(outputs: Tensor, batch: Batch) -> Tensor:
+    labels = labels_of(batch)[:, 1:]
+    logits = outputs[:, :-1]
+    tokens = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return tokens.reshape(labels.shape).sum(1)
+
+
+cross_entropy = Loss(forward_of, _cross_entropy, "cross-entropy")
+"""Classification: ``-log p(label)``; batch ``(inputs..., labels)`` or a dict with ``labels``."""
+
+squared_error = Loss(forward_of, _squared_error, "squared-error")
+"""Regression: half the squared error, summed over the outputs of an example."""
+
+causal_lm = Loss(forward_of, _next_token, "causal-lm")
+"""Language modelling: ``-log p(next token)`` summed over a sequence; -100 is ignored."""
+
+
+def true_logit(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logit of the true class, ``[B]``."""
+    outputs = forward_of(model, batch)
+    return outputs.gather(1, labels_of(batch).unsqueeze(1)).squeeze(1)
+
+
+def true_margin(model: nn.Module, batch: Batch) -> Tensor:
+    """Return log(p / (1 - p)) of the true class, ``[B]`` (TRAK, arXiv 2303.14186, section 3)."""
+    outputs = forward_of(model, batch)
+    labels = labels_of(batch).unsqueeze(1)
+    rest = outputs.scatter(1, labels, float("-inf")).logsumexp(1)
+    return outputs.gather(1, labels).squeeze(1) - rest
+
+
+logit = Target(true_logit, higher_is_better=True, name="logit")
+margin = Target(true_margin, higher_is_better=True, name="margin")
+
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in (cross_entropy, squared_error, causal_lm)}
+TARGETS: dict[str, Target] = {target.name: target for target in (logit, margin)}
+AnyLoss = Loss | FunctionalLoss | Callable[[nn.Module, Batch], Tensor]
+Reduction = Literal["sum", "mean", "each"]
+
+
+def as_loss(loss: str | AnyLoss) -> AnyLoss:
+    """Return a shipped loss by name, or the loss itself."""
+    if not isinstance(loss, str):
+        if not callable(loss) and not isinstance(loss, FunctionalLoss):
+            raise InputError(
+                f"loss: {loss!r} is neither a name nor a function (model, batch) -> [B]"
+            )
+        if isinstance(loss, nn.modules.loss._Loss):
+            raise InputError(
+                f"loss: {type(loss).__name__} takes outputs and labels; give a function "
+                "(model, batch) -> [B], or dattri.Loss(forward=..., criterion=...) with "
+                "reduction='none'"
+            )
+        return loss
+    if loss not in LOSSES:
+        raise InputError(f"loss: no loss named {loss!r}; {nearest(loss, LOSSES)}")
+    return LOSSES[loss]
+
+
+def as_target(target: str | Target | None) -> Target | None:
+    """Return a shipped target by name, the target itself, or None for the loss."""
+    if target is None or target == "loss":
+        return None
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, str) and target in TARGETS:
+        return TARGETS[target]
+    if isinstance(target, str):
+        raise InputError(
+            f"target: no target named {target!r}; {nearest(target, [*TARGETS, 'loss'])}"
+        )
+    raise InputError(
+        f"target: got {target!r}; give a name or dattri.Target(function, higher_is_better=...)"
+    )

@@ -1,0 +1,273 @@
+"""Method: a value made of named parts; checked without a tensor, fitted once, used many times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from attrs import field, frozen
+
+from dattri_core import assemble
+from dattri_core.errors import SpecError
+from dattri_core.fitted import FittedMethod
+from dattri_core.memory import Plan
+from dattri_core.protocols import Fold, InverseHessian, Projector, Scorer, Source
+from dattri_core.scores import Scores
+from dattri_core.space import Space
+from dattri_core.stages import Stage, check_stages, example_space
+from dattri_core.task import Task
+
+
+def _source(value: Any) -> Source:
+    made: Source = assemble.build_part("source", value)
+    return made
+
+
+def _projector(value: Any) -> Projector:
+    made: Projector = assemble.build_part("projector", value)
+    return made
+
+
+def _inverse_hessian(value: Any) -> InverseHessian:
+    made: InverseHessian = assemble.build_inverse_hessian(value)
+    return made
+
+
+def _scorer(value: Any) -> Scorer:
+    made: Scorer = assemble.build_part("scorer", value)
+    return made
+
+
+def _fold(value: Any) -> Fold:
+    made: Fold = assemble.build_part("fold", value)
+    return made
+
+
+def _stages(value: Any) -> tuple[Stage, ...] | None:
+    return None if value is None else tuple(assemble.build_stages(value))
+
+
+def _named_default(name: str) -> Any:
+    return name
+
+
+@frozen
+class Method:
+    """A method is its parts: S_ij = fold over checkpoints of scorer(<A phi_i, B psi_j>).
+
+    Every field takes a part, its name, or a mapping ``{"name": ..., fields}``; a new method is a
+    changed field: ``attrs.evolve(method, scorer="cosine")``.
+
+    Args:
+        source: Gives one row per example.
+        projector: Sketches rows of both sides; comes before the inverse Hessian.
+        inverse_hessian: Applied to test rows, or ``{"curvature": ..., "solver": ...}``.
+        scorer: Pairs train rows with test rows.
+        fold: Reduces the checkpoints.
+        stages: Projectors and inverse Hessians in any other order, as a list of
+            ``{"projector": ...}`` and ``{"inverse_hessian": ...}``; replaces both slots.
+        seed: Of every random number that the parts draw.
+
+    Raises:
+        SpecError: The parts do not fit each other; each message lists what would.
+    """
+
+    source: Source = field(default=_named_default("per-example"), converter=_source)
+    projector: Projector = field(default=_named_default("identity"), converter=_projector)
+    inverse_hessian: InverseHessian = field(
+        default=_named_default("identity"), converter=_inverse_hessian
+    )
+    scorer: Scorer = field(default=_named_default("dot"), converter=_scorer)
+    fold: Fold = field(default=_named_default("mean"), converter=_fold)
+    stages: tuple[Stage, ...] | None = field(default=None, converter=_stages)
+    seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.check()
+
+    @property
+    def chain(self) -> tuple[Stage, ...]:
+        """Return the stages in the order in which rows pass them."""
+        return (self.projector, self.inverse_hessian) if self.stages is None else self.stages
+
+    def check(self, space: Space | None = None, task: Task | None = None) -> None:
+        """Type-check the method without a tensor, on its own or against a space and a task.
+
+        Raises:
+            SpecError: A part needs what the others do not give; says which, and what would.
+        """
+        if self.stages is not None:
+            identities = (
+                assemble.build_part("projector", "identity"),
+                assemble.build_inverse_hessian("identity"),
+            )
+            if (self.projector, self.inverse_hessian) != identities:
+                raise SpecError(
+                    "method: give either stages=[...] or the slots projector and inverse_hessian, "
+                    "not both"
+                )
+        missing = self.scorer.needs - {"norm"} - self.source.provides
+        if missing:
+            raise SpecError(
+                f"method: the scorer {assemble.name_of(self.scorer)!r} needs {sorted(missing)} with "
+                f"every row; the source {assemble.name_of(self.source)!r} provides "
+                f"{sorted(self.source.provides) or 'nothing'}; "
+                f"{assemble.who_provides('source', missing)}"
+            )
+        check_stages(self.chain, space or example_space())
+        if task is not None:
+            self._check_task(task)
+
+    def _check_task(self, task: Task) -> None:
+        if "learning-rate" in self.fold.needs:
+            lacking = [c.name for c in task.checkpoints if c.learning_rate is None]
+            if lacking:
+                raise SpecError(
+                    f"method: the fold {assemble.name_of(self.fold)!r} weighs checkpoints by their "
+                    f"learning rates, and {lacking} have none; give "
+                    "Task(..., checkpoints=[...], learning_rates=[...]), or the fold 'mean'"
+                )
+        needs = {need for s in self.chain if not isinstance(s, Projector) for need in s.needs}
+        if "ggn-product" in needs and not task.splits_loss:
+            raise SpecError(
+                f"method: a GGN needs the model's outputs and the criterion apart, and the loss "
+                f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) or "
+                "a shipped loss by name, or use the curvature 'hessian'"
+            )
+
+    def fit(
+        self,
+        task: Task,
+        train: Any,
+        *,
+        memory: str | int | None = None,
+        progress: bool | None = None,
+    ) -> FittedMethod:
+        """Fit on the train set: everything that does not depend on the test examples.
+
+        Args:
+            task: Model, loss, target and checkpoints.
+            train: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            memory: Budget such as ``"16GiB"``; default half of what is free.
+            progress: Show a bar; default only on a terminal.
+
+        Raises:
+            SpecError, InputError, NumericsError: Before any long work, where that can be known.
+        """
+        self.check(task=task)
+        return FittedMethod.fit(self, task, train, memory=memory, progress=progress)
+
+    @overload
+    def attribute(
+        self,
+        task: Task,
+        train: Any,
+        test: Any,
+        *,
+        dry_run: Literal[True],
+        memory: str | int | None = None,
+        out: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Plan: ...
+
+    @overload
+    def attribute(
+        self,
+        task: Task,
+        train: Any,
+        test: Any,
+        *,
+        dry_run: Literal[False] = False,
+        memory: str | int | None = None,
+        out: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Scores: ...
+
+    def attribute(
+        self,
+        task: Task,
+        train: Any,
+        test: Any,
+        *,
+        dry_run: bool = False,
+        memory: str | int | None = None,
+        out: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Scores | Plan:
+        """Return the scores ``[n_train, n_test]`` of every train example for every test example.
+
+        Args:
+            task: Model, loss, target and checkpoints.
+            train: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            test: The same for the test set.
+            dry_run: Only say how the work would be cut to fit the memory, and what it costs.
+            memory: Budget such as ``"16GiB"``; default half of what is free.
+            out: Folder for scores that do not fit in memory, and to resume a run that was stopped.
+            progress: Show a bar; default only on a terminal.
+        """
+        self.check(task=task)
+        if dry_run:
+            return FittedMethod.plan(self, task, train, test, memory=memory, out=out)
+        fitted = FittedMethod.fit(self, task, train, memory=memory, progress=progress, lazy=True)
+        return fitted.attribute(test, out=out)
+
+    def to_spec(self) -> dict[str, Any]:
+        """Return the method as plain data; ``Method(**spec)`` gives it back."""
+        spec: dict[str, Any] = assemble.describe_method(self)
+        return spec
+
+
+def method(name: str, **overrides: Any) -> Any:
+    """Return a registered method by name, some of its parts or their fields replaced.
+
+    Args:
+        name: Such as ``"if-cg"``; ``dattri methods`` lists them.
+        overrides: A slot (``scorer="cosine"``), a field that one part has (``damping=1e-2``), or
+            ``**{"solver.damping": 1e-2}`` where several have it.
+
+    Returns:
+        A `Method`, or another `Attributor` for methods that are not made of parts.
+
+    Raises:
+        SpecError: No such method, part or field; the nearest names are offered.
+    """
+    spec = assemble.method_spec(name, overrides)
+    if "attributor" in spec:
+        return assemble.build_part("attributor", spec["attributor"])
+    return Method(**spec)
+
+
+def attribute(
+    task: Task,
+    train: Any,
+    test: Any,
+    method: str | Any,
+    *,
+    dry_run: bool = False,
+    memory: str | int | None = None,
+    out: str | Path | None = None,
+    progress: bool | None = None,
+    **overrides: Any,
+) -> Any:
+    """Attribute in one call: ``dattri.attribute(task, train, test, method="if-cg", damping=1e-3)``.
+
+    See `Method.attribute` for the settings and `method` for the overrides.
+    """
+    made = _named(method, overrides)
+    return made.attribute(
+        task, train, test, dry_run=dry_run, memory=memory, out=out, progress=progress
+    )
+
+
+def _named(given: Any, overrides: Mapping[str, Any]) -> Any:
+    if isinstance(given, str):
+        return method(given, **overrides)
+    if not overrides:
+        return given
+    if not isinstance(given, Method):
+        raise SpecError(
+            f"attribute: overrides {sorted(overrides)} go with the name of a method or with a "
+            f"Method, not with a {type(given).__name__}"
+        )
+    return Method(**assemble.override(assemble.slots_of(given), overrides))

@@ -1,0 +1,312 @@
+"""Curvature-vector products of the train loss on one batch, many vectors at once.
+
+Both curvatures are made of reverse passes only, so that every operation with a second derivative
+takes part: H v is the transpose of d grad / d theta times v (H is symmetric), and J v, which the GGN
+J^T H_out J needs, the transpose of u -> J^T u.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dattri_core.batch import Batch, batch_size, take, tensors_of
+from dattri_core.errors import InputError, NumericsError
+from dattri_core.evaluate import Evaluator, leaves
+from dattri_core.losses import Loss
+from dattri_core.memory import is_out_of_memory
+from dattri_core.protocols import CurvatureKind
+
+Named: TypeAlias = dict[str, Tensor]
+Product: TypeAlias = Callable[[Named], Named]
+
+WORK_LIMIT = 128 * 2**20
+"""Bytes of tangents at once: about what a processor's cache and allocator keep warm."""
+TANGENTS = 3
+"""Tangents of one activation that are alive at once: forward, backward, and a result being made."""
+
+_log = logging.getLogger("dattri")
+_refusing: WeakSet[Evaluator] = WeakSet()
+_activations: WeakKeyDictionary[Evaluator, int] = WeakKeyDictionary()
+
+
+@frozen
+class Slices:
+    """How many vectors and examples one step of a product takes."""
+
+    vectors: int
+    examples: int
+
+
+def batch_product(
+    evaluator: Evaluator,
+    batch: Batch,
+    vectors: Mapping[str, Tensor],
+    kind: CurvatureKind,
+    *,
+    limit: int = WORK_LIMIT,
+) -> Named:
+    """Return sum_b H_b v for every vector v, over the examples b of a batch.
+
+    ``"hessian"``: H_b is the Hessian of the loss of example b. ``"ggn"``: H_b = J_b^T C_b J_b, with
+    J_b the Jacobian of the model's outputs and C_b the Hessian of the criterion in them (Schraudolph
+    2002). The result does not depend on how the work is sliced, up to rounding.
+
+    Args:
+        evaluator: The checkpoint.
+        batch: Examples on the evaluator's device.
+        vectors: By parameter name, ``[C, *parameter shape]``; parameters left out are constants.
+        kind: Which curvature.
+        limit: Bytes for intermediates; the work runs in slices of vectors and examples.
+
+    Returns:
+        By parameter name, ``[C, *parameter shape]``.
+
+    Raises:
+        InputError: A GGN of a loss that is not split in outputs and criterion, or a model whose
+            backward pass cannot be differentiated.
+        NumericsError: A product is not finite.
+    """
+    count = len(next(iter(vectors.values())))
+    total = {name: torch.zeros_like(value) for name, value in vectors.items()}
+    examples = batch_size(batch)
+    with evaluator.session(), _differentiable_kernels(evaluator.task.model):
+        size = plan_slices(evaluator, batch, vectors, limit)
+        for first in range(0, examples, size.examples):
+            part = take(batch, slice(first, first + size.examples))
+            work = _Work(evaluator, part, vectors, kind, total, size.vectors, count)
+            if evaluator in _refusing or not _run_vectorised(work):
+                _run_looped(work)
+    return total
+
+
+def plan_slices(
+    evaluator: Evaluator, batch: Batch, vectors: Mapping[str, Tensor], limit: int = WORK_LIMIT
+) -> Slices:
+    """Return how many vectors and examples to take at once so that a product fits ``limit`` bytes.
+
+    A step holds, for each of its vectors, the vector and its product, and for each pair of a vector
+    and an example `TANGENTS` tangents of the activations. Vectors get half of the limit: matrix
+    products with many of them at once run near the machine's rate.
+    """
+    count, examples = len(next(iter(vectors.values()))), batch_size(batch)
+    each = sum(v[0].numel() * v.element_size() for v in vectors.values()) if count else 1
+    pair = TANGENTS * _activation_bytes(evaluator, batch)
+    most = max(1, min(count, limit // 2 // (2 * each), limit // 2 // pair))
+    chunk = _even(count, most)
+    left = max(limit // 2, limit - chunk * 2 * each)
+    return Slices(chunk, _even(examples, max(1, left // (chunk * pair))))
+
+
+@frozen
+class _Work:
+    """One slice of examples, all vectors, and where their products go."""
+
+    evaluator: Evaluator
+    batch: Batch
+    vectors: Mapping[str, Tensor]
+    kind: CurvatureKind
+    total: Named
+    chunk: int
+    count: int
+
+    @property
+    def primals(self) -> Named:
+        return {name: self.evaluator.parameters[name] for name in self.vectors}
+
+    def add(self, products: Mapping[str, Tensor], where: slice) -> None:
+        for name, value in products.items():
+            if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+                raise NumericsError(
+                    f"{self.kind} product at checkpoint {self.evaluator.checkpoint.name!r}: not "
+                    f"finite in {name!r} on a batch of {batch_size(self.batch)} examples; look for "
+                    "a diverged checkpoint, a division by zero or a square root at zero in the "
+                    "second derivative, or a half precision that overflows"
+                )
+            self.total[name][where] += value
+
+
+# --- all vectors of a chunk at once -------------------------------------------------------------
+def _run_vectorised(work: _Work) -> bool:
+    """Add the products by ``torch.func``; return False when the model refuses it, nothing added."""
+    started = False
+    try:
+        product = vmap(_hessian(work) if work.kind == "hessian" else _ggn(work))
+        for first in range(0, work.count, work.chunk):
+            where = slice(first, first + work.chunk)
+            result = product({k: v[where] for k, v in work.vectors.items()})
+            started = True
+            work.add(result, where)
+    except (RuntimeError, NotImplementedError) as error:
+        if started or is_out_of_memory(error):
+            raise
+        _refusing.add(work.evaluator)
+        _log.warning(
+            "%s products run one vector at a time, since the model refuses torch.func (%s)",
+            work.kind,
+            str(error).strip().splitlines()[0] if str(error) else type(error).__name__,
+        )
+        return False
+    return True
+
+
+def _hessian(work: _Work) -> Product:
+    def total(parameters: Named) -> Tensor:
+        return work.evaluator.total(parameters, work.batch, "train")
+
+    _, transpose = vjp(grad(total), work.primals)
+    return lambda vector: _only(transpose(vector))
+
+
+def _ggn(work: _Work) -> Product:
+    evaluator, batch = work.evaluator, work.batch
+    outputs, pull = vjp(lambda parameters: evaluator.outputs(parameters, batch), work.primals)
+    # u -> J^T u is linear, so its derivative is the same everywhere: its transpose is J.
+    _, push = vjp(lambda u: _only(pull(u)), torch.zeros_like(outputs))
+    _, curve = vjp(grad(lambda out: evaluator.criterion(out, batch).sum()), outputs)
+    return lambda vector: _only(pull(_only(curve(_only(push(vector))))))
+
+
+def _only(answer: tuple[Any, ...]) -> Any:
+    return answer[0]
+
+
+# --- one vector at a time -----------------------------------------------------------------------
+def _run_looped(work: _Work) -> None:
+    """Add the products by plain double backward: any model with second derivatives."""
+    variables = leaves(work.primals)
+
+    def run(model: nn.Module) -> None:
+        make = _hessian_graph if work.kind == "hessian" else _ggn_graph
+        product = make(work, model, variables)
+        for row in range(work.count):
+            result = product({k: v[row] for k, v in work.vectors.items()})
+            work.add({k: v.unsqueeze(0) for k, v in result.items()}, slice(row, row + 1))
+
+    try:
+        # Inside of `call`, since a checkpointed model recomputes its activations with these weights.
+        work.evaluator.call(run, variables)
+    except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{work.kind} product of {work.evaluator.task.loss_name!r}: the model has no second "
+            f"derivative in torch ({error}); replace the operation that is named (checkpointing "
+            "needs use_reentrant=False), leave its parameters out with parameters=, or use a "
+            "method without curvature products"
+        ) from error
+
+
+def _hessian_graph(work: _Work, model: nn.Module, variables: Named) -> Product:
+    total = work.evaluator.total_of(model, work.batch, "train", variables)
+    gradient = _gradient(total, variables, torch.ones_like(total), create_graph=True)
+    return lambda vector: _transpose(gradient, variables, vector)
+
+
+def _ggn_graph(work: _Work, model: nn.Module, variables: Named) -> Product:
+    loss = work.evaluator.task.loss
+    if not isinstance(loss, Loss):
+        work.evaluator.outputs(variables, work.batch)  # raises, with the cure
+    assert isinstance(loss, Loss)
+    outputs = loss.forward(model, work.batch)
+    u = {"u": torch.zeros_like(outputs, requires_grad=True)}
+    pulled = _gradient(outputs, variables, u["u"], create_graph=True)
+    fixed = leaves({"out": outputs})
+    slope = _gradient(
+        work.evaluator.criterion(fixed["out"], work.batch).sum(), fixed, None, create_graph=True
+    )
+
+    def product(vector: Named) -> Named:
+        tangent = _transpose(pulled, u, vector)["u"]
+        curved = _transpose(slope, fixed, {"out": tangent})["out"]
+        return _gradient(outputs, variables, curved, create_graph=False)
+
+    return product
+
+
+def _gradient(value: Tensor, at: Named, cotangent: Tensor | None, *, create_graph: bool) -> Named:
+    """Return the gradient of ``<value, cotangent>``, zero where value does not depend on it."""
+    if not value.requires_grad:
+        return {name: torch.zeros_like(tensor) for name, tensor in at.items()}
+    found = torch.autograd.grad(
+        value,
+        list(at.values()),
+        cotangent,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(at, found, strict=True))
+
+
+def _transpose(values: Named, at: Named, vector: Named) -> Named:
+    """Return the gradient of ``sum <values, vector>``."""
+    names = [name for name in values if values[name].requires_grad]
+    if not names:
+        return {name: torch.zeros_like(tensor) for name, tensor in at.items()}
+    found = torch.autograd.grad(
+        [values[name] for name in names],
+        list(at.values()),
+        [vector[name] for name in names],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(at, found, strict=True))
+
+
+# --- measures -----------------------------------------------------------------------------------
+@contextmanager
+def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Choose plain kernels where the fused ones have no second derivative."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    cudnn, onednn = torch.backends.cudnn, torch.backends.mkldnn
+    before = cudnn.enabled, onednn.enabled
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            if recurrent:
+                cudnn.enabled = onednn.enabled = False
+            yield
+        finally:
+            cudnn.enabled, onednn.enabled = before
+
+
+def _activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
+    """Return the bytes that a forward pass keeps for one example, inputs and weights apart."""
+    known = _activations.get(evaluator)
+    if known is not None:
+        return known
+    single = take(batch, slice(0, 1))
+    apart = {t.untyped_storage().data_ptr() for t in tensors_of(single)}
+    apart.update(t.untyped_storage().data_ptr() for t in evaluator.state.values())
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in apart:
+            kept[pointer] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    variables = leaves(evaluator.selected)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        evaluator.total(variables, single, "train")
+    size = max(256, sum(kept.values()))
+    _activations[evaluator] = size
+    return size
+
+
+def _even(count: int, most: int) -> int:
+    """Return the size of equal pieces of ``count`` that are no larger than ``most``."""
+    pieces = -(-count // max(1, most))
+    return max(1, -(-count // max(1, pieces)))

@@ -1,0 +1,329 @@
+"""One fitted checkpoint: its source and stages, what they cost, and the scores of one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from attrs import define, frozen
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from dattri_core.batch import Batch, batch_size, move, take
+from dattri_core.blocks import Block, explain_inner
+from dattri_core.checkpoint import Checkpoint
+from dattri_core.errors import MemoryBudgetError, NumericsError
+from dattri_core.evaluate import Evaluator, leaves
+from dattri_core.memory import Costs, is_out_of_memory
+from dattri_core.problem import TrainProblem, collect, require_complete
+from dattri_core.protocols import (
+    BoundSource,
+    Projector,
+    RandomStream,
+    Role,
+    Scorer,
+    Side,
+    Source,
+)
+from dattri_core.rows import Rows
+from dattri_core.stages import Chain, Stage, Step, check_stages
+from dattri_core.stream import Examples
+from dattri_core.task import Task
+
+SAMPLE = 3
+T = TypeVar("T")
+
+
+@frozen(eq=False)
+class Fitted:
+    """A checkpoint with its chain of stages, and what they cost."""
+
+    checkpoint: Checkpoint
+    chain: Chain
+    costs: Costs
+    weights: str | None  # fingerprint of the weights at the time of the fit
+    dtype: torch.dtype  # of scores
+    notes: tuple[str, ...]
+
+
+@define(eq=False)
+class Queries:
+    """Test rows after all stages, ready to meet train rows."""
+
+    rows: Rows
+    side: Side
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def block(self, name: str, train: Block) -> Block:
+        """Return a block of the queries, formed once if the planner would form it for every batch."""
+        block = self.rows.blocks[name]
+        if block.positions is not None and explain_inner(train, block).order == "form":
+            block = block.dense()
+            self.rows = self.rows.map_blocks(lambda n, b: block if n == name else b)
+        return block
+
+
+def fit_checkpoint(
+    source: Source,
+    stages: Sequence[Stage],
+    seed: int,
+    task: Task,
+    checkpoint: Checkpoint,
+    examples: Examples,
+    memory: int,
+    test: Examples | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Fitted:
+    """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
+
+    A few test examples, where given, are tried before any stage is fitted.
+    """
+    sample = move(examples.sample(SAMPLE), task.device)
+    bound = source.bind(task, checkpoint, sample)
+    check_stages(stages, bound.space)
+    if test is not None:
+        collect(bound, test.sample(1), torch.arange(1), "test", task.device)
+    activations = activation_bytes(bound, sample)
+    rows = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
+    row_bytes = [max(1, block.nbytes // SAMPLE) for block in rows.blocks.values()]
+    largest = max(row_bytes) if all_blockwise(stages) else sum(row_bytes)
+    per_example = activations + largest
+    batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
+    chain = Chain(bound)
+    step: Step
+    for stage in stages:
+        if isinstance(stage, Projector):
+            stream = RandomStream(seed, "projector", checkpoint.position)
+            step = stage.build(chain.space, stream=stream, device=task.device)
+        else:
+            step = stage.fit(
+                TrainProblem(
+                    source=bound,
+                    examples=examples,
+                    maps=chain.maps,
+                    batch=batch,
+                    random=RandomStream(seed, "curvature", checkpoint.position),
+                    memory=memory,
+                    advance=advance,
+                )
+            )
+        chain = Chain(bound, (*chain.steps, step))
+    item = max(4, rows.dtype.itemsize)
+    dense_query = chain.space.dim * item
+    inverted = any(not isinstance(stage, Projector) and stage.needs for stage in stages)
+    query, notes = _query_bytes(rows, chain, item)
+    costs = Costs(
+        activations=activations,
+        train_row=largest,
+        query=dense_query if inverted else query,
+        query_work=3 * dense_query if inverted else activations,
+    )
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return Fitted(checkpoint, chain, costs, weights_of(bound), dtype, notes)
+
+
+def all_blockwise(stages: Sequence[Stage]) -> bool:
+    """Return whether only stages that certainly act block by block come before the scorer."""
+    return all(not isinstance(s, Projector) or "keeps-factors" in s.gives for s in stages)
+
+
+def weights_of(source: BoundSource) -> str | None:
+    """Return a hash of the weights that a source reads, where it has an evaluator."""
+    evaluator = getattr(source, "evaluator", None)
+    return evaluator.fingerprint if isinstance(evaluator, Evaluator) else None
+
+
+def activation_bytes(source: BoundSource, sample: Batch) -> int:
+    """Return what a backward pass keeps for one example: measured on three examples and on two."""
+    evaluator = getattr(source, "evaluator", None)
+    if not isinstance(evaluator, Evaluator):
+        return 0
+
+    def kept(batch: Batch) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with evaluator.session(), saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = evaluator.total(leaves(evaluator.selected), batch, "train")
+            size = sum(seen.values())
+            del total
+        return size
+
+    return max(1, kept(sample) - kept(take(sample, slice(0, SAMPLE - 1))))
+
+
+def _query_bytes(rows: Rows, chain: Chain, item: int) -> tuple[int, tuple[str, ...]]:
+    """Return the bytes of one query without an inverse, and how each block will be contracted."""
+    if not chain.blockwise:
+        return chain.space.dim * item, ("inner products   of flat rows",)
+    total, notes = 0, []
+    after = chain.train(rows)
+    for spec in chain.space:
+        block = after.blocks[spec.name]
+        order = explain_inner(block, block).order
+        notes.append(f"inner of {spec.name} {spec.shape}: {order}")
+        total += spec.size * item if order == "form" else block.nbytes // SAMPLE
+    return total, tuple(notes)
+
+
+# --- queries and tiles --------------------------------------------------------------------------
+def make_queries(
+    fitted: Fitted, scorer: Scorer, examples: Examples, start: int, stop: int, batch: int
+) -> Queries:
+    """Return the test rows ``start:stop`` after all stages."""
+    source = fitted.chain.source
+    device = _device(source)
+    pieces: list[Rows] = []
+
+    def gather(index: Tensor, part: Batch) -> None:
+        pieces.append(collect(source, part, index, "test", device))
+
+    for index, part in examples.batches(batch, start, stop):
+        halving(gather, index, part, "test rows")
+    return _queries(fitted, scorer, Rows.concatenate(pieces))
+
+
+def both_sides(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> tuple[Rows, Queries]:
+    """Return train rows after the stages of the train side and of the test side."""
+    source = fitted.chain.source
+    rows = collect(source, batch, index, "train", _device(source))
+    return fitted.chain.train(rows), _queries(fitted, scorer, rows)
+
+
+def take_queries(queries: Queries, part: slice) -> Queries:
+    """Return some of the queries."""
+    side = queries.side
+    norm = None if side.norm is None else side.norm[part]
+    aux = {key: value[part] for key, value in side.aux.items()}
+    return Queries(queries.rows.take(part), Side(side.index[part], aux, norm), queries.device)
+
+
+def _queries(fitted: Fitted, scorer: Scorer, rows: Rows) -> Queries:
+    rows = fitted.chain.test(rows)
+    bad = [name for name, block in rows.blocks.items() if not block.is_finite()]
+    if bad:
+        raise NumericsError(
+            f"queries: not finite after the stages, at checkpoint {fitted.checkpoint.name!r}, "
+            f"examples {rows.index.tolist()[:8]}..., blocks {bad}; look for a diverged checkpoint, "
+            "or raise the damping"
+        )
+    norm = rows.pair_inner(rows).clamp_min(0).sqrt() if "norm" in scorer.needs else None
+    return Queries(rows, Side(rows.index, rows.aux, norm), _device(fitted.chain.source))
+
+
+def pair_batch(
+    chain: Chain, scorer: Scorer, queries: Queries, index: Tensor, batch: Batch, role: Role
+) -> tuple[Tensor, Side]:
+    """Return the sum over blocks ``[B, C]`` for a batch, and its side; rows are freed as they go."""
+    pairing = _Pairing(scorer, queries)
+    names: list[str] = []
+    waiting: dict[str, Block] = {}
+
+    def sink(name: str, block: Block) -> None:
+        names.append(name)
+        if chain.blockwise:
+            pairing.add(chain.train_block(name, block, index))
+        else:
+            waiting[name] = block
+
+    source = chain.source
+    aux = source.stream(move(batch, queries.device), role, sink)
+    require_complete(source.space, names)
+    if waiting:
+        pairing.add(chain.train(Rows(source.space, waiting, index)))
+    return pairing.total(), Side(index, aux, pairing.norm())
+
+
+def pair_rows(rows: Rows, scorer: Scorer, queries: Queries) -> tuple[Tensor, Side]:
+    """Return the sum over blocks ``[B, C]`` for whole rows after all stages, and their side."""
+    pairing = _Pairing(scorer, queries)
+    pairing.add(rows)
+    return pairing.total(), Side(rows.index, rows.aux, pairing.norm())
+
+
+@define(eq=False)
+class _Pairing:
+    """Adds up, over blocks, what the scorer pairs and the squared norms it needs."""
+
+    scorer: Scorer
+    queries: Queries
+    _total: Tensor | None = None
+    _square: Tensor | None = None
+
+    def add(self, rows: Rows) -> None:
+        for name, block in rows.blocks.items():
+            part = self.scorer.pair(block, self.queries.block(name, block))
+            self._total = part if self._total is None else self._total + part
+            if "norm" in self.scorer.needs:
+                square = block.pair_inner(block)
+                self._square = square if self._square is None else self._square + square
+
+    def total(self) -> Tensor:
+        assert self._total is not None
+        return self._total
+
+    def norm(self) -> Tensor | None:
+        return None if self._square is None else self._square.clamp_min(0).sqrt()
+
+
+def halving(work: Callable[[Tensor, Batch], None], index: Tensor, batch: Batch, what: str) -> None:
+    """Do work on a batch; when memory runs out, on its halves, down to single examples.
+
+    Raises:
+        MemoryBudgetError: One example alone is too much.
+    """
+    failed: BaseException | None = None
+    try:
+        work(index, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = error.with_traceback(None)  # its frames hold the memory that ran out
+    if failed is None:
+        return
+    count = batch_size(batch)
+    if count == 1:
+        raise MemoryBudgetError(
+            f"{what}: out of memory with a single example ({failed}); give a smaller memory=, "
+            "attribute fewer parameters, or use a projector"
+        ) from failed
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for part in (slice(0, count // 2), slice(count // 2, count)):
+        halving(work, index[part], take(batch, part), what)
+
+
+def join_sides(sides: Sequence[Side]) -> Side:
+    """Join the sides of consecutive batches."""
+    first = sides[0]
+    norms = [side.norm for side in sides if side.norm is not None]
+    return Side(
+        torch.cat([side.index for side in sides]),
+        {key: torch.cat([side.aux[key] for side in sides]) for key in first.aux},
+        torch.cat(norms) if norms else None,
+    )
+
+
+def require_finite(values: Tensor, index: Tensor, checkpoint: Checkpoint) -> None:
+    """Raise when a score of a batch is not finite."""
+    if torch.isfinite(values).all():
+        return
+    rows, columns = torch.nonzero(~torch.isfinite(values), as_tuple=True)
+    raise NumericsError(
+        f"scores: not finite at checkpoint {checkpoint.name!r}, train example "
+        f"{int(index[rows[0].cpu()])}, query {int(columns[0])}; look for a diverged checkpoint, or "
+        "for numbers that overflow half precision"
+    )
+
+
+def _device(source: BoundSource) -> torch.device:
+    evaluator = getattr(source, "evaluator", None)
+    return evaluator.device if isinstance(evaluator, Evaluator) else torch.device("cpu")

@@ -1,0 +1,163 @@
+"""Stages: projectors and inverse Hessians in any order, as pairs of maps (train side, test side).
+
+For train row g_i and test row g_j a chain of stages computes ``<A g_i, B g_j>``. A projector P adds
+(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from dattri_core.blocks import Block
+from dattri_core.errors import SpecError
+from dattri_core.protocols import (
+    BoundSource,
+    Curvature,
+    Damping,
+    Inverse,
+    InverseHessian,
+    LinearMap,
+    Problem,
+    Projector,
+    Solver,
+)
+from dattri_core.rows import Rows
+from dattri_core.space import BlockSpec, ParameterView, Space
+
+Stage = Projector | InverseHessian
+Step = LinearMap | Inverse
+
+
+@frozen
+class CurvatureInverse:
+    """The standard inverse Hessian, composed: (H + damping I)^-1 with H a curvature's operator.
+
+    Args:
+        curvature: What H is.
+        solver: How its damped inverse is applied; owns the damping.
+    """
+
+    curvature: Curvature
+    solver: Solver
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the curvature asks of the problem."""
+        return self.curvature.needs
+
+    def check(self, space: Space) -> None:
+        """Raise `SpecError` when the solver asks for what the curvature does not give."""
+        given = self.curvature.gives(space)
+        missing = self.solver.needs - given
+        if missing:
+            raise SpecError(
+                f"inverse Hessian: the solver {_name(self.solver)} needs {sorted(missing)}, which "
+                f"the curvature {_name(self.curvature)} does not give (it gives {sorted(given)}); "
+                "choose another solver or curvature: see 'dattri parts'"
+            )
+        self.solver.check(space)
+
+    def fit(self, problem: Problem) -> Inverse:
+        """Fit the curvature on the whole train set and hand its operator to the solver."""
+        return self.solver.solve_for(self.curvature.fit(problem), problem.device)
+
+
+@frozen(eq=False)
+class Chain:
+    """The stages of one checkpoint, built and fitted."""
+
+    source: BoundSource
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def maps(self) -> tuple[LinearMap, ...]:
+        """Return the steps of the train side."""
+        return tuple(step for step in self.steps if isinstance(step, LinearMap))
+
+    @property
+    def inverses(self) -> tuple[Inverse, ...]:
+        """Return the inverse Hessians."""
+        return tuple(step for step in self.steps if not isinstance(step, LinearMap))
+
+    @property
+    def space(self) -> Space:
+        """Return the space of rows after all steps."""
+        maps = self.maps
+        return maps[-1].out_space if maps else self.source.space
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether train rows can pass block by block."""
+        return all(step.blockwise for step in self.maps)
+
+    def train(self, rows: Rows) -> Rows:
+        """Return A g for train rows, whole or (when `blockwise`) in parts."""
+        for step in self.maps:
+            rows = step.map(rows)
+        return rows
+
+    def train_block(self, name: str, block: Block, index: Any) -> Rows:
+        """Return A g for one block of train rows; only when `blockwise`."""
+        return self.train(Rows(self.source.space.select([name]), {name: block}, index))
+
+    def test(self, rows: Rows) -> Rows:
+        """Return B g for test rows."""
+        for step in self.steps:
+            rows = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
+        return rows
+
+    def with_damping(self, dampings: Sequence[Damping]) -> Chain:
+        """Return the chain with each inverse Hessian at another damping, without a new fit."""
+        waiting = iter(dampings)
+        steps = tuple(
+            step if isinstance(step, LinearMap) else step.with_damping(next(waiting))
+            for step in self.steps
+        )
+        return attrs.evolve(self, steps=steps)
+
+
+def check_stages(stages: Sequence[Stage], space: Space) -> Space:
+    """Walk a space through stages without a tensor and return the space at the end.
+
+    Raises:
+        SpecError: A stage cannot take what the stages before it give; says which and why.
+    """
+    lacking: list[str] = []
+    for stage in stages:
+        if isinstance(stage, Projector):
+            space = stage.out_space(space)
+            if "adjoint" not in stage.gives:
+                lacking.append(_name(stage))
+            continue
+        products = sorted(need for need in stage.needs if need.endswith("-product"))
+        if products and lacking:
+            raise SpecError(
+                f"inverse Hessian {_name(stage)}: needs a {products[0]} lifted through "
+                f"{', '.join(lacking)}, which has no adjoint; put the inverse Hessian first "
+                "(stages=[{inverse_hessian=...}, {projector=...}]), or use a projector that gives "
+                "'adjoint' or a curvature made from rows"
+            )
+        stage.check(space)
+    return space
+
+
+def example_space() -> Space:
+    """Return a small space with both kinds of block, to check a method that has no task yet."""
+    weight = ParameterView("layer.weight", (32, 24), 0, 24)
+    bias = ParameterView("layer.bias", (32,), 24, 25)
+    scale = ParameterView("norm.weight", (32,), 0, 1)
+    shift = ParameterView("norm.bias", (32,), 1, 2)
+    return Space(
+        (
+            BlockSpec("layer", "outer", (32, 25), (weight, bias)),
+            BlockSpec("norm", "dense", (32, 2), (scale, shift)),
+        )
+    )
+
+
+def _name(part: object) -> str:
+    return type(part).__name__

@@ -1,0 +1,1 @@
+"""Settings: data, a model and how it is trained."""

@@ -1,0 +1,1 @@
+"""Curvatures of the train loss, each the mean over the train set."""

@@ -1,0 +1,100 @@
+"""The operator of a curvature that is known by its products with vectors."""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core import CurvatureKind, NumericsError, Problem, Rows, Space
+
+SLICE_LIMIT = 64 * 2**20
+"""Bytes of the unit vectors that one pass over the train set takes."""
+TILE = 1024
+"""Rows and columns that are symmetrised at once."""
+
+
+@frozen(eq=False)
+class ProductOperator:
+    """H v by one pass over the train set for all vectors v that are given.
+
+    Args:
+        problem: The train set.
+        kind: Which curvature.
+    """
+
+    problem: Problem
+    kind: CurvatureKind
+
+    @property
+    def space(self) -> Space:
+        """Return the space of the problem's rows."""
+        return self.problem.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the rows."""
+        return self.problem.dtype
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes that the fit may use."""
+        return self.problem.memory
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return H g for every row g."""
+        return self.problem.product(rows, self.kind)
+
+    def dense(self) -> Tensor:
+        """Return H in float64, ``[d, d]``: its products with the unit vectors, symmetrised.
+
+        Raises:
+            NumericsError: The products are not symmetric up to rounding.
+        """
+        size, device = self.space.dim, self.problem.device
+        item = torch.empty((), dtype=self.dtype).element_size()
+        budget = max(1, min(SLICE_LIMIT, self.memory // 8))
+        step = max(1, min(size, budget // (size * item)))
+        matrix = torch.empty(size, size, dtype=torch.float64, device=device)
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            units = torch.zeros(count, size, dtype=self.dtype, device=device)
+            units.diagonal(first).fill_(1)
+            rows = Rows.from_flat(self.space, units, torch.arange(count))
+            matrix[first : first + count] = self.apply(rows).flat()
+        symmetrise(matrix, torch.finfo(self.dtype).eps, f"curvature {self.kind!r}")
+        return matrix
+
+
+def symmetrise(matrix: Tensor, precision: float, name: str) -> None:
+    """Replace A by (A + A^T) / 2 in place, tile by tile.
+
+    Args:
+        matrix: ``[d, d]``.
+        precision: Relative rounding of one entry.
+        name: What the matrix is.
+
+    Raises:
+        NumericsError: |A - A^T| is more than rounding of the largest entry explains.
+    """
+    size = len(matrix)
+    if size == 0:
+        return
+    worst = torch.zeros((), dtype=matrix.dtype, device=matrix.device)
+    largest = torch.maximum(matrix.max(), -matrix.min())
+    for top in range(0, size, TILE):
+        rows = slice(top, top + TILE)
+        for left in range(top, size, TILE):
+            columns = slice(left, left + TILE)
+            upper, lower = matrix[rows, columns], matrix[columns, rows].mT
+            worst = torch.maximum(worst, (upper - lower).abs().max())
+            mean = (upper + lower) / 2
+            matrix[rows, columns] = mean
+            matrix[columns, rows] = mean.mT
+    if not float(worst) <= min(0.1, 1e4 * precision) * float(largest):
+        raise NumericsError(
+            f"{name}: its products with unit vectors are not symmetric: entries differ from their "
+            f"mirror by up to {float(worst):.3g}, the largest entry is {float(largest):.3g}; "
+            "something random or data dependent runs in the model, or an operation has a wrong "
+            "second derivative; try model.double()"
+        )

@@ -1,0 +1,105 @@
+"""Parts that methods of several families share."""
+
+from __future__ import annotations
+
+import dattri_core as dattri
+
+LAYERS = "dattri_parts.sources.layers"
+LAYER_RULES = {
+    "torch.nn.modules.linear.Linear": "linear:LinearRule",
+    "transformers.pytorch_utils.Conv1D": "linear:TransposedLinearRule",
+    "torch.nn.modules.conv.Conv1d": "convolution:ConvolutionRule",
+    "torch.nn.modules.conv.Conv2d": "convolution:ConvolutionRule",
+    "torch.nn.modules.conv.Conv3d": "convolution:ConvolutionRule",
+    "torch.nn.modules.sparse.Embedding": "embedding:EmbeddingRule",
+    "torch.nn.modules.normalization.LayerNorm": "norm:LayerNormRule",
+    "torch.nn.modules.normalization.RMSNorm": "norm:RMSNormRule",
+    "torch.nn.modules.normalization.GroupNorm": "norm:GroupNormRule",
+    "torch.nn.modules.batchnorm._BatchNorm": "norm:BatchNormRule",
+}
+"""Class of a module -> the rule for its per-example gradients."""
+
+
+@dattri.hookimpl
+def register(registry: dattri.Registry) -> None:
+    """Name them; nothing is imported until it is used."""
+    registry.part(
+        "source",
+        "per-example",
+        "dattri_parts.sources.per_example:PerExample",
+        "Per-example gradients, kept as factors of each layer",
+    )
+    registry.part(
+        "source",
+        "functional",
+        "dattri_parts.sources.functional:Functional",
+        "Per-example gradients of any function of parameters and batch",
+    )
+    registry.part(
+        "projector",
+        "identity",
+        "dattri_parts.projectors.identity:Identity",
+        "No sketch",
+    )
+    registry.part(
+        "inverse_hessian",
+        "identity",
+        "dattri_parts.inverse_hessians.identity:Identity",
+        "No curvature: first-order methods",
+    )
+    registry.part(
+        "inverse_hessian",
+        "composed",
+        "dattri_core.stages:CurvatureInverse",
+        "A curvature and a solver: (H + damping I)^-1",
+    )
+    registry.part(
+        "curvature",
+        "hessian",
+        "dattri_parts.curvatures.hessian:Hessian",
+        "The Hessian of the mean train loss",
+    )
+    registry.part(
+        "curvature",
+        "ggn",
+        "dattri_parts.curvatures.ggn:GGN",
+        "The generalised Gauss-Newton matrix of the mean train loss",
+    )
+    registry.part(
+        "solver",
+        "cholesky",
+        "dattri_parts.solvers.cholesky:Cholesky",
+        "Dense factorisation in float64: the explicit inverse",
+    )
+    registry.part(
+        "solver",
+        "cg",
+        "dattri_parts.solvers.cg:CG",
+        "Conjugate gradients, all test rows at once",
+    )
+    registry.part(
+        "scorer",
+        "dot",
+        "dattri_parts.scorers.dot:Dot",
+        "Inner product",
+    )
+    registry.part(
+        "scorer",
+        "cosine",
+        "dattri_parts.scorers.cosine:Cosine",
+        "Inner product of normalised rows",
+    )
+    registry.part(
+        "fold",
+        "mean",
+        "dattri_parts.folds.mean:Mean",
+        "Mean over checkpoints",
+    )
+    registry.part(
+        "fold",
+        "weighted",
+        "dattri_parts.folds.weighted:Weighted",
+        "Sum over checkpoints, each times its learning rate",
+    )
+    for module, rule in LAYER_RULES.items():
+        registry.part("layer_rule", module, f"{LAYERS}.{rule}", f"Gradients of {module}")

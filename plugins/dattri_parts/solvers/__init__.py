@@ -1,0 +1,1 @@
+"""Solvers: the damped inverse of a curvature."""

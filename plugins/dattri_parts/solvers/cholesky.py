@@ -1,0 +1,170 @@
+"""The explicit inverse: the whole curvature matrix, factorised in float64."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from dattri_core import (
+    Damping,
+    DenseOperator,
+    Inverse,
+    MemoryBudgetError,
+    NumericsError,
+    Rows,
+    Space,
+    format_bytes,
+    free_bytes,
+)
+from dattri_parts.solvers.factor import (
+    Spectrum,
+    Triangular,
+    require_regular,
+    spectrum,
+    triangular,
+)
+
+
+@frozen
+class Cholesky:
+    """(H + damping I)^-1 g from the dense H in float64, exact up to rounding.
+
+    A Cholesky factor where H + damping I is positive definite; otherwise the eigenvalues mu of H and
+    the exact inverse, which divides by mu + damping whatever its sign (a warning says so). Needs
+    16 d^2 bytes for d parameters, and is refused when they are not free. Parameters whose curvature
+    is exactly zero (weights of inputs that are always zero) are split off and divided by damping.
+
+    Args:
+        damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
+    """
+
+    damping: Damping = field(default=Damping(1e-3), converter=Damping.of)
+    needs: ClassVar[frozenset[str]] = frozenset({"dense"})
+    exact: ClassVar[bool] = True
+
+    def check(self, space: Space) -> None:
+        """Raise `MemoryBudgetError` when the matrix and its factor do not fit what is free."""
+        _require_fit(space.dim, free_bytes(torch.device("cpu")), "are free")
+
+    def solve_for(self, operator: DenseOperator, device: torch.device) -> Inverse:
+        """Write the operator down and factorise it.
+
+        Raises:
+            MemoryBudgetError: The matrix and its factor do not fit the operator's memory.
+            NumericsError: H + damping I is singular to the operator's precision.
+        """
+        _require_fit(operator.space.dim, operator.memory, "may be used")
+        return _inverse(_Matrix.of(operator, device), self.damping)
+
+
+def _require_fit(size: int, available: int, what: str) -> None:
+    needed = 2 * 8 * size**2
+    if needed > available:
+        raise MemoryBudgetError(
+            f"solver 'cholesky': the curvature of {size} parameters is a {size} x {size} matrix; it "
+            f"and its factor need {format_bytes(needed)}, {format_bytes(available)} {what}; use the "
+            "solver 'cg' (method 'if-cg'), a projector, or fewer parameters (parameters=...)"
+        )
+
+
+@define(eq=False)
+class _Matrix:
+    """H without the coordinates of its zero rows; kept, so that a new damping costs no data."""
+
+    space: Space
+    live: Tensor  # [d], coordinates whose row is not zero
+    values: Tensor  # [live, live]
+    mean_eigenvalue: float
+    precision: float
+    spectrum: Spectrum | None = None
+
+    @staticmethod
+    def of(operator: DenseOperator, device: torch.device) -> _Matrix:
+        matrix = operator.dense().to(device)
+        total = float(matrix.diagonal().sum())
+        if not math.isfinite(total):
+            raise NumericsError("solver 'cholesky': the diagonal of the curvature is not finite")
+        nonzero = torch.count_nonzero(matrix, dim=1) > 0
+        live = nonzero.nonzero().squeeze(1)
+        if len(live) < len(matrix):
+            matrix = matrix[live[:, None], live]
+        size = operator.space.dim
+        precision = torch.finfo(operator.dtype).eps
+        return _Matrix(operator.space, live, matrix, total / max(1, size), precision)
+
+
+def _inverse(matrix: _Matrix, damping: Damping) -> _DenseInverse:
+    value = damping.absolute(matrix.mean_eigenvalue)
+    idle = matrix.space.dim - len(matrix.live)
+    stats: dict[str, float] = {
+        "damping": value,
+        "dimension": float(matrix.space.dim),
+        "zero_rows": float(idle),
+    }
+    factor: Triangular | Spectrum | None = None
+    if len(matrix.live):
+        factor = None if matrix.spectrum else triangular(matrix.values, value)
+        if factor is None:
+            held = matrix.spectrum or spectrum(matrix.values, value)
+            matrix.spectrum = held
+            factor = Spectrum(held.values, held.basis, value)
+        least, greatest = factor.least, factor.greatest
+        require_regular(min(least, value) if idle else least, greatest, matrix.precision, value)
+        stats["condition"] = greatest / (min(least, value) if idle else least)
+    elif idle:
+        require_regular(value, value, 0.0, value)
+    negative = 0
+    if isinstance(factor, Spectrum):
+        negative = int((factor.shifted < 0).sum())
+        stats["minimum_eigenvalue"] = float(factor.values[0])
+    stats["negative_eigenvalues"] = float(negative)
+    if negative:
+        warnings.warn(
+            f"solver 'cholesky': {negative} of {matrix.space.dim} eigenvalues of the curvature stay "
+            f"negative with damping {value:.3g} (the smallest is {stats['minimum_eigenvalue']:.3g} "
+            "before damping); the exact inverse is used, which turns these directions around; give "
+            "more damping or the curvature 'ggn'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return _DenseInverse(matrix, factor, value, stats)
+
+
+@frozen(eq=False)
+class _DenseInverse:
+    """A factor of H + damping I."""
+
+    matrix: _Matrix
+    factor: Triangular | Spectrum | None
+    damping: float
+    stats: Mapping[str, float]
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return (H + damping I)^-1 g for every row g, in the rows' dtype."""
+        self.matrix.space.require_same(rows.space, "inverse Hessian")
+        flat = rows.flat()
+        live = self.matrix.live.to(flat.device)
+        vectors = flat.to(torch.float64)
+        if len(live) == self.matrix.space.dim:
+            answer = self._solve(vectors)
+        else:
+            # Divided by zero only where no damping and no row of H acts; `require_regular` refused.
+            answer = vectors / self.damping
+            answer[:, live] = self._solve(vectors[:, live])
+        return Rows.from_flat(rows.space, answer.to(flat.dtype), rows.index, rows.aux)
+
+    def with_damping(self, damping: Damping) -> Inverse:
+        """Return the inverse at another damping: a new factor, no pass over the data."""
+        return _inverse(self.matrix, damping)
+
+    def _solve(self, vectors: Tensor) -> Tensor:
+        if self.factor is None:
+            return vectors
+        device = self.matrix.values.device
+        return self.factor.solve(vectors.to(device)).to(vectors.device)

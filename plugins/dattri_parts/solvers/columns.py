@@ -1,0 +1,187 @@
+"""The state of conjugate gradients on many systems: one column of numbers for each row solved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from dattri_core import DenseBlock, NumericsError, Rows, Space
+
+SLICE_BYTES = 2 * 2**20
+"""Bytes of one tensor of a slice of systems: four of them stay in a processor's cache."""
+
+
+@define(eq=False)
+class Columns:
+    """Iterates x of all C systems; residuals r and directions p of those still at work.
+
+    ``working`` systems are the first dimension of r and p; ``live`` says which ones they are.
+    """
+
+    space: Space
+    solution: dict[str, Tensor]  # [C, *shape] by block
+    residuals: dict[str, Tensor]  # [working, *shape]
+    direction: dict[str, Tensor]  # [working, *shape]
+    live: Tensor  # [working], positions among the C
+    squared: Tensor  # [C], |r|^2 in float64
+    target: float  # |r|^2 at which a system is solved
+    length: Tensor  # [C], |g| in float64
+    stopped: Tensor  # [C], met negative curvature
+
+    @staticmethod
+    def start(rows: Rows, tolerance: float) -> Columns:
+        """Return the state at x = 0 for right-hand sides g / |g|, in float32 or better.
+
+        At unit length no square underflows, however small the gradient of a well-fitted example is.
+        """
+        formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
+        wide = {n: v.float() if v.element_size() < 4 else v for n, v in formed.items()}
+        squared = torch.stack([_squares(value) for value in wide.values()]).sum(0)
+        length = squared.sqrt()
+        if not bool(torch.isfinite(length).all()):
+            raise NumericsError("solver 'cg': a right-hand side is not finite")
+        tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
+        length = length.where(length >= tiny, 0.0)
+        inverse = (1 / length).where(length > 0, 0.0)
+        # Made anew, since the rows may share their tensors and the state changes in place.
+        units = {n: v * _column(inverse, v) for n, v in wide.items()}
+        columns = Columns(
+            space=rows.space,
+            solution={n: torch.zeros_like(v) for n, v in wide.items()},
+            residuals=units,
+            direction={n: v.clone() for n, v in units.items()},
+            live=torch.arange(len(rows), device=squared.device),
+            squared=(length > 0).to(torch.float64),
+            target=tolerance**2,
+            length=length,
+            stopped=torch.zeros_like(squared, dtype=torch.bool),
+        )
+        columns._drop()
+        return columns
+
+    @property
+    def working(self) -> int:
+        """Return how many systems are still at work."""
+        return len(self.live)
+
+    @property
+    def residual(self) -> float:
+        """Return the largest relative residual |r| / |g|."""
+        return float(self.squared.max().sqrt()) if len(self.squared) else 0.0
+
+    @property
+    def converged(self) -> int:
+        """Return how many systems are solved."""
+        return int(self._solved().sum())
+
+    @property
+    def negative(self) -> int:
+        """Return how many systems stopped at negative curvature."""
+        return int(self.stopped.sum())
+
+    def directions(self, dtype: torch.dtype) -> Rows:
+        """Return the directions p of the systems at work, as rows."""
+        blocks = {name: DenseBlock(value.to(dtype)) for name, value in self.direction.items()}
+        return Rows(self.space, blocks, self.live.cpu())
+
+    def step(self, products: Rows, damping: float, *, first: bool) -> None:
+        """Take one step, given H p; systems that are solved or stopped leave the work."""
+        formed = {
+            name: products.blocks[name].dense().values.to(self.direction[name].dtype)
+            for name in self.space.names
+        }
+        for where in self._slices():
+            self._step_slice(where, {n: v[where] for n, v in formed.items()}, damping, first)
+        self._drop()
+
+    def _step_slice(
+        self, where: slice, product: dict[str, Tensor], damping: float, first: bool
+    ) -> None:
+        live = self.live[where]
+        direction = {name: value[where] for name, value in self.direction.items()}
+        residual = {name: value[where] for name, value in self.residuals.items()}
+        length = _total(direction, direction)
+        bend = _total(direction, product)
+        size = _total(product, product)
+        if not bool(torch.isfinite(bend + size).all()):
+            raise NumericsError(
+                "solver 'cg': a curvature product is not finite; look for a diverged checkpoint"
+            )
+        curve = bend + damping * length  # p^T (H + damping I) p
+        norm = (size + 2 * damping * bend + damping**2 * length).clamp(min=0).sqrt()
+        precision = torch.finfo(next(iter(direction.values())).dtype).eps
+        # Not positive, up to rounding: for a positive matrix the angle is never this near to 90.
+        stop = curve <= precision * norm * length.sqrt()
+        rate = (self.squared[live] / curve.where(~stop, curve.new_ones(()))).where(~stop, 0.0)
+        move = rate.where(~stop, 1.0 if first else 0.0)
+        for name, value in direction.items():
+            _add(self.solution[name], live, value, move)
+            residual[name].addcmul_(product[name], _column(-rate, value))
+            residual[name].addcmul_(value, _column(-damping * rate, value))
+        squared = _total(residual, residual)
+        turn = squared / self.squared[live]
+        for name, value in direction.items():
+            value.mul_(_column(turn, value)).add_(residual[name])
+        self.squared[live] = squared
+        self.stopped[live] = stop
+
+    def answer(self, rows: Rows) -> Rows:
+        """Return the iterates as rows like those that were given."""
+        blocks = {
+            name: DenseBlock(value.mul_(_column(self.length, value)).to(rows.dtype))
+            for name, value in self.solution.items()
+        }
+        return Rows(rows.space, blocks, rows.index, rows.aux)
+
+    def _solved(self) -> Tensor:
+        return (self.squared <= self.target) & ~self.stopped
+
+    def _drop(self) -> None:
+        done = (self._solved() | self.stopped)[self.live]
+        if not bool(done.any()):
+            return
+        keep = (~done).nonzero().squeeze(1)
+        self.live = self.live[keep]
+        for held in (self.residuals, self.direction):
+            for name in held:
+                held[name] = held[name][keep]
+
+    def _slices(self) -> Iterator[slice]:
+        each = max(v[0].numel() * v.element_size() for v in self.direction.values())
+        on_cpu = self.squared.device.type == "cpu"
+        step = max(1, SLICE_BYTES // max(1, each)) if on_cpu else max(1, self.working)
+        for first in range(0, self.working, step):
+            yield slice(first, first + step)
+
+
+def _add(solution: Tensor, live: Tensor, direction: Tensor, rate: Tensor) -> None:
+    """Add rate times direction to the solutions of the live systems."""
+    step = _column(rate, direction)
+    first, last = int(live[0]), int(live[-1])
+    if last - first + 1 == len(live):
+        solution[first : last + 1].addcmul_(direction, step)
+    else:
+        solution.index_add_(0, live, direction * step)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Return the squared length of each row in float64, ``[B]``, a few rows at a time."""
+    each = values.numel() * values.element_size() // max(1, len(values))
+    parts = torch.split(values, max(1, SLICE_BYTES // max(1, each)))
+    return torch.cat([part.double().square().flatten(1).sum(1) for part in parts])
+
+
+def _total(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
+    return torch.stack([_dot(left[name], right[name]) for name in left]).sum(0)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner product of each row with the same row, summed in float64: ``[B]``."""
+    return (left * right).flatten(1).sum(1, dtype=torch.float64)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).reshape(-1, *([1] * (like.dim() - 1)))

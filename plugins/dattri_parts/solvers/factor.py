@@ -1,0 +1,113 @@
+"""Inverses of dense symmetric matrices: a triangular factor, or eigenvalues when indefinite."""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core import MemoryBudgetError, NumericsError, format_bytes, free_bytes
+
+PROBES, STEPS = 4, 6
+"""Vectors and steps of the power iterations that estimate the extreme eigenvalues."""
+
+
+@frozen(eq=False)
+class Triangular:
+    """A = L L^T."""
+
+    lower: Tensor  # [d, d]
+    least: float
+    greatest: float
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """Return A^-1 v for every row v, ``[C, d]``."""
+        return torch.cholesky_solve(vectors.mT, self.lower).mT
+
+
+@frozen(eq=False)
+class Spectrum:
+    """H = Q diag(values) Q^T, shifted by a damping: any number of dampings from one decomposition."""
+
+    values: Tensor  # [d]
+    basis: Tensor  # [d, d]
+    damping: float
+
+    @property
+    def shifted(self) -> Tensor:
+        """Return the eigenvalues of H + damping I."""
+        return self.values + self.damping
+
+    @property
+    def least(self) -> float:
+        """Return the eigenvalue of H + damping I that is nearest to zero, without its sign."""
+        return float(self.shifted.abs().min())
+
+    @property
+    def greatest(self) -> float:
+        """Return the eigenvalue of H + damping I that is furthest from zero, without its sign."""
+        return float(self.shifted.abs().max())
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """Return (H + damping I)^-1 v for every row v, ``[C, d]``."""
+        return (vectors @ self.basis / self.shifted) @ self.basis.mT
+
+
+def triangular(matrix: Tensor, damping: float) -> Triangular | None:
+    """Return the Cholesky factor of H + damping I, or None when it is not positive definite.
+
+    The diagonal of ``matrix`` is changed while this runs, so that no copy is made.
+    """
+    diagonal = matrix.diagonal().clone()
+    try:
+        matrix.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            return None
+        greatest = _power(lambda v: matrix @ v, matrix)
+        least = 1 / _power(lambda v: torch.cholesky_solve(v, lower), matrix)
+    finally:
+        matrix.diagonal().copy_(diagonal)
+    return Triangular(lower, least, greatest)
+
+
+def spectrum(matrix: Tensor, damping: float) -> Spectrum:
+    """Return the eigendecomposition of H.
+
+    Raises:
+        MemoryBudgetError: It does not fit the memory that is free.
+    """
+    needed = 4 * matrix.numel() * matrix.element_size()
+    free = free_bytes(matrix.device)
+    if needed > free:
+        raise MemoryBudgetError(
+            f"eigendecomposition of an indefinite {len(matrix)} x {len(matrix)} curvature: needs "
+            f"{format_bytes(needed)}, {format_bytes(free)} are free; give more damping or the "
+            "curvature 'ggn', so that a Cholesky factor exists, or the solver 'cg'"
+        )
+    values, basis = torch.linalg.eigh(matrix)
+    return Spectrum(values, basis, damping)
+
+
+def _power(function: object, like: Tensor) -> float:
+    """Return an estimate from below of the largest eigenvalue of a positive operator."""
+    assert callable(function)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(len(like), PROBES, generator=generator, dtype=like.dtype).to(like.device)
+    norm = block.norm(dim=0)
+    for _ in range(STEPS):
+        block = function(block / norm)
+        norm = block.norm(dim=0)
+    return float(norm.max())
+
+
+def require_regular(least: float, greatest: float, precision: float, damping: float) -> None:
+    """Raise `NumericsError` when H + damping I is singular to the precision of its entries."""
+    if least > precision * greatest:
+        return
+    raise NumericsError(
+        f"curvature + damping: singular to working precision (damping {damping:.3g}; the eigenvalues "
+        f"of H + damping I have sizes from {least:.3g} to {greatest:.3g}, and H is known to "
+        f"{precision:.1g} of its largest); give a damping above {precision * greatest:.1g}, the "
+        "curvature 'ggn' if the Hessian is indefinite, or model.double() for more precision"
+    )

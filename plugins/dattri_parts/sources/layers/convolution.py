@@ -1,0 +1,100 @@
+"""Convolutions in one, two and three dimensions, as a linear layer at every output position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from dattri_core import Block, BlockSpec, DenseBlock, ParameterView
+from dattri_parts.sources.layers.affine import AFFINE, affine_rows, affine_spec, dtype_of
+
+
+@frozen
+class ConvolutionRule:
+    """``nn.Conv1d/2d/3d``: dL/dW = sum_p g_p patch_p^T over output positions p.
+
+    With one group the block is outer, (O, I k) and the bias as last column. With more groups it is
+    dense, (O, I/groups k): a group's rows of W meet that group's patches only, so that the gradient
+    is a stack of outer products with different inputs, and no single pair of factors has its shape.
+    """
+
+    leading: ClassVar[bool] = True
+
+    def spec(self, name: str, module: nn.Module, trained: Mapping[str, str]) -> BlockSpec | None:
+        """Return the block of the kernel, flattened to (O, I/groups k), bias as last column."""
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        inputs = module.in_channels // module.groups * math.prod(module.kernel_size)
+        outputs = module.out_channels
+        if module.groups == 1 or "weight" not in trained or not AFFINE.issuperset(trained):
+            return affine_spec(name, outputs, inputs, module, trained)
+        views = [ParameterView(trained["weight"], tuple(module.weight.shape), 0, inputs)]
+        if "bias" in trained:
+            views.append(ParameterView(trained["bias"], (outputs,), inputs, inputs + 1))
+        return BlockSpec(name, "dense", (outputs, views[-1].stop), views)
+
+    def rows(
+        self, module: nn.Module, trained: Mapping[str, str], inputs: Tensor, grads: Tensor
+    ) -> Block:
+        """Return factors (one group) or formed rows (several) of inputs ``[N, I, ...]``."""
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        grads = grads.flatten(2)  # [N, O, P]
+        if "weight" not in trained:
+            return affine_rows(module, trained, inputs, grads.mT)
+        patches = _patches(module, inputs)  # [N, P, I, k]
+        if module.groups == 1:
+            return affine_rows(module, trained, patches.flatten(2), grads.mT)
+        return _grouped(module, trained, patches, grads)
+
+
+def _grouped(
+    module: nn.modules.conv._ConvNd, trained: Mapping[str, str], patches: Tensor, grads: Tensor
+) -> Block:
+    dtype = dtype_of(module, trained)
+    groups = module.groups
+    rows, positions = patches.shape[:2]
+    split = patches.reshape(rows, positions, groups, -1).transpose(1, 2)  # [N, g, P, I/g k]
+    parted = grads.reshape(rows, groups, -1, positions)  # [N, g, O/g, P]
+    # Sums over positions run in float32 or better.
+    wide = torch.promote_types(dtype, torch.float32)
+    formed = (parted.to(wide) @ split.to(wide)).flatten(1, 2)  # [N, O, I/g k]
+    if "bias" in trained:
+        formed = torch.cat([formed, grads.to(wide).sum(2, keepdim=True)], dim=2)
+    return DenseBlock(formed.to(dtype))
+
+
+def _patches(module: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
+    """Return the inputs under the kernel at each output position, ``[N, P, I, k]``."""
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    padded = _pad(module, inputs)
+    axes = len(kernel)
+    for axis in range(axes):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        padded = padded.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
+    # [N, I, P..., k...] -> [N, P..., I, k...]
+    order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+    patches = padded.permute(order)
+    return patches.reshape(
+        len(inputs), math.prod(patches.shape[1 : 1 + axes]), inputs.shape[1], math.prod(kernel)
+    )
+
+
+def _pad(module: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
+    sides: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):  # F.pad counts from the last axis
+        if module.padding == "valid":
+            sides += [0, 0]
+        elif module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            assert not isinstance(module.padding, str)
+            sides += [module.padding[axis]] * 2
+    if not any(sides):
+        return inputs
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return nn.functional.pad(inputs, sides, mode=mode)

@@ -1,0 +1,180 @@
+"""Per-example gradients by hooks: one forward and one backward pass for the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import define, evolve, frozen
+from torch import Tensor, nn
+
+from dattri_core import (
+    Block,
+    Checkpoint,
+    Evaluator,
+    InputError,
+    Space,
+    Task,
+    batch_size,
+    take,
+)
+from dattri_parts.sources.axes import LARGE
+from dattri_parts.sources.capture import stream_blocks
+from dattri_parts.sources.finite import plain, require_finite
+from dattri_parts.sources.habits import Habits, WrittenInputError
+from dattri_parts.sources.plan import SourcePlan, make_plan
+from dattri_parts.sources.rehearse import rehearse
+from dattri_parts.sources.resolve import CURE, ROLES, paths_of, resolve, slots_of
+from dattri_parts.sources.verify import mismatches
+
+Role = Literal["train", "test"]
+Sink = Callable[[str, Block], None]
+
+
+@frozen
+class PerExample:
+    """Rows g_b = d loss_b / d parameters, caught at each module in one pass over the batch.
+
+    A layer's gradient is kept as its factors (`OuterBlock`) where it has them: for a linear layer
+    dL_b/dW = sum_t e_bt x_bt^T with x its input and e the gradient at its output. Blocks stream in
+    the order of the backward pass, so that one layer's rows are alive at a time. Which module kinds
+    have a rule is a matter of registration (`LayerRule`); any other is differentiated by
+    ``torch.func``, that module alone.
+
+    Source: Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799; Rochette et
+    al., arXiv 1912.06015 (convolutions).
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset()
+
+    def bind(self, task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
+        """Learn the model's calls on a few examples, and check their rows against autograd.
+
+        Args:
+            task: The task.
+            checkpoint: One of its checkpoints.
+            sample: Up to three examples, on the device of the task.
+
+        Raises:
+            InputError: The loss is unfit (see `Evaluator`), or a parameter takes part in it in a
+                way that no module shows; the parameters are named.
+        """
+        with torch.inference_mode(False):
+            return _bind(task, checkpoint, plain(sample))
+
+
+@define(eq=False)
+class BoundPerExample:
+    """`PerExample` at one checkpoint."""
+
+    evaluator: Evaluator
+    plan: SourcePlan
+    habits: Habits
+
+    @property
+    def space(self) -> Space:
+        """Return the blocks, in the order of the model's parameters."""
+        return self.plan.space
+
+    def stream(self, batch: Any, role: Role, sink: Sink) -> Mapping[str, Tensor]:
+        """Hand the blocks of a batch to the sink, last module first.
+
+        Raises:
+            InputError: The modules are called unlike on the sample.
+            NumericsError: A gradient is not finite; checkpoint, block and example are named.
+        """
+        batch = plain(batch)
+
+        def once(watched: Sink) -> None:
+            try:
+                stream_blocks(self.evaluator, self.plan, self.habits, batch, role, watched)
+            except WrittenInputError as error:
+                path = paths_of(self.evaluator.task.model)[error.module]
+                raise InputError(
+                    f"per-example: the input of {type(error.module).__name__} at {path!r} is "
+                    f"changed in place after the module ran, which it was not on the sample; {CURE}"
+                ) from error
+
+        require_finite(once, sink, self.evaluator.checkpoint, role)
+        return {}
+
+    def mismatches(self, sample: Any, examples: int, roles: tuple[str, ...]) -> dict[str, float]:
+        """Return the parameters whose rows differ from autograd on a sample, and by how much."""
+        wrong: dict[str, float] = {}
+        for role in roles:
+
+            def stream(sink: Sink, role: Any = role) -> None:
+                self.stream(sample, role, sink)
+
+            found = mismatches(self.evaluator, self.space, stream, sample, role, examples)
+            wrong.update({k: max(v, wrong.get(k, 0.0)) for k, v in found.items()})
+        return wrong
+
+
+def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
+    evaluator = Evaluator(task, checkpoint, sample)
+    size = min(batch_size(sample), LARGE)
+    trio = take(sample, torch.arange(LARGE) % size)
+    slots = slots_of(task.model, evaluator.selected)
+    roles = ROLES if task.target is not None else ROLES[:1]
+    refused: set[nn.Module] = set()
+    while True:
+        resolved = resolve(evaluator, slots, trio, refused)
+        bound = BoundPerExample(evaluator, make_plan(evaluator, resolved), Habits(resolved.layouts))
+        for role in ROLES:
+            rehearse(evaluator, bound.plan, bound.habits, trio, role)
+        wrong = bound.mismatches(trio, size, roles)
+        if wrong and _try_strided(bound, set(wrong)):
+            wrong = bound.mismatches(trio, size, roles)
+        misled = _spread_sites(bound, set(wrong)) - refused
+        if not misled:
+            break
+        refused |= misled  # repeating its output kept the loss, but not whose gradient is whose
+    if wrong:
+        worst = ", ".join(f"{name!r} (by {off:.1e})" for name, off in list(wrong.items())[:6])
+        raise InputError(
+            f"per-example: the rows of {worst} differ from autograd on the first examples; the "
+            "parameter takes part in the loss outside of its module's call (weight decay in the "
+            "loss, a weight used directly), or its module mixes examples; "
+            f"{CURE}, or leave the parameter out with parameters='!{next(iter(wrong))}'"
+        )
+    return bound
+
+
+def _spread_sites(bound: BoundPerExample, wrong: set[str]) -> set[nn.Module]:
+    """Return the modules at fault that have an output repeated for each example."""
+    calls = bound.habits.layouts.values()
+    spread = {m for layouts in calls for m, each in layouts.items() if any(c.spread for c in each)}
+    return {site.module for site in bound.plan.sites if site.parameters & wrong} & spread
+
+
+def _try_strided(bound: BoundPerExample, wrong: set[str]) -> bool:
+    """Read flattened axes of the modules at fault as position by position; False if there are none.
+
+    From shapes alone ``[B T, D]`` may be B runs of T or T runs of B.
+    """
+    faulty = {site.module for site in bound.plan.sites if site.parameters & wrong}
+    changed = False
+    turned: dict[str, dict[nn.Module, list[Any]]] = {}
+    for role, layouts in bound.habits.layouts.items():
+        turned[role] = {}
+        for module, calls in layouts.items():
+            new = [
+                evolve(
+                    call,
+                    inputs=tuple(_strided(axis) for axis in call.inputs),
+                    outputs=tuple(_strided(axis) for axis in call.outputs),
+                )
+                if module in faulty
+                else call
+                for call in calls
+            ]
+            changed = changed or new != list(calls)
+            turned[role][module] = new
+    bound.habits.layouts = turned
+    return changed
+
+
+def _strided(axis: Any) -> Any:
+    return axis if axis is None or not axis.several else evolve(axis, strided=True)

@@ -1,0 +1,91 @@
+"""The check at bind: rows against plain autograd of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dattri_core import Block, Evaluator, Space, leaves, take
+from dattri_parts.sources.blocks import parameter_values
+
+Sink = Callable[[str, Block], None]
+# The allowed difference, relative to a parameter's gradient; plus a share of the whole gradient,
+# for parameters whose own nearly cancels; plus a floor, where all of it is rounding.
+LOOSE = {torch.float64: (1e-8, 1e-2, 1e-12), torch.float32: (1e-2, 5e-2, 1e-6)}
+LOOSE_HALF = (0.2, 0.1, 1e-4)
+
+
+def mismatches(
+    evaluator: Evaluator,
+    space: Space,
+    stream: Callable[[Sink], Any],
+    sample: Any,
+    role: Any,
+    examples: int,
+) -> dict[str, float]:
+    """Return the parameters whose rows differ from autograd, with the relative difference.
+
+    Args:
+        evaluator: The losses.
+        space: The space of the rows.
+        stream: Gives the blocks of ``sample`` to a sink.
+        sample: A few examples.
+        role: Of the loss or target.
+        examples: How many of them to compare; one gradient of the model is alive at a time.
+    """
+    wrong: dict[str, float] = {}
+    for b in range(examples):
+        expected = single_gradient(evaluator, take(sample, slice(b, b + 1)), role)
+        whole = torch.stack([g.norm() for g in expected.values()]).norm()
+
+        def compare(
+            name: str,
+            block: Block,
+            b: int = b,
+            expected: Mapping[str, Tensor] = expected,
+            whole: Tensor = whole,
+        ) -> None:
+            spec = space[name]
+            values = block.take(slice(b, b + 1)).dense().values
+            for view in spec.parameters:
+                true = expected[view.parameter]
+                got = parameter_values(spec, view, values)[0].to(true.dtype)
+                loose, share, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
+                allowed = loose * (true.norm() + share * whole) + floor
+                difference = (got - true).norm()
+                if not bool(difference <= allowed):
+                    relative = float(difference / true.norm().clamp_min(1e-30))
+                    wrong[view.parameter] = max(relative, wrong.get(view.parameter, 0.0))
+
+        stream(compare)
+    return wrong
+
+
+def single_gradient(evaluator: Evaluator, example: Any, role: Any) -> dict[str, Tensor]:
+    """Return the gradient of one example's loss for the selected parameters, by plain autograd.
+
+    The same weights require gradients as in training, more than the selected ones: an activation
+    checkpoint may need that.
+    """
+    trained = {name for name, p in evaluator.task.model.named_parameters() if p.requires_grad}
+    given = leaves(
+        {name: evaluator.parameters[name] for name in evaluator.parameters if name in trained}
+    )
+
+    def both_ways(model: nn.Module) -> None:
+        total = evaluator.total_of(model, example, role, given)
+        if total.requires_grad:
+            total.backward()
+
+    with evaluator.session(), torch.inference_mode(False), torch.enable_grad():
+        evaluator.call(both_ways, given)
+    wide = torch.promote_types(evaluator.dtype, torch.float32)
+    return {
+        name: (torch.zeros_like(given[name]) if given[name].grad is None else given[name].grad).to(
+            wide
+        )
+        for name in evaluator.selected
+    }

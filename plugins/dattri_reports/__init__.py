@@ -1,0 +1,1 @@
+"""Reports: what a run prints and draws."""

@@ -1,0 +1,16 @@
+"""Reports: what a run prints and draws."""
+
+from __future__ import annotations
+
+import dattri_core as dattri
+
+
+@dattri.hookimpl
+def register(registry: dattri.Registry) -> None:
+    """Name them; nothing is imported until it is used."""
+    registry.part(
+        "command",
+        "demo",
+        "dattri_reports.demo:command",
+        "Find wrong labels in real data with every method; prints a table, writes a report",
+    )

@@ -1,0 +1,139 @@
+"""MNIST from a folder, a mirror, or nowhere; the network of the published benchmarks."""
+
+import gzip
+import hashlib
+import io
+import os
+import struct
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dattri_benchmarks import fetch as fetching
+from dattri_benchmarks import mnist, models
+
+from dattri_core.errors import InputError, StoreError
+
+REAL = Path(os.environ.get("DATTRI_DATA", fetching.data_folder()))
+have_mnist = pytest.mark.skipif(
+    not (REAL / "mnist" / "train-images-idx3-ubyte.gz").exists(),
+    reason="no mnist/ in the folder that DATTRI_DATA names",
+)
+
+
+def idx(array):
+    head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A data set of the same format, with its own checksums, served by a fake network."""
+    rng = np.random.default_rng(0)
+    web, sums, arrays = {}, {}, {}
+    for part, count in (("train", 90), ("t10k", 40)):
+        for what, array in (
+            ("images", rng.integers(0, 256, (count, 28, 28))),
+            ("labels", np.arange(count) % 10),
+        ):
+            name = f"{part}-{what}-idx{array.ndim}-ubyte.gz"
+            web[mnist.MIRRORS[1] + name] = gzip.compress(idx(array))
+            sums[f"{part}-{what}"] = hashlib.sha256(idx(array)).hexdigest()
+            arrays[f"{part}-{what}"] = array
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if url not in web:
+            raise urllib.error.URLError("no route")
+        return io.BytesIO(web[url])
+
+    monkeypatch.setattr(mnist, "SHA256", sums)
+    monkeypatch.setenv("DATTRI_DATA", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return tmp_path / "mnist", web, asked, arrays
+
+
+def test_a_missing_file_is_downloaded_once_from_the_mirror_that_answers(small):
+    folder, _, asked, arrays = small
+    images, labels = mnist.read_mnist("train")
+    assert np.array_equal(images, arrays["train-images"])
+    assert np.array_equal(labels, arrays["train-labels"])
+    assert [url.startswith(mnist.MIRRORS[0]) for url in asked] == [True, False, True, False]
+    asked.clear()
+    assert np.array_equal(mnist.read_mnist("train")[0], images)
+    assert asked == []
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "train-images-idx3-ubyte.gz",
+        "train-labels-idx1-ubyte.gz",
+    ]
+
+
+def test_without_a_network_the_error_says_what_to_do(small):
+    folder, web, _, _ = small
+    web.clear()
+    with pytest.raises(InputError, match="DATTRI_DATA") as caught:
+        mnist.read_mnist("train")
+    assert all(mirror in str(caught.value) for mirror in mnist.MIRRORS)
+    assert not folder.exists()
+
+
+def test_a_mirror_that_serves_something_else_is_not_believed(small):
+    folder, web, _, _ = small
+    for url in web:
+        web[url] = gzip.compress(b"another file")
+    with pytest.raises(InputError, match="SHA-256"):
+        mnist.read_mnist("t10k")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"<html>", lambda b: b""])
+def test_a_damaged_file_in_the_folder_is_refused_by_name(small, damage):
+    folder, _, _, _ = small
+    mnist.read_mnist("train")
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(StoreError, match=r"train-labels-idx1-ubyte\.gz"):
+        mnist.read_mnist("train")
+
+
+def test_the_world_of_a_small_mnist(small):
+    world = mnist.setting.load((60, 30), seed=1)
+    _, _, _, arrays = small
+    index = [int(i.removeprefix("train-")) for i in world.train_ids]
+    assert np.array_equal(world.train_images, arrays["train-images"][index])
+    assert np.array_equal(world.true_labels, arrays["train-labels"][index])
+    assert world.flipped.sum() == 3
+    with pytest.raises(InputError, match="there are 90"):
+        mnist.setting.load((91, 30))
+
+
+def test_the_networks_have_the_published_sizes():
+    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    assert count(models.mnist_mlp()) == 109_386
+    assert count(models.mnist_logistic_regression()) == 7_850
+
+
+def test_the_folder_of_data(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATTRI_DATA", str(tmp_path / "named"))
+    assert fetching.data_folder() == tmp_path / "named"
+    monkeypatch.delenv("DATTRI_DATA")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert fetching.data_folder() == tmp_path / "cache" / "dattri"
+
+
+@have_mnist
+def test_real_mnist():
+    md5 = {}
+    for part in ("train", "t10k"):
+        images, labels = mnist.read_mnist(part)
+        assert images.shape == ({"train": 60_000, "t10k": 10_000}[part], 28, 28)
+        assert set(np.unique(labels)) == set(range(10))
+        md5[part] = hashlib.md5(idx(images)).hexdigest()
+    assert md5 == {
+        "train": "6bbc9ace898e44ae57da46a324031adb",
+        "t10k": "2646ac647ad5339dbf082846283269ea",
+    }

@@ -1,0 +1,128 @@
+"""A third party's plugin: installed with pip, found, run, checked, and gone once uninstalled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAME = "dattri-tempered-cosine"
+
+
+class Environment:
+    """A virtual environment that also sees what this one has, so that nothing is downloaded."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=False)
+        scripts = "Scripts" if os.name == "nt" else "bin"
+        self.python = folder / scripts / "python"
+        own = subprocess.run(
+            [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        theirs = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        lines = [f"import site; site.addsitedir({path!r})" for path in sorted(theirs)]
+        (Path(own) / "theirs.pth").write_text("\n".join(lines) + "\n")
+
+    def pip(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "pip", "--python", str(self.python), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "DATTRI_PLUGINS"}
+        return subprocess.run(
+            [self.python, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=cwd,
+            env=environment,
+        )
+
+    def dattri(self, *arguments: str) -> str:
+        done = self.run("-m", "dattri_core", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the distribution: building writes into its folder."""
+    ignored = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    copy = tmp_path_factory.mktemp("source") / NAME
+    return Path(shutil.copytree(ROOT / "contrib" / NAME, copy, ignore=ignored))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Environment]:
+    made = Environment(tmp_path_factory.mktemp("environment"))
+    assert "tempered-cosine" not in made.dattri("methods") + made.dattri("parts")
+    made.pip("install", "--no-deps", "--no-build-isolation", "--no-index", str(source))
+    yield made
+    made.pip("uninstall", "--yes", NAME)
+    assert "tempered-cos" not in made.dattri("methods") + made.dattri("parts")
+    assert NAME not in made.dattri("plugins")
+
+
+def test_it_is_found_through_its_entry_point(environment: Environment) -> None:
+    line = next(line for line in environment.dattri("plugins").splitlines() if NAME in line)
+    assert "0.1.0  loaded  1 parts, 1 methods" in line
+    assert f"grad-tempered-cos  {NAME}" in environment.dattri("methods")
+    shown = environment.dattri("show", "grad-tempered-cos")
+    for part in (
+        "formula",
+        "citation",
+        "tempered-cosine",
+        "scorer.train_power",
+        'scorer = "tempered-cosine"',
+    ):
+        assert part in shown, shown
+
+
+def test_check_passes_for_its_part_its_method_and_all_of_it(environment: Environment) -> None:
+    for name in ("tempered-cosine", "grad-tempered-cos", NAME):
+        assert environment.dattri("check", name).endswith(f"dattri check {name}: passed\n")
+
+
+def test_its_own_tests_pass(environment: Environment, source: Path) -> None:
+    done = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "11 passed" in done.stdout
+
+
+def test_it_runs_from_a_spec(environment: Environment, tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text(
+        "import torch, dattri_core as d\n"
+        "def make(n):\n"
+        "    model = torch.nn.Linear(3, 2)\n"
+        "    x, y = torch.randn(n, 3), torch.arange(n) % 2\n"
+        "    return d.Task(model, 'cross-entropy'), (x, y), (x[:2], y[:2])\n"
+    )
+    (tmp_path / "run.toml").write_text(
+        'method = "grad-tempered-cos"\noutput = "unused"\n[setting]\nname = "toy:make"\nn = 6\n'
+    )
+    output = tmp_path / "scores"
+    said = environment.dattri("run", str(tmp_path / "run.toml"), "--output", str(output))
+    assert f"saved to {output}" in said
+    code = f"import dattri_core as d; s = d.Scores.load({str(output)!r}); print(*s.values.shape)"
+    assert environment.run("-c", code).stdout.split() == ["6", "2"]
+
+
+def test_it_can_be_turned_off(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        f"import os; os.environ['DATTRI_PLUGINS'] = '-{NAME}'\n"
+        "from dattri_core.registry import default_registry\n"
+        "print(default_registry().names('scorer'))"
+    )
+    assert "tempered-cosine" not in environment.run("-c", code).stdout

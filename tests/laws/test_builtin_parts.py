@@ -1,0 +1,110 @@
+"""Every built-in part and method meets every law of its kind."""
+
+import attrs
+import pytest
+
+import dattri_core as dattri
+from dattri_core.laws import KINDS, check, check_plugin, laws_of
+from dattri_core.laws.law import LAWS
+from dattri_core.registry import default_registry
+
+BUILT_IN = (
+    "dattri_parts",
+    "dattri_influence",
+    "dattri_tracin",
+    "dattri_baselines",
+)
+CASES = [
+    (entry.kind, entry.name)
+    for entry in default_registry().entries()
+    if entry.kind in (*KINDS, "attributor") and entry.origin.plugin in BUILT_IN
+]
+
+
+def test_the_built_ins_are_found():
+    assert {("solver", "cg"), ("source", "per-example"), ("method", "if-explicit")} <= set(CASES)
+    assert {kind for kind, _ in CASES} == {*KINDS, "attributor"}
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_built_in(kind, name):
+    part = name
+    if (kind, name) == ("inverse_hessian", "composed"):  # made of parts that it has no default for
+        make = default_registry().make
+        part = dattri.CurvatureInverse(make("curvature", "ggn"), make("solver", "cholesky"))
+    report = check(kind, part)
+    assert report.ok, str(report)
+    assert report.count("failed") == 0
+    if kind == "method":
+        status = {f.law: f.status for f in report.findings}
+        exact = name in ("if-explicit", "if-cg")
+        assert status["removal-is-predicted"] == ("passed" if exact else "skipped")
+
+
+def test_a_plugin_is_checked_whole():
+    reports = check_plugin("dattri_baselines")
+    assert [(r.kind, r.name) for r in reports] == [("attributor", "random"), ("method", "random")]
+    assert all(r.ok for r in reports)
+    with pytest.raises(dattri.SpecError, match="did you mean 'dattri_tracin'"):
+        check_plugin("dattri_trac")
+
+
+def test_what_cannot_be_checked_is_said():
+    with pytest.raises(dattri.SpecError, match="no laws for the kind 'metric'"):
+        check("metric", "mislabel-auroc")
+    with pytest.raises(dattri.SpecError, match="did you mean 'cosine'"):
+        check("scorer", "cosin")
+    with pytest.raises(dattri.SpecError, match=r"\['curvature', 'solver'\] have no default"):
+        check("inverse_hessian", "composed")
+
+
+@attrs.frozen
+class Idle:
+    """A source that can be bound to nothing."""
+
+    provides = frozenset()
+
+    def bind(self, task, checkpoint, sample):
+        raise dattri.SpecError("it takes no module of this kind")
+
+
+def test_a_report_that_ran_nothing_fails():
+    report = check("source", Idle())
+    assert (report.run, report.count("skipped")) == (0, len(laws_of("source")))
+    assert not report.ok
+    assert "nothing is shown" in str(report)
+    assert "it takes no module of this kind" in str(report)
+
+
+@attrs.frozen
+class Excused:
+    """A scorer that declares two laws as broken; it breaks one."""
+
+    needs = frozenset()
+    locality = "tile"
+    expected_failures = {
+        "an-example-helps-itself": "distances are turned",
+        "tiles-are-their-own": "no reason",
+    }
+
+    def pair(self, train, test):
+        return train.inner(test)
+
+    def finish(self, total, train, test):
+        return dattri.Scored(-total)
+
+
+def test_expected_failures_cannot_outlive_their_cause():
+    report = check("scorer", Excused())
+    status = {f.law: f.status for f in report.findings}
+    assert status["an-example-helps-itself"] == "expected"
+    assert [f.law for f in report.failures] == ["tiles-are-their-own"]
+    assert "declared to fail: no reason" in report.failures[0].detail
+    assert "1 expected to fail, 1 failed" in report.summary
+
+
+def test_every_law_states_itself_in_one_line():
+    for laws in LAWS.values():
+        for law in laws.values():
+            text = (law.run.__doc__ or "").strip()
+            assert text == law.statement, f"{law.kind} {law.name}"

@@ -1,0 +1,204 @@
+"""Broken parts, one a law: each breaks that law, and no other unless the table says so."""
+
+import pytest
+from toy_row_parts import (
+    ForgetfulScorer,
+    ToyAttributor,
+    ToyFitting,
+    ToyFold,
+    ToyProjector,
+    ToyScorer,
+)
+from toy_world_parts import (
+    ToyFisher,
+    ToyGGN,
+    ToyInverseHessian,
+    ToySolver,
+    ToySource,
+)
+
+import dattri_core as dattri
+from dattri_core.laws import KINDS, check, laws_of
+from dattri_core.registry import Registry, using
+
+PLAIN = dattri.Method()
+
+
+def inverting(**changes):
+    parts = {"curvature": ToyGGN(), "solver": ToySolver(**changes)}
+    return {"inverse_hessian": dattri.CurvatureInverse(**parts)}
+
+
+def registry():
+    """Return the installed parts and the toys, so that toys have specs."""
+    made = Registry.discovered()
+    made.part("source", "toy", "toy_world_parts:ToySource")
+    made.part("curvature", "toy", "toy_world_parts:ToyGGN")
+    made.part("solver", "toy", "toy_world_parts:ToySolver")
+    made.part("scorer", "toy", "toy_row_parts:ToyScorer")
+    made.part("scorer", "forgetful", "toy_row_parts:ForgetfulScorer")
+    return made
+
+
+GOOD = {
+    "source": [ToySource()],
+    "projector": [ToyProjector()],
+    "curvature": [ToyGGN(), ToyFisher()],
+    "solver": [ToySolver()],
+    "inverse_hessian": [ToyInverseHessian()],
+    "scorer": [ToyScorer()],
+    "fold": [ToyFold()],
+    "method": [
+        PLAIN,
+        ToyAttributor(PLAIN),
+        ToyFitting(PLAIN),
+        lambda: dattri.Method(scorer=ToyScorer(), **inverting()),
+    ],
+}
+
+# kind -> law -> a part that breaks it. A function makes the part when the test runs.
+BROKEN = {
+    "source": {
+        "space-is-true": ToySource("twice"),
+        "aux-is-declared": ToySource("aux"),
+        "rows-are-their-own": ToySource("centre"),
+        "rows-are-repeatable": ToySource("noise"),
+        "rows-are-gradients": ToySource("half"),
+        "target-rows-carry-the-sign": ToySource("sign"),
+        "rows-scale-with-the-loss": ToySource("clip"),
+        "rows-cover-the-selection": ToySource("everything"),
+        "rows-are-at-the-checkpoint": ToySource("live"),
+        "float32-rows-are-close": ToySource("coarse"),
+        "model-is-untouched": ToySource("eval"),
+    },
+    "projector": {
+        "out-space-is-true": ToyProjector("space"),
+        "out-space-is-pure": ToyProjector("impure"),
+        "map-is-linear": ToyProjector("bend"),
+        "map-is-of-single-rows": ToyProjector("count"),
+        "map-is-of-the-row": ToyProjector("formed"),
+        "map-keeps-index-and-aux": ToyProjector("index"),
+        "map-is-of-its-stream": ToyProjector("global"),
+        "float32-map-is-close": ToyProjector("coarse"),
+        "adjoint-is-true": ToyProjector("adjoint"),
+        "factors-are-kept": ToyProjector("forms"),
+        "blockwise-is-true": ToyProjector("leak"),
+    },
+    "curvature": {
+        "gives-is-pure": ToyGGN("gives"),
+        "operator-is-symmetric": ToyFisher("skew"),
+        "operator-is-the-named-one": ToyGGN("double"),
+        "operator-is-a-mean": ToyFisher("sum"),
+        "operator-ignores-order": ToyFisher("positions"),
+        "operator-ignores-batches": ToyFisher("batches"),
+        "operator-is-linear": ToyGGN("absolute"),
+        "apply-is-of-single-rows": ToyGGN("alone"),
+        "dense-is-apply": ToyGGN("dense"),
+        "fit-is-repeatable": ToyFisher("noise"),
+        "operator-is-positive": ToyFisher("shift"),
+    },
+    "solver": {
+        "inverse-is-exact": ToySolver(fault="shift"),
+        "saddle-is-not-hidden": ToySolver(fault="clip"),
+        "inverse-is-linear": ToySolver(fault="bend", exact=False),
+        "inverse-is-symmetric": ToySolver(fault="skew", exact=False),
+        "apply-is-of-single-rows": ToySolver(fault="alone"),
+        "apply-is-of-the-row": ToySolver(fault="formed"),
+        "zero-stays-zero": ToySolver(fault="zero"),
+        "damping-can-change": ToySolver(fault="keep"),
+        "damping-wins-in-the-end": ToySolver(fault="floor"),
+        "relative-damping-is-of-the-mean-eigenvalue": ToySolver(fault="relative"),
+        "apply-is-repeatable": ToySolver(fault="noise"),
+        "stats-are-true": ToySolver(fault="early", exact=False),
+        "float32-apply-is-close": ToySolver(fault="coarse"),
+    },
+    "inverse_hessian": {
+        "inverse-is-linear": ToyInverseHessian("bend"),
+        "apply-is-of-single-rows": ToyInverseHessian("alone"),
+        "inverse-is-of-a-mean": ToyInverseHessian("sum"),
+        "inverse-ignores-batches": ToyInverseHessian("batches"),
+        "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),
+        "fit-is-repeatable": ToyInverseHessian("noise"),
+    },
+    "scorer": {
+        "facts-are-declared": ToyScorer("locality"),
+        "needs-are-all-it-reads": ToyScorer("reads"),
+        "pair-adds-up-over-blocks": ToyScorer("bend"),
+        "scores-are-of-the-rows": ToyScorer("formed"),
+        "scores-follow-the-rows": ToyScorer("place"),
+        "tiles-are-their-own": ToyScorer("tile"),
+        "queries-are-their-own": ToyScorer("queries"),
+        "an-example-helps-itself": ToyScorer("negative"),
+        "scale-keeps-order-and-sign": ToyScorer("threshold"),
+        "scores-are-repeatable": ToyScorer("noise"),
+        "float32-scores-are-close": ToyScorer("coarse"),
+    },
+    "fold": {
+        "facts-are-declared": ToyFold("order"),
+        "one-checkpoint-is-itself": ToyFold("double"),
+        "tiles-are-their-own": ToyFold("rows"),
+        "state-is-all-it-keeps": ToyFold("number"),
+        "fold-is-homogeneous": ToyFold("clamp"),
+        "equal-checkpoints-keep-the-sign": ToyFold("turn"),
+        "inputs-are-untouched": ToyFold("in place"),
+        "fold-is-repeatable": ToyFold("noise"),
+        "float32-fold-is-close": ToyFold("coarse"),
+    },
+    "method": {
+        "scores-are-a-matrix": ToyAttributor(PLAIN, "ids"),
+        "permuted-train-rows-permute-scores": ToyAttributor(PLAIN, "train place"),
+        "permuted-test-rows-permute-scores": ToyAttributor(PLAIN, "test place"),
+        "queries-are-their-own": ToyAttributor(PLAIN, "queries"),
+        "equal-examples-score-equal": ToyAttributor(PLAIN, "once"),
+        "batches-do-not-show": ToyAttributor(PLAIN, "batches"),
+        "memory-does-not-show": ToyAttributor(PLAIN, "memory"),
+        "scores-are-repeatable": ToyAttributor(PLAIN, "noise"),
+        "target-has-a-direction": ToyAttributor(PLAIN, "sign"),
+        "an-example-helps-itself": ToyAttributor(PLAIN, "negative"),
+        "self-influence-is-the-diagonal": ToyFitting(PLAIN, "own"),
+        "damping-can-change": lambda: dattri.Method(scorer=ToyScorer(), **inverting(fault="keep")),
+        "removal-is-predicted": lambda: dattri.Method(scorer=ToyScorer("double"), **inverting()),
+        "model-is-untouched": ToyAttributor(PLAIN, "eval"),
+        "float32-scores-are-close": ToyAttributor(PLAIN, "coarse"),
+        "a-method-is-its-spec": lambda: dattri.Method(scorer=ForgetfulScorer()),
+    },
+}
+
+# Laws that a mutant breaks besides its own, because it must.
+ALSO = {
+    # <A g, k> = <g, A k> for all g and k makes A linear.
+    ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
+    # The global random state is something that a fold keeps beside its state.
+    ("fold", "fold-is-repeatable"): {"state-is-all-it-keeps"},
+}
+
+
+def made(part):
+    with using(registry()):
+        return part() if callable(part) and not isinstance(part, type) else part
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_law_has_a_mutant(kind):
+    assert set(BROKEN[kind]) == {law.name for law in laws_of(kind)}
+    assert set(GOOD) == set(BROKEN) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_good_parts_break_no_law_and_meet_them_all(kind):
+    held = set()
+    for part in GOOD[kind]:
+        report = check(kind, made(part), registry=registry())
+        assert report.ok, str(report)
+        held |= {finding.law for finding in report.findings if finding.status == "passed"}
+    assert held == {law.name for law in laws_of(kind)}
+
+
+@pytest.mark.parametrize(("kind", "law"), [(kind, law) for kind in BROKEN for law in BROKEN[kind]])
+def test_a_mutant_breaks_its_law_alone(kind, law):
+    report = check(kind, made(BROKEN[kind][law]), registry=registry())
+    broken = {finding.law for finding in report.failures}
+    assert broken == {law} | ALSO.get((kind, law), set()), str(report)
+    assert not report.ok
+    details = [finding.detail for finding in report.failures if finding.law == law]
+    assert "Error:" not in details[0]  # caught by its numbers, not by a crash

@@ -1,0 +1,242 @@
+"""Toy projectors, scorers, folds and methods: right without a fault, broken with one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from attrs import field, frozen
+from torch.utils.data import DataLoader
+from toy_world_parts import noise
+
+from dattri_core import BlockSpec, DenseBlock, Rows, Scored, Space
+
+
+# --- projectors -----------------------------------------------------------------------------
+@frozen
+class ToyProjector:
+    """A normal matrix on both factors of an outer block, one matrix on a dense block."""
+
+    fault: str = ""
+
+    @property
+    def gives(self):
+        bent = self.fault in ("bend", "count")
+        return frozenset({"keeps-factors"} if bent else {"keeps-factors", "adjoint"})
+
+    def out_space(self, space):
+        if self.fault == "impure":
+            torch.zeros(1)
+        return _out_space(space, 4 if self.fault == "space" else 3)
+
+    def build(self, space, *, stream, device):
+        matrices = {}
+        for spec in space:
+            generator = None if self.fault == "global" else stream.generator(spec.name)
+
+            def normal(rows, columns, generator=generator):
+                return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+            sizes = spec.shape if spec.kind == "outer" else (spec.size,)
+            matrices[spec.name] = [normal(2 if len(sizes) == 2 else 3, size) for size in sizes]
+        return ToyMap(self.fault, space, _out_space(space, 3), matrices)
+
+
+def _out_space(space, dense):
+    return Space(
+        tuple(BlockSpec(s.name, s.kind, (2, 2) if s.kind == "outer" else (dense,)) for s in space)
+    )
+
+
+@frozen(eq=False)
+class ToyMap:
+    fault: str
+    in_space: Space
+    out_space: Space
+    matrices: dict
+    blockwise = True
+
+    def map(self, rows):
+        blocks = {}
+        for name, block in rows.blocks.items():
+            *out, last = (m.to(rows.dtype) for m in self.matrices[name])
+            if out:
+                mapped = block.map(lambda x, m=last: x @ m.T, lambda y, m=out[0]: y @ m.T)
+                if self.fault == "forms":
+                    mapped = mapped.dense()
+                if self.fault == "formed" and block.positions is None:
+                    mapped = DenseBlock(2 * mapped.values)
+            else:
+                values = block.flat() @ last.T
+                if self.fault == "bend":
+                    values = values * values.abs()
+                if self.fault == "count":
+                    values = values * (1 + 0.1 * len(rows))
+                if self.fault == "leak" and len(rows.space) == 1:
+                    values = 2 * values
+                if self.fault == "coarse" and values.dtype == torch.float32:
+                    values = values.bfloat16().float()
+                mapped = DenseBlock(values)
+            blocks[name] = mapped
+        space = self.out_space.select(blocks)
+        index = torch.zeros_like(rows.index) if self.fault == "index" else rows.index
+        return Rows(space, blocks, index, rows.aux)
+
+    def adjoint(self, rows):
+        blocks = {}
+        for name, block in rows.blocks.items():
+            *out, last = (m.to(rows.dtype) for m in self.matrices[name])
+            values = block.dense().values
+            values = out[0].T @ values @ last if out else values @ last
+            blocks[name] = DenseBlock(2 * values if self.fault == "adjoint" else values)
+        return Rows(self.in_space, blocks, rows.index, rows.aux)
+
+
+# --- scorers --------------------------------------------------------------------------------
+@frozen
+class ToyScorer:
+    """Inner products."""
+
+    fault: str = ""
+    needs = frozenset()
+
+    @property
+    def locality(self):
+        return "row" if self.fault == "locality" else "tile"
+
+    def pair(self, train, test):
+        part = train.inner(test)
+        if self.fault == "bend":
+            part = part * part.abs()
+        if self.fault == "formed" and train.positions is None and len(train.shape) == 2:
+            part = 2 * part
+        return part
+
+    def finish(self, total, train, test):
+        values = total.clone()
+        if self.fault == "reads":
+            train.aux.get("secret")
+        if self.fault == "place" and len(values) > 3:
+            values[3] *= 1.5
+        if self.fault == "tile":
+            values = values / values.abs().amax(0)
+        if self.fault == "queries":
+            values = values / values.abs().amax(1, keepdim=True)
+        if self.fault == "negative":
+            values = -values
+        if self.fault == "threshold":
+            values = values.sign() * (values.abs() - 1).clamp_min(0)
+        if self.fault == "noise":
+            values = values * noise()
+        if self.fault == "coarse" and values.dtype == torch.float32:
+            values = values.bfloat16().float()
+        if self.fault == "double":
+            values = 2 * values
+        return Scored(values)
+
+
+@frozen(eq=False)
+class ForgetfulScorer:
+    """A scorer that does not equal the same scorer made again."""
+
+    needs = frozenset()
+    locality = "tile"
+
+    def pair(self, train, test):
+        return train.inner(test)
+
+    def finish(self, total, train, test):
+        return Scored(total)
+
+
+# --- folds ----------------------------------------------------------------------------------
+@frozen
+class ToyFold:
+    """The mean."""
+
+    fault: str = ""
+    needs = frozenset()
+
+    @property
+    def order(self):
+        return "sideways" if self.fault == "order" else "forward"
+
+    def update(self, state, scored, snapshot):
+        values = scored.values
+        if self.fault == "clamp":
+            values = values.clamp(-5, 5)
+        if self.fault == "turn" and snapshot.position > 0:
+            values = -values
+        if self.fault == "rows" and len(values) != 4:
+            values = 2 * values
+        if self.fault == "noise":
+            values = values * noise()
+        if self.fault == "coarse" and values.dtype == torch.float32:
+            values = values.bfloat16().float()
+        if state is None:
+            count = torch.ones(())
+            total = values if self.fault == "in place" else values.clone()
+        else:
+            count = state["count"] + 1
+            total = state["total"]
+            total = total.add_(values) if self.fault == "in place" else total + values
+        return {"total": total, "count": int(count) if self.fault == "number" else count}
+
+    def finish(self, state):
+        mean = state["total"] / state["count"]
+        return 2 * mean if self.fault == "double" else mean
+
+
+# --- methods --------------------------------------------------------------------------------
+@frozen
+class ToyAttributor:
+    """A method behind a door of its own."""
+
+    inner: Any
+    fault: str = ""
+
+    def attribute(self, task, train, test, **settings):
+        if self.fault == "eval":
+            task.model.eval()
+        scores = self.inner.attribute(task, train, test, **settings)
+        values = torch.as_tensor(scores.values).clone()
+        if self.fault == "train place":
+            values[3] *= 1.5
+        if self.fault == "test place" and values.shape[1] > 3:
+            values[:, 3] *= 1.5
+        if self.fault == "queries":
+            values = values / values.abs().amax(1, keepdim=True)
+        if self.fault == "once" and isinstance(train, tuple) and len(train[0]) < 50:
+            flat = train[0].flatten(1)
+            for i in range(1, len(flat)):
+                if (flat[:i] == flat[i]).all(1).any():
+                    values[i] = 0
+        if self.fault == "batches" and isinstance(train, DataLoader) and train.batch_size == 2:
+            values = 1.1 * values
+        if self.fault == "memory" and settings.get("memory"):
+            values = 1.1 * values
+        if self.fault == "noise":
+            values = values * noise()
+        if self.fault == "sign" and task.sign < 0:
+            values = -values
+        if self.fault == "negative":
+            values = -values
+        if self.fault == "coarse" and values.dtype == torch.float32:
+            values = 1.1 * values
+        ids = list(scores.train_ids)[:-1] if self.fault == "ids" else list(scores.train_ids)
+        return SimpleNamespace(values=values, train_ids=ids, test_ids=list(scores.test_ids))
+
+
+@frozen
+class ToyFitting(ToyAttributor):
+    """An attributor that can be fitted, and gives twice the self-influence when at fault."""
+
+    scorer: Any = field(factory=ToyScorer)
+
+    def fit(self, task, train, **settings):
+        fitted = self.inner.fit(task, train, **settings)
+        own = fitted.self_influence()
+        return SimpleNamespace(
+            self_influence=lambda: 2 * own if self.fault == "own" else own,
+        )

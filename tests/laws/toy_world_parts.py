@@ -1,0 +1,247 @@
+"""Toy sources, curvatures, solvers and inverse Hessians: right without a fault, broken with one."""
+
+from __future__ import annotations
+
+import torch
+from attrs import evolve, field, frozen
+
+from dattri_core import Damping, Evaluator, NumericsError, Rows, Space, leaves
+from dattri_core.batch import batch_size, take
+from dattri_core.testing import place, plain_space
+
+
+def noise():
+    """Return a factor that differs from 1 in the last digits, from the global random state."""
+    return 1 + 1e-12 * torch.rand((), dtype=torch.float64)
+
+
+# --- sources --------------------------------------------------------------------------------
+@frozen
+class ToySource:
+    """Gradients by a loop of backward passes."""
+
+    fault: str = ""
+    provides = frozenset({"place"})
+
+    def bind(self, task, checkpoint, sample):
+        evaluator = Evaluator(task, checkpoint, sample)
+        blocks = plain_space(task)
+        if self.fault == "everything":
+            blocks = plain_space(type(task)(task.model, task.loss))
+        space = Space(tuple(evolve(block, kind="dense") for block in blocks))
+        return BoundToySource(self.fault, evaluator, space)
+
+
+@frozen(eq=False)
+class BoundToySource:
+    fault: str
+    evaluator: Evaluator
+    space: Space
+
+    def stream(self, batch, role, sink):
+        evaluator, count = self.evaluator, batch_size(batch)
+        chosen = self.space.parameter_names
+        weights = {name: evaluator.parameters[name] for name in chosen}
+        if self.fault == "live":
+            weights = {n: p for n, p in evaluator.task.model.named_parameters() if n in chosen}
+        rows = []
+        if self.fault == "eval":
+            evaluator.task.model.eval()
+        with evaluator.session():
+            for i in range(count):
+                leaf = leaves(weights)
+                total = evaluator.total(leaf, take(batch, slice(i, i + 1)), role)
+                grads = torch.autograd.grad(total, list(leaf.values()))
+                one = {n: g.unsqueeze(0) for n, g in zip(leaf, grads, strict=True)}
+                rows.append(place(self.space, one))
+        flat = torch.cat(rows).to(evaluator.dtype)
+        if self.fault == "centre" and count > 1:
+            flat = flat - flat.mean(0)
+        if self.fault == "noise":
+            flat = flat * noise()
+        if self.fault == "half" and role == "train":
+            flat = flat / 2
+        if self.fault == "sign" and role == "test":
+            flat = -flat
+        if self.fault == "clip":
+            flat = flat * (30 / flat.norm(dim=1, keepdim=True)).clamp_max(1)
+        if self.fault == "coarse" and flat.dtype == torch.float32:
+            flat = flat.bfloat16().float()
+        made = Rows.from_flat(self.space, flat, torch.arange(count))
+        for name, block in made.blocks.items():
+            sink(name, block)
+        if self.fault == "twice":
+            sink(name, block)
+        aux = {"place": torch.arange(count)}
+        return {**aux, "more": torch.arange(count)} if self.fault == "aux" else aux
+
+
+# --- curvatures -----------------------------------------------------------------------------
+@frozen
+class ToyGGN:
+    """The GGN, read off products with unit vectors."""
+
+    fault: str = ""
+    needs = frozenset({"ggn-product"})
+    exact = True
+
+    def gives(self, space):
+        more = {"spectral"} if self.fault == "gives" else set()
+        return frozenset({"apply", "dense", *more})
+
+    def fit(self, problem):
+        size = problem.space.dim
+        eye = torch.eye(size, dtype=torch.float64)
+        units = Rows.from_flat(problem.space, eye, torch.arange(size))
+        matrix = problem.product(units, "ggn").flat()
+        return ToyMatrix(
+            self.fault, problem.space, 2 * matrix if self.fault == "double" else matrix
+        )
+
+
+@frozen
+class ToyFisher:
+    """The mean of g g^T over train rows: no exact Hessian or GGN, but a curvature."""
+
+    fault: str = ""
+    needs = frozenset({"rows"})
+    exact = False
+
+    def gives(self, space):
+        return frozenset({"apply", "dense"})
+
+    def fit(self, problem):
+        return ToyMatrix(self.fault, problem.space, fisher(self.fault, problem))
+
+
+def fisher(fault, problem):
+    """Return the mean of g g^T, ``[d, d]``; what depends on data may be at fault."""
+    total = torch.zeros(problem.space.dim, problem.space.dim, dtype=torch.float64)
+    first = None
+    for rows in problem.rows():
+        flat = rows.flat()
+        first = first or len(rows)
+        weights = torch.ones(len(rows), 1, dtype=torch.float64)
+        if fault == "positions":
+            weights[rows.index % 9 == 2] = 1.5
+        total = total + (weights * flat).T @ flat
+    matrix = total if fault == "sum" else total / problem.n_train
+    if fault == "batches":
+        matrix = matrix * (1 + 0.01 * first)
+    if fault == "skew":
+        matrix = matrix + 0.1 * (matrix.triu() - matrix.tril())
+    if fault == "noise":
+        matrix = matrix * noise()
+    if fault == "shift":
+        matrix = matrix - 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix))
+    return matrix
+
+
+@frozen(eq=False)
+class ToyMatrix:
+    fault: str
+    space: Space
+    matrix: torch.Tensor
+    dtype = torch.float64
+    memory = 2**28
+
+    def apply(self, rows):
+        flat = rows.flat()
+        if self.fault == "absolute":
+            flat = flat.abs()
+        if self.fault == "alone" and len(rows) == 1:
+            flat = 2 * flat
+        flat = flat @ self.matrix.to(flat.dtype)
+        return Rows.from_flat(self.space, flat, rows.index, rows.aux)
+
+    def dense(self):
+        return 2 * self.matrix if self.fault == "dense" else self.matrix
+
+
+# --- solvers --------------------------------------------------------------------------------
+@frozen
+class ToySolver:
+    """The damped inverse by eigenvalues; with ``exact`` false it declares that it approximates."""
+
+    damping: Damping = field(
+        default=Damping(1e-3), converter=lambda d: d if isinstance(d, Damping) else Damping(d)
+    )
+    fault: str = ""
+    exact: bool = True
+    needs = frozenset({"dense"})
+
+    def check(self, space):
+        pass
+
+    def solve_for(self, operator, device):
+        values, vectors = torch.linalg.eigh(operator.dense())
+        if self.fault == "shift" and values[0] < 0:
+            raise NumericsError("indefinite")
+        return ToyInverse(self.fault, operator.space, values, vectors, self.damping)
+
+
+@frozen(eq=False)
+class ToyInverse:
+    fault: str
+    space: Space
+    values: torch.Tensor
+    vectors: torch.Tensor
+    damping: Damping
+
+    @property
+    def stats(self):
+        return {"residual": 1e-13} if self.fault in ("", "early") else {}
+
+    def with_damping(self, damping):
+        return self if self.fault == "keep" else evolve(self, damping=damping)
+
+    def _apply(self, flat):
+        mean = float(self.values.max() if self.fault == "relative" else self.values.mean())
+        damping = self.damping.absolute(mean)
+        if self.fault == "floor":
+            damping = min(damping, 1e3)
+        values = self.values.clamp_min(0) if self.fault == "clip" else self.values
+        values = values + damping + (0.01 if self.fault == "shift" else 0)
+        return ((flat @ self.vectors) / values) @ self.vectors.T
+
+    def apply(self, rows):
+        given = rows.flat()
+        flat = given.double()
+        if self.fault == "zero":
+            size = flat.norm(dim=1, keepdim=True)
+            found = self._apply(flat / size) * size
+        else:
+            found = self._apply(flat)
+        if self.fault == "bend":
+            found = found + 1e-3 * self._apply(found * found.abs())
+        if self.fault == "skew":
+            turn = torch.ones(self.space.dim, self.space.dim, dtype=torch.float64)
+            found = found + 1e-3 * self._apply(found @ (turn.triu() - turn.tril()))
+        if self.fault == "alone" and len(rows) == 1:
+            found = 1.001 * found
+        if self.fault == "formed" and all(b.positions is None for b in rows.blocks.values()):
+            found = 2 * found
+        if self.fault == "noise":
+            found = found * noise()
+        if self.fault == "early":
+            found = found * (1 + 1e-7)
+        if self.fault == "coarse" and given.dtype == torch.float32:
+            found = 1.01 * found
+        if self.fault == "negative":
+            found = -found
+        return Rows.from_flat(self.space, found.to(given.dtype), rows.index, rows.aux)
+
+
+@frozen
+class ToyInverseHessian:
+    """The damped inverse of the mean of g g^T, in one part."""
+
+    fault: str = ""
+    needs = frozenset({"rows"})
+
+    def check(self, space):
+        pass
+
+    def fit(self, problem):
+        values, vectors = torch.linalg.eigh(fisher(self.fault, problem))
+        return ToyInverse(self.fault, problem.space, values, vectors, Damping(0.1))

@@ -1,0 +1,1 @@
+"""Oracles that tests share: slow and plain ways to the same numbers."""
