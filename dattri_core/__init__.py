@@ -132,6 +132,7 @@ _EXPORTS = {
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",
+    "as_damping": "protocols",
     "atomic_file": "atomic",
     "attribute": "methods",
     "batch_size": "batch",

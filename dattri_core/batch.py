@@ -1,4 +1,4 @@
-"""Batches of any nest: a tensor, a tuple, a dict, or any nest of them; other leaves pass through."""
+"""Batches of any nest: a tensor, a tuple, a dict, or any nest of them; other leaves pass."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch_size(batch: Batch) -> int:
     tensors = tensors_of(batch)
     if not tensors:
         raise InputError(
-            f"batch: no tensor in a {type(batch).__name__}; give tensors, or tuples or dicts of them"
+            f"batch: no tensor in a {type(batch).__name__}; give tensors, tuples or dicts of them"
         )
     shapes = [tuple(t.shape) for t in tensors]
     if any(not shape for shape in shapes):

@@ -14,10 +14,10 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.contract import (
-    DEFAULT_LIMIT,
     Order,
     Plan,
     Shape,
+    limit_now,
     plan_inner,
     plan_pair,
     rows_per_slice,
@@ -87,13 +87,13 @@ class DenseBlock:
         return self.values.reshape(len(self), math.prod(self.shape))  # not -1: B may be 0
 
     def inner(
-        self, other: Block, *, order: Order | None = None, limit: int = DEFAULT_LIMIT
+        self, other: Block, *, order: Order | None = None, limit: int | None = None
     ) -> Tensor:
         """Return all inner products ``[B, C]`` with the rows of ``other``."""
         return _inner(self, other, order, limit)
 
     def pair_inner(
-        self, other: Block, *, order: Order | None = None, limit: int = DEFAULT_LIMIT
+        self, other: Block, *, order: Order | None = None, limit: int | None = None
     ) -> Tensor:
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         return _pair_inner(self, other, order, limit)
@@ -129,7 +129,7 @@ class DenseBlock:
 class OuterBlock:
     """B rows as factors: row b is ``sum_t outputs[b,t] (x) inputs[b,t]``, shape ``(O, I)``.
 
-    A row of low rank r (left ``[B,O,r]`` times right ``[B,r,I]``) is the same thing with r positions;
+    A row of low rank r (left ``[B,O,r]`` times right ``[B,r,I]``) is the same with r positions;
     see `low_rank`.
     """
 
@@ -190,13 +190,13 @@ class OuterBlock:
         return self.dense().flat()
 
     def inner(
-        self, other: Block, *, order: Order | None = None, limit: int = DEFAULT_LIMIT
+        self, other: Block, *, order: Order | None = None, limit: int | None = None
     ) -> Tensor:
         """Return all inner products ``[B, C]`` with the rows of ``other``."""
         return _inner(self, other, order, limit)
 
     def pair_inner(
-        self, other: Block, *, order: Order | None = None, limit: int = DEFAULT_LIMIT
+        self, other: Block, *, order: Order | None = None, limit: int | None = None
     ) -> Tensor:
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         return _pair_inner(self, other, order, limit)
@@ -294,7 +294,8 @@ def _require_pair(left: Block, right: Block, operation: str) -> None:
         raise SpecError(f"{operation}: rows of shape {left.shape} meet rows of {right.shape}")
 
 
-def _inner(left: Block, right: Block, order: Order | None, limit: int) -> Tensor:
+def _inner(left: Block, right: Block, order: Order | None, limit: int | None) -> Tensor:
+    limit = limit_now() if limit is None else limit
     _require_pair(left, right, "inner")
     plan = explain_inner(left, right, order)
     if isinstance(left, DenseBlock) and isinstance(right, DenseBlock):
@@ -362,7 +363,8 @@ def _inner_gather(left: Block, right: Block) -> Tensor:
     return torch.einsum("bto,cobt->bc", accumulate(left.outputs), columns)
 
 
-def _pair_inner(left: Block, right: Block, order: Order | None, limit: int) -> Tensor:
+def _pair_inner(left: Block, right: Block, order: Order | None, limit: int | None) -> Tensor:
+    limit = limit_now() if limit is None else limit
     _require_pair(left, right, "pairwise inner")
     if len(left) != len(right):
         raise SpecError(f"pairwise inner: {len(left)} rows meet {len(right)}; counts must be equal")

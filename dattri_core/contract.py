@@ -1,6 +1,7 @@
 """The contraction planner: in which order to multiply rows, decided from shapes alone.
 
-For rows b of one side, ``G_b = sum_t e_bt x_bt^T`` with T positions, and rows c of the other with S,
+For rows b of one side, ``G_b = sum_t e_bt x_bt^T`` with T positions, and rows c of the other,
+with S,
 
     <G_b, G_c> = sum_ts (e_bt . e_cs) (x_bt . x_cs)
 
@@ -10,6 +11,9 @@ is reached without forming either matrix ("ghost", T S (O + I) products a pair) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 from attrs import frozen
@@ -19,6 +23,23 @@ from dattri_core.errors import SpecError, format_bytes
 Order = Literal["ghost", "form", "gather"]
 DEFAULT_LIMIT = 256 * 2**20
 """Bytes that one contraction may use for its intermediates; larger ones run in slices of rows."""
+
+_limit: ContextVar[int] = ContextVar("contraction limit", default=DEFAULT_LIMIT)
+
+
+@contextmanager
+def contraction_limit(limit: int) -> Iterator[None]:
+    """Let contractions inside the block use ``limit`` bytes where they are not told otherwise."""
+    token = _limit.set(limit)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def limit_now() -> int:
+    """Return the bytes that a contraction may use here."""
+    return _limit.get()
 
 
 @frozen

@@ -91,11 +91,13 @@ def coerce(cls: type, name: str, value: Any, label: str, build_part: BuildPart) 
         return build_part(kind, value)
     try:
         return admit(value, annotation, build_part)
-    except MismatchError:
+    except (MismatchError, SpecError) as error:
         if attribute.converter is not None:
             # The converter takes more than the field holds: its own refusal is reported.
             _check_converted(cls, attribute, annotation, value, label, build_part)
             return value
+        if isinstance(error, SpecError):
+            raise
         raise SpecError(
             f"{label}: field {name!r} got {value!r} ({type(value).__name__}), "
             f"expected {spell(annotation)}"

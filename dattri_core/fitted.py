@@ -15,6 +15,7 @@ from attrs import define, field
 from dattri_core import __version__, assemble
 from dattri_core.atomic import check_replaceable, discard_leftovers
 from dattri_core.checkpoint import Checkpoint
+from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
 from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import finished, fold_tiles, self_influence
 from dattri_core.memory import Plan, make_plan, parse_bytes
@@ -129,7 +130,7 @@ class FittedMethod:
         if out is None:
             scores = self._to_memory(plan, examples, provenance)
         else:
-            scores = self._to_folder(Path(out), plan, examples, provenance)
+            scores = self._to_folder(Path(out), plan, examples, provenance, first.dtype)
         seconds = time.monotonic() - started
         events.emit(
             "run_finished",
@@ -158,7 +159,10 @@ class FittedMethod:
         per_row = costs.activations + 2 * costs.query + costs.query_work + costs.train_row
         batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
         total = len(self.train) * len(self.task.checkpoints)
-        with bar("self-influence", total, self.progress) as shown:
+        with (
+            contraction_limit(_contractions(self.budget)),
+            bar("self-influence", total, self.progress) as shown,
+        ):
             return self_influence(
                 self._fit,
                 self.task.checkpoints,
@@ -252,7 +256,11 @@ class FittedMethod:
 
     def _fold(self, plan: Plan, test: Examples, tiles: Tiles) -> None:
         events = default_registry()
-        with bar("attribute", plan.train_passes * len(self.train), self.progress) as shown:
+        total = plan.train_passes * len(self.train)
+        with (
+            contraction_limit(_contractions(plan.budget)),
+            bar("attribute", total, self.progress) as shown,
+        ):
 
             def advance(count: int) -> None:
                 shown.advance(count)
@@ -292,7 +300,12 @@ class FittedMethod:
         return Scores(values, self.train.ids, test.ids, {**provenance, "solver": self._reports})
 
     def _to_folder(
-        self, out: Path, plan: Plan, test: Examples, provenance: dict[str, Any]
+        self,
+        out: Path,
+        plan: Plan,
+        test: Examples,
+        provenance: dict[str, Any],
+        dtype: torch.dtype,
     ) -> Scores:
         sizes = {name: getattr(plan, name) for name in LAYOUT}
         folder = _run_folder(out)
@@ -302,7 +315,6 @@ class FittedMethod:
         resumed: dict[str, Any] = dict(sizes)
         plan = attrs.evolve(plan, **resumed)
         self._fold(plan, test, tiles)
-        dtype = self._fit(self._first()).dtype
         with ScoresWriter(out, len(self.train), len(test), dtype) as writer:
             for rows, columns, tile in finished(
                 self.method.fold, self.method.scorer, len(self.train), len(test), plan, tiles
@@ -339,6 +351,11 @@ class FittedMethod:
                 "python": platform.python_version(),
             },
         }
+
+
+def _contractions(budget: int) -> int:
+    # Four intermediates of that size may live at once: a quarter of the budget for all of them.
+    return min(DEFAULT_LIMIT, budget // 16)
 
 
 def _run_folder(out: Path) -> Path:

@@ -93,8 +93,9 @@ def require_parameters(space: Space) -> None:
         ]
         raise SpecError(
             f"rows as parameters: the blocks {bare} are not made of parameters (features, or rows "
-            "after a projector); a Hessian or a GGN needs rows that are gradients in the parameters: "
-            "use the source 'per-example' or 'functional', and a projector that gives an adjoint"
+            "after a projector); a Hessian or a GGN needs rows that are gradients in the "
+            "parameters: use the source 'per-example' or 'functional', and a projector that gives "
+            "an adjoint"
         )
     seen: dict[str, str] = {}
     for spec in space:

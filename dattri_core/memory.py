@@ -22,6 +22,9 @@ DEFAULT_SHARE = 0.5
 MAXIMUM_BATCH = 4096
 MINIMUM_BUDGET = 2**20
 SCORE_BYTES = 8  # of one number of a tile, at most
+PAIR_BYTES = (
+    4 * SCORE_BYTES
+)  # while rows are paired: a total, a block's part, its slices, the result
 
 
 def parse_bytes(memory: str | int | float | None, device: torch.device) -> int:
@@ -150,7 +153,7 @@ def make_plan(
         MemoryBudgetError: Not even one query and one train example fit; says what would.
     """
     per_train = max(1, costs.activations + costs.train_row)
-    per_query = max(1, costs.query + costs.query_work + SCORE_BYTES)
+    per_query = max(1, costs.query + costs.query_work + PAIR_BYTES)
     least = per_train + per_query + result_bytes
     left = budget - result_bytes
     if left < per_train + per_query:
@@ -166,7 +169,7 @@ def make_plan(
     rest = left - group * per_query
     # Half of the rest: contractions and the allocator need room beside the batch itself.
     train_batch = max(
-        1, min(n_train, MAXIMUM_BATCH, int(rest * 0.5 // (per_train + SCORE_BYTES * group)))
+        1, min(n_train, MAXIMUM_BATCH, int(rest * 0.5 // (per_train + PAIR_BYTES * group)))
     )
     test_batch = max(1, min(group, MAXIMUM_BATCH, int(rest * 0.5 // per_train)))
     shard = max(train_batch, min(n_train, int(0.25 * rest // (SCORE_BYTES * max(1, n_test)))))

@@ -110,8 +110,8 @@ class Method:
         missing = self.scorer.needs - {"norm"} - self.source.provides
         if missing:
             raise SpecError(
-                f"method: the scorer {assemble.name_of(self.scorer)!r} needs {sorted(missing)} with "
-                f"every row; the source {assemble.name_of(self.source)!r} provides "
+                f"method: the scorer {assemble.name_of(self.scorer)!r} needs {sorted(missing)} "
+                f"with every row; the source {assemble.name_of(self.source)!r} provides "
                 f"{sorted(self.source.provides) or 'nothing'}; "
                 f"{assemble.who_provides('source', missing)}"
             )
@@ -132,8 +132,8 @@ class Method:
         if "ggn-product" in needs and not task.splits_loss:
             raise SpecError(
                 f"method: a GGN needs the model's outputs and the criterion apart, and the loss "
-                f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) or "
-                "a shipped loss by name, or use the curvature 'hessian'"
+                f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) "
+                "or a shipped loss by name, or use the curvature 'hessian'"
             )
 
     def fit(

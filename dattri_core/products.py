@@ -1,43 +1,46 @@
 """Curvature-vector products of the train loss on one batch, many vectors at once.
 
 Both curvatures are made of reverse passes only, so that every operation with a second derivative
-takes part: H v is the transpose of d grad / d theta times v (H is symmetric), and J v, which the GGN
-J^T H_out J needs, the transpose of u -> J^T u.
+takes part: H v is the transpose of d grad / d theta times v (H is symmetric), and J v, which the
+GGN J^T C J needs, is the transpose of u -> J^T u times v.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dattri_core.batch import Batch, batch_size, take, tensors_of
-from dattri_core.errors import InputError, NumericsError
+from dattri_core.batched import SharedOperands
+from dattri_core.batch import Batch, batch_size, take
+from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator, leaves
 from dattri_core.losses import Loss
 from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import CurvatureKind
+from dattri_core.second_order import (
+    activation_bytes,
+    differentiable_kernels,
+    gradient_of,
+    no_second_derivative,
+)
 
 Named: TypeAlias = dict[str, Tensor]
 Product: TypeAlias = Callable[[Named], Named]
 
-WORK_LIMIT = 128 * 2**20
+WORK_LIMIT = 64 * 2**20
 """Bytes of tangents at once: about what a processor's cache and allocator keep warm."""
 TANGENTS = 3
 """Tangents of one activation that are alive at once: forward, backward, and a result being made."""
 
 _log = logging.getLogger("dattri")
 _refusing: WeakSet[Evaluator] = WeakSet()
-_activations: WeakKeyDictionary[Evaluator, int] = WeakKeyDictionary()
 
 
 @frozen
@@ -59,8 +62,8 @@ def batch_product(
     """Return sum_b H_b v for every vector v, over the examples b of a batch.
 
     ``"hessian"``: H_b is the Hessian of the loss of example b. ``"ggn"``: H_b = J_b^T C_b J_b, with
-    J_b the Jacobian of the model's outputs and C_b the Hessian of the criterion in them (Schraudolph
-    2002). The result does not depend on how the work is sliced, up to rounding.
+    J_b the Jacobian of the model's outputs and C_b the Hessian of the criterion in them
+    (Schraudolph 2002). The result does not depend on how the work is sliced, up to rounding.
 
     Args:
         evaluator: The checkpoint.
@@ -80,7 +83,7 @@ def batch_product(
     count = len(next(iter(vectors.values())))
     total = {name: torch.zeros_like(value) for name, value in vectors.items()}
     examples = batch_size(batch)
-    with evaluator.session(), _differentiable_kernels(evaluator.task.model):
+    with evaluator.session(), differentiable_kernels(evaluator.task.model), SharedOperands():
         size = plan_slices(evaluator, batch, vectors, limit)
         for first in range(0, examples, size.examples):
             part = take(batch, slice(first, first + size.examples))
@@ -96,13 +99,13 @@ def plan_slices(
     """Return how many vectors and examples to take at once so that a product fits ``limit`` bytes.
 
     A step holds, for each of its vectors, the vector and its product, and for each pair of a vector
-    and an example `TANGENTS` tangents of the activations. Vectors get half of the limit: matrix
-    products with many of them at once run near the machine's rate.
+    and an example `TANGENTS` tangents of the activations. Vectors get a quarter of the limit: both
+    many of them and many examples make matrix products run near the machine's rate.
     """
     count, examples = len(next(iter(vectors.values()))), batch_size(batch)
     each = sum(v[0].numel() * v.element_size() for v in vectors.values()) if count else 1
-    pair = TANGENTS * _activation_bytes(evaluator, batch)
-    most = max(1, min(count, limit // 2 // (2 * each), limit // 2 // pair))
+    pair = TANGENTS * activation_bytes(evaluator, batch)
+    most = max(1, min(count, limit // 4 // (2 * each), limit // 2 // pair))
     chunk = _even(count, most)
     left = max(limit // 2, limit - chunk * 2 * each)
     return Slices(chunk, _even(examples, max(1, left // (chunk * pair))))
@@ -164,21 +167,28 @@ def _hessian(work: _Work) -> Product:
     def total(parameters: Named) -> Tensor:
         return work.evaluator.total(parameters, work.batch, "train")
 
-    _, transpose = vjp(grad(total), work.primals)
-    return lambda vector: _only(transpose(vector))
+    _, transpose = _reverse(grad(total), work.primals)
+    return transpose
 
 
 def _ggn(work: _Work) -> Product:
     evaluator, batch = work.evaluator, work.batch
-    outputs, pull = vjp(lambda parameters: evaluator.outputs(parameters, batch), work.primals)
+    outputs, pull = _reverse(lambda parameters: evaluator.outputs(parameters, batch), work.primals)
     # u -> J^T u is linear, so its derivative is the same everywhere: its transpose is J.
-    _, push = vjp(lambda u: _only(pull(u)), torch.zeros_like(outputs))
-    _, curve = vjp(grad(lambda out: evaluator.criterion(out, batch).sum()), outputs)
-    return lambda vector: _only(pull(_only(curve(_only(push(vector))))))
+    _, push = _reverse(pull, torch.zeros_like(outputs))
+    _, curve = _reverse(grad(lambda out: evaluator.criterion(out, batch).sum()), outputs)
+
+    def product(vector: Named) -> Named:
+        found: Named = pull(curve(push(vector)))
+        return found
+
+    return product
 
 
-def _only(answer: tuple[Any, ...]) -> Any:
-    return answer[0]
+def _reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return f(x) and v -> J(x)^T v."""
+    answer: Any = vjp(function, at)
+    return answer[0], lambda cotangent: answer[1](cotangent)[0]
 
 
 # --- one vector at a time -----------------------------------------------------------------------
@@ -194,22 +204,17 @@ def _run_looped(work: _Work) -> None:
             work.add({k: v.unsqueeze(0) for k, v in result.items()}, slice(row, row + 1))
 
     try:
-        # Inside of `call`, since a checkpointed model recomputes its activations with these weights.
+        # Inside of `call`: a checkpointed model recomputes its activations with these weights.
         work.evaluator.call(run, variables)
     except (RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(
-            f"{work.kind} product of {work.evaluator.task.loss_name!r}: the model has no second "
-            f"derivative in torch ({error}); replace the operation that is named (checkpointing "
-            "needs use_reentrant=False), leave its parameters out with parameters=, or use a "
-            "method without curvature products"
-        ) from error
+        raise no_second_derivative(work.evaluator, error) from error
 
 
 def _hessian_graph(work: _Work, model: nn.Module, variables: Named) -> Product:
     total = work.evaluator.total_of(model, work.batch, "train", variables)
-    gradient = _gradient(total, variables, torch.ones_like(total), create_graph=True)
+    gradient = gradient_of(total, variables, torch.ones_like(total), create_graph=True)
     return lambda vector: _transpose(gradient, variables, vector)
 
 
@@ -220,34 +225,18 @@ def _ggn_graph(work: _Work, model: nn.Module, variables: Named) -> Product:
     assert isinstance(loss, Loss)
     outputs = loss.forward(model, work.batch)
     u = {"u": torch.zeros_like(outputs, requires_grad=True)}
-    pulled = _gradient(outputs, variables, u["u"], create_graph=True)
+    pulled = gradient_of(outputs, variables, u["u"], create_graph=True)
     fixed = leaves({"out": outputs})
-    slope = _gradient(
+    slope = gradient_of(
         work.evaluator.criterion(fixed["out"], work.batch).sum(), fixed, None, create_graph=True
     )
 
     def product(vector: Named) -> Named:
         tangent = _transpose(pulled, u, vector)["u"]
         curved = _transpose(slope, fixed, {"out": tangent})["out"]
-        return _gradient(outputs, variables, curved, create_graph=False)
+        return gradient_of(outputs, variables, curved, create_graph=False)
 
     return product
-
-
-def _gradient(value: Tensor, at: Named, cotangent: Tensor | None, *, create_graph: bool) -> Named:
-    """Return the gradient of ``<value, cotangent>``, zero where value does not depend on it."""
-    if not value.requires_grad:
-        return {name: torch.zeros_like(tensor) for name, tensor in at.items()}
-    found = torch.autograd.grad(
-        value,
-        list(at.values()),
-        cotangent,
-        create_graph=create_graph,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(at, found, strict=True))
 
 
 def _transpose(values: Named, at: Named, vector: Named) -> Named:
@@ -264,46 +253,6 @@ def _transpose(values: Named, at: Named, vector: Named) -> Named:
         materialize_grads=True,
     )
     return dict(zip(at, found, strict=True))
-
-
-# --- measures -----------------------------------------------------------------------------------
-@contextmanager
-def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Choose plain kernels where the fused ones have no second derivative."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    cudnn, onednn = torch.backends.cudnn, torch.backends.mkldnn
-    before = cudnn.enabled, onednn.enabled
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        try:
-            if recurrent:
-                cudnn.enabled = onednn.enabled = False
-            yield
-        finally:
-            cudnn.enabled, onednn.enabled = before
-
-
-def _activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
-    """Return the bytes that a forward pass keeps for one example, inputs and weights apart."""
-    known = _activations.get(evaluator)
-    if known is not None:
-        return known
-    single = take(batch, slice(0, 1))
-    apart = {t.untyped_storage().data_ptr() for t in tensors_of(single)}
-    apart.update(t.untyped_storage().data_ptr() for t in evaluator.state.values())
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in apart:
-            kept[pointer] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    variables = leaves(evaluator.selected)
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        evaluator.total(variables, single, "train")
-    size = max(256, sum(kept.values()))
-    _activations[evaluator] = size
-    return size
 
 
 def _even(count: int, most: int) -> int:

@@ -1,4 +1,4 @@
-"""The protocols: what a part must answer. A part is a frozen attrs value; what it learns is separate.
+"""The protocols: what a part must answer. A part is a frozen attrs value; what it learns is apart.
 
 Two phases everywhere: *bind / build / fit* (expensive, once), then *use*. An author implements each
 protocol on one batch, without a loop over data. Facts that a part declares are required.
@@ -134,7 +134,7 @@ class InverseHessian(Protocol):
         ...
 
     def check(self, space: Space) -> None:
-        """Raise `SpecError` when the parts do not fit each other or the space; no tensor is made."""
+        """Raise `SpecError` when the parts do not fit each other or the space; without a tensor."""
         ...
 
     def fit(self, problem: Problem) -> Inverse:
@@ -175,26 +175,6 @@ class Damping:
         if not 0 <= self.value < float("inf"):
             raise SpecError(f"damping: got {self.value!r}, expected a finite number >= 0")
 
-    @classmethod
-    def of(cls, value: Any) -> Damping:
-        """Return a damping given as a number, as ``{"relative": number}``, or as it is.
-
-        Raises:
-            SpecError: It is none of these.
-        """
-        if isinstance(value, Damping):
-            return value
-        if isinstance(value, Mapping) and set(value) == {"relative"}:
-            return cls(cls.of(value["relative"]).value, relative=True)
-        if isinstance(value, Mapping) and set(value) == {"value", "relative"}:
-            return cls(cls.of(value["value"]).value, relative=bool(value["relative"]))
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return cls(float(value))
-        raise SpecError(
-            f"damping: got {value!r}; expected a number >= 0, absolute in the unit of the mean "
-            'curvature, or {"relative": number}, times its mean eigenvalue'
-        )
-
     def absolute(self, mean_eigenvalue: float) -> float:
         """Return lambda in the unit of the curvature.
 
@@ -211,13 +191,33 @@ class Damping:
         return self.value * mean_eigenvalue
 
 
+def as_damping(value: Any) -> Damping:
+    """Return a damping given as a number, as ``{"relative": number}``, or as it is.
+
+    Raises:
+        SpecError: It is none of these, negative, or not finite.
+    """
+    if isinstance(value, Damping):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"relative"}:
+        return Damping(as_damping(value["relative"]).value, relative=True)
+    if isinstance(value, Mapping) and set(value) == {"value", "relative"}:
+        return Damping(as_damping(value["value"]).value, relative=bool(value["relative"]))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Damping(float(value))
+    raise SpecError(
+        f"damping: got {value!r}; expected a number >= 0, absolute in the unit of the mean "
+        'curvature, or {"relative": number}, times its mean eigenvalue'
+    )
+
+
 @runtime_checkable
 class Curvature(Protocol):
     """A curvature of the train loss, always the mean over the data it was fitted on."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what it asks of the `Problem`: of ``{"hessian-product", "ggn-product", "rows"}``."""
+        """Return what it asks of `Problem`: of ``{"hessian-product", "ggn-product", "rows"}``."""
         ...
 
     @property

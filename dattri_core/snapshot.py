@@ -59,7 +59,7 @@ class Queries:
         return len(self.rows)
 
     def block(self, name: str, train: Block) -> Block:
-        """Return a block of the queries, formed once if the planner would form it for every batch."""
+        """Return a block of the queries, formed once if the planner would form it each time."""
         block = self.rows.blocks[name]
         if block.positions is not None and explain_inner(train, block).order == "form":
             block = block.dense()
@@ -90,7 +90,10 @@ def fit_checkpoint(
     activations = activation_bytes(bound, sample)
     rows = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
     row_bytes = [max(1, block.nbytes // SAMPLE) for block in rows.blocks.values()]
-    largest = max(row_bytes) if all_blockwise(stages) else sum(row_bytes)
+    item = max(4, rows.dtype.itemsize)
+    # A map that is not blockwise takes whole rows; most form them block by block, then join them.
+    whole = sum(row_bytes) + 2 * bound.space.dim * item
+    largest = max(row_bytes) if all_blockwise(stages) else whole
     per_example = activations + largest
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
     chain = Chain(bound)
@@ -112,7 +115,6 @@ def fit_checkpoint(
                 )
             )
         chain = Chain(bound, (*chain.steps, step))
-    item = max(4, rows.dtype.itemsize)
     dense_query = chain.space.dim * item
     inverted = any(not isinstance(stage, Projector) and stage.needs for stage in stages)
     query, notes = _query_bytes(rows, chain, item)
@@ -222,7 +224,7 @@ def _queries(fitted: Fitted, scorer: Scorer, rows: Rows) -> Queries:
 def pair_batch(
     chain: Chain, scorer: Scorer, queries: Queries, index: Tensor, batch: Batch, role: Role
 ) -> tuple[Tensor, Side]:
-    """Return the sum over blocks ``[B, C]`` for a batch, and its side; rows are freed as they go."""
+    """Return the sum over blocks ``[B, C]`` for a batch, and its side; rows go as they come."""
     pairing = _Pairing(scorer, queries)
     names: list[str] = []
     waiting: dict[str, Block] = {}

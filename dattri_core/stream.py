@@ -79,8 +79,13 @@ class Examples:
 
     @property
     def ids(self) -> Sequence[int]:
-        """Return the position of each example in the data set it came from."""
-        return range(self.n) if self._order is None else self._order
+        """Return the position of each example in the data set it came from.
+
+        Where a sampler names an example twice, its place in the stream stands for it instead.
+        """
+        if self._order is None or len(set(self._order)) < self.n:
+            return range(self.n)
+        return self._order
 
     def sample(self, count: int) -> Batch:
         """Return the first ``count`` examples, repeated when there are fewer."""

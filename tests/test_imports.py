@@ -46,6 +46,8 @@ ORDER = [
     "stream",
     "evaluate",
     "lift",
+    "batched",
+    "second_order",
     "products",
     "problem",
     "assemble",

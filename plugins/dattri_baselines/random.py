@@ -70,14 +70,16 @@ class Random:
             "n_train": n_train,
             "target": {"name": task.target_name, "higher_is_better": task.sign < 0},
         }
-        ids: Any = [side.ids for side in examples]
+        train_ids, test_ids = (list(side.ids) for side in examples)
         if out is None:
             values = np.empty((n_train, n_test), np.float32)
             self._fill(values)
-            return Scores(torch.from_numpy(values), *ids, provenance, known_finite=True)
+            return Scores(
+                torch.from_numpy(values), train_ids, test_ids, provenance, known_finite=True
+            )
         with ScoresWriter(out, n_train, n_test) as writer:
             self._fill(writer.values, writer.release)
-            return writer.finish(*ids, provenance)
+            return writer.finish(train_ids, test_ids, provenance)
 
     def _fill(self, values: Array, release: Any = None) -> None:
         n_train, n_test = values.shape

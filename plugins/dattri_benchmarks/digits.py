@@ -66,6 +66,7 @@ def _build(size: Size, seed: int) -> World:
         (tuple(f"digit-{i}" for i in train), tuple(f"digit-{i}" for i in test)),
         labels[train],
         DAMPING,
+        1,
         {"data": setting.title, "model": "MLP 64-24-10, tanh", "wrong_share": WRONG, "seed": seed},
     )
 
@@ -73,7 +74,7 @@ def _build(size: Size, seed: int) -> World:
 setting = Setting(
     name="digits",
     title="Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, UCI, CC BY 4.0)",
-    size=(1437, 360),
+    size=(1437, 200),
     build=_build,
 )
 """The embedded data set with a network of 1,810 parameters."""

@@ -32,9 +32,11 @@ class World:
         test_images: ``[m, height, width]``.
         true_labels: ``[n]``, the train labels before some were flipped.
         flipped: ``[n]``, where the train label is wrong.
-        damping: For inverse Hessians of the mean train loss. At a minimum of the loss plus
+        damping: For inverse Hessians of the mean train loss. At a smooth minimum of the loss plus
             (w / 2) |theta|^2 the Hessian of the loss has no eigenvalue below -w, so a damping above
             the weight decay w makes it positive; training stops near a minimum, hence the margin.
+        threads: That pay for a network of this size; None leaves it to the library. Where a step
+            is too short to share, a second thread only waits, and on a busy machine costs much.
         facts: What was trained and how well, JSON-ready.
     """
 
@@ -49,6 +51,7 @@ class World:
     true_labels: Array
     flipped: Array
     damping: float
+    threads: int | None
     facts: Mapping[str, Any]
 
 
@@ -105,6 +108,7 @@ def make_world(
     ids: tuple[tuple[str, ...], tuple[str, ...]],
     true_labels: Array,
     damping: float,
+    threads: int | None,
     facts: Mapping[str, Any],
 ) -> World:
     """Put a finished run and its data together; (train, test) in each pair."""
@@ -134,6 +138,7 @@ def make_world(
         true_labels=true_labels,
         flipped=flipped,
         damping=damping,
+        threads=threads,
         facts={
             "n_train": len(flipped),
             "n_test": len(labels[1]),

@@ -91,9 +91,10 @@ class Recipe:
             rate = self.rate(epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            for index in torch.randperm(len(labels), generator=order).split(self.batch):
+            for index in torch.split(torch.randperm(len(labels), generator=order), self.batch):
                 optimizer.zero_grad(set_to_none=True)
-                nn.functional.cross_entropy(model(inputs[index]), labels[index]).backward()
+                loss = nn.functional.cross_entropy(model(inputs[index]), labels[index])
+                torch.autograd.backward(loss)
                 optimizer.step()
             if epoch + 1 in self.keep or epoch + 1 == self.epochs:
                 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,1 +1,1 @@
-
+"""Influence functions: recipes."""

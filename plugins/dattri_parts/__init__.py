@@ -1,0 +1,1 @@
+"""Shared parts: sources, projectors, curvatures, solvers, scorers and folds."""

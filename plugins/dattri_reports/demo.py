@@ -6,7 +6,8 @@ import argparse
 import platform
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,13 @@ class Demo:
         )
         print(HEAD)
         outcomes = []
-        _warm_up(world)
-        for name in names:
-            outcome = run_method(name, world, lambda s, w: metric(s, w, seed=args.seed))
-            outcomes.append(outcome)
-            print(line(outcome), flush=True)
+        with _threads(world.threads):
+            _warm_up(world)
+            for name in names:
+                outcome = run_method(name, world, lambda s, w: metric(s, w, seed=args.seed))
+                outcomes.append(outcome)
+                print(line(outcome), flush=True)
+            versions = _versions()
         print(FOOT)
         predictions, shown = _examples(world, args.seed)
         report = Report(
@@ -84,7 +87,7 @@ class Demo:
             predictions=predictions,
             shown=shown,
             command=_command(args, size),
-            versions=_versions(),
+            versions=versions,
             seed=args.seed,
             seconds=time.perf_counter() - started,
         )
@@ -136,6 +139,17 @@ def _sections() -> list[Section]:
         registry.resolve("report_section", name) for name in registry.names("report_section")
     ]
     return [*own, *others, reading]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Use the number of threads that pays for the network, then the one before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _warm_up(world: Any) -> None:

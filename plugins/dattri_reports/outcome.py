@@ -82,7 +82,11 @@ class Outcome:
 def run_method(name: str, world: Any, metric: Metric) -> Outcome:
     """Attribute with one registered method; a failure becomes a row, not a crash."""
     recipe = default_registry().recipe(name)
-    about = {"summary": recipe.summary, "formula": recipe.formula, "citation": recipe.citation}
+    about: dict[str, Any] = {
+        "summary": recipe.summary,
+        "formula": recipe.formula,
+        "citation": recipe.citation,
+    }
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")

@@ -1,1 +1,1 @@
-
+"""TracIn and gradient products: recipes."""

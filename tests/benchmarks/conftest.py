@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ def _world(folder: Path, hidden: tuple[int, ...], n_train: int, n_test: int) -> 
     torch.manual_seed(0)
     sizes = (784, *hidden, 10)
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     arrays: dict[str, Any] = {}
@@ -73,7 +74,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def measure_own(path: Path, method: str, repeats: int = 1, memory: str | None = None) -> Any:
     """Run a method of ours in a process of its own."""
     extra = [memory] if memory else []
-    return _json([sys.executable, str(HERE / "own_run.py"), str(path), method, str(repeats), *extra])
+    script = str(HERE / "own_run.py")
+    return _json([sys.executable, script, str(path), method, str(repeats), *extra])
 
 
 def measure_dattri(path: Path, method: str, batch: int, repeats: int = 1) -> Any:
@@ -81,7 +83,8 @@ def measure_dattri(path: Path, method: str, batch: int, repeats: int = 1) -> Any
     python = os.environ.get("DATTRI_PEERS_PYTHON")
     if not python:
         return None
-    return _json([python, str(HERE / "peer_dattri.py"), str(path), method, str(batch), str(repeats)])
+    script = str(HERE / "peer_dattri.py")
+    return _json([python, script, str(path), method, str(batch), str(repeats)])
 
 
 def _json(command: list[str]) -> Any:
@@ -115,15 +118,21 @@ def pytest_sessionfinish() -> None:
     if not ROWS or not path:
         return
     titles = ["what", "measured", "against", "ratio", "goal", "met"]
+    command = (
+        "Command: `make bench DATTRI_BENCH_TABLE=docs/results/speed.md`, with `DATTRI_DATA` at a "
+        "folder that holds MNIST and `DATTRI_PEERS_PYTHON` at a Python that has dattri 0.3.0."
+    )
+    machine = (
+        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, Python {platform.python_version()}. Both sides of a ratio were "
+        "measured in one run; times vary by tens of percent between runs."
+    )
     lines = [
         "# Speed and memory",
         "",
-        "Command: `make bench DATTRI_BENCH_TABLE=docs/results/speed.md`, with `DATTRI_DATA` at a "
-        "folder that holds MNIST and `DATTRI_PEERS_PYTHON` at a Python that has dattri 0.3.0.",
+        command,
         "",
-        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, Python {platform.python_version()}. Both sides of a ratio were "
-        "measured in one run; times vary by tens of percent between runs.",
+        machine,
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),

@@ -20,7 +20,7 @@ def best_of(work: Callable[[], object], repeats: int = 3) -> float:
 
 
 def training_pass(model: nn.Module, sets: list[tuple[Tensor, Tensor]], batch: int = 500) -> None:
-    """Run forward and backward with weight gradients over all examples, as a training step would."""
+    """Run forward and backward with weight gradients over all examples, as training does."""
     for inputs, labels in sets:
         for start in range(0, len(inputs), batch):
             part = slice(start, start + batch)

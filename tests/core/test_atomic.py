@@ -1,6 +1,5 @@
 """A file or a folder appears whole under its name, or not at all."""
 
-
 import pytest
 
 from dattri_core.atomic import atomic_file, atomic_folder, write_text

@@ -91,17 +91,17 @@ runs = st.fixed_dictionaries(
 
 
 def needed(plan, costs):
-    """Return the bytes alive at the worst moment of a run; a score takes 8 at most."""
+    """Return the bytes alive at the worst moment of a run; a pair takes 32 at most."""
     per_row = costs.activations + costs.train_row
     queries = plan.query_group * (costs.query + costs.query_work)
-    batch = max(plan.train_batch * (per_row + 8 * plan.query_group), plan.test_batch * per_row)
+    batch = max(plan.train_batch * (per_row + 32 * plan.query_group), plan.test_batch * per_row)
     return queries + batch + plan.bytes["scores"]
 
 
 @settings(max_examples=300, deadline=None)
 @given(costs, runs, st.integers(0, 8 * MIB))
 def test_a_plan_keeps_to_its_budget_and_covers_all_examples(costs, run, extra):
-    least = costs.activations + costs.train_row + costs.query + costs.query_work + 8
+    least = costs.activations + costs.train_row + costs.query + costs.query_work + 32
     plan = make_plan(least + run["result_bytes"] + extra, costs, **run)
     assert needed(plan, costs) <= plan.budget
     assert 1 <= plan.query_group <= run["n_test"]
@@ -115,7 +115,7 @@ def test_a_plan_keeps_to_its_budget_and_covers_all_examples(costs, run, extra):
 @settings(max_examples=200, deadline=None)
 @given(costs, runs, st.integers(0, 8 * MIB), st.integers(0, 8 * MIB))
 def test_more_memory_never_costs_more_passes(costs, run, extra, more):
-    least = costs.activations + costs.train_row + costs.query + costs.query_work + 8
+    least = costs.activations + costs.train_row + costs.query + costs.query_work + 32
     small = make_plan(least + run["result_bytes"] + extra, costs, **run)
     large = make_plan(small.budget + more, costs, **run)
     assert large.groups <= small.groups
@@ -128,7 +128,7 @@ def test_more_memory_never_costs_more_passes(costs, run, extra, more):
 @settings(max_examples=100, deadline=None)
 @given(costs, runs)
 def test_what_does_not_fit_is_refused_with_the_bytes_that_would(costs, run):
-    least = costs.activations + costs.train_row + costs.query + costs.query_work + 8
+    least = costs.activations + costs.train_row + costs.query + costs.query_work + 32
     least += run["result_bytes"]
     with pytest.raises(MemoryBudgetError) as caught:
         make_plan(least - 1, costs, **run)
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused_with_the_bytes_that_would(costs, run):
     for part in (
         f"the budget of {format_bytes(least - 1)} does not hold",
         f"one train example ({format_bytes(costs.activations + costs.train_row)})",
-        f"one query ({format_bytes(costs.query + costs.query_work + 8)})",
+        f"one query ({format_bytes(costs.query + costs.query_work + 32)})",
         f"the scores ({format_bytes(run['result_bytes'])})",
         f"give at least {format_bytes(least)}",
         "out=",

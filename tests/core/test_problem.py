@@ -18,15 +18,14 @@ from dattri_core.stream import Examples
 N = 13
 
 
-def problem(task, train, *, sketch=None, batch=4, memory=2**26, source="per-example", advance=None):
+def problem(task, train, *, sketches=(), batch=4, memory=2**26, source="per-example", advance=None):
     examples = Examples.of(train, "train")
     bound = build_part("source", source).bind(task, task.checkpoints[0], examples.sample(3))
     stream = RandomStream(0, "projector")
-    maps = (
-        ()
-        if sketch is None
-        else (sketch.build(bound.space, stream=stream, device=torch.device("cpu")),)
-    )
+    maps = ()
+    for sketch in sketches:
+        space = maps[-1].out_space if maps else bound.space
+        maps = (*maps, sketch.build(space, stream=stream, device=torch.device("cpu")))
     return TrainProblem(
         source=bound,
         examples=examples,
@@ -74,7 +73,7 @@ def test_rows_of_chosen_examples_come_in_the_order_asked():
 
 def test_rows_pass_the_projectors():
     task, train, _ = world(n_train=N)
-    seen = problem(task, train, sketch=FlatSketch())
+    seen = problem(task, train, sketches=[FlatSketch()])
     rows = Rows.concatenate(list(seen.rows()))
     matrix = seen.maps[0].matrix
     assert close(rows.flat(), row_matrix(task, seen.source.space, train) @ matrix.T)
@@ -119,11 +118,12 @@ def test_products_are_those_of_the_mean_curvature_however_the_work_is_cut(
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_after_a_projector_the_curvature_is_lifted_through_its_adjoint(kind):
+@pytest.mark.parametrize("sizes", [[5], [9, 5], [20, 11, 4]])
+def test_after_projectors_the_curvature_is_lifted_through_their_adjoints(kind, sizes):
     task, train, _ = world(n_train=N)
-    seen = problem(task, train, sketch=FlatSketch())
+    seen = problem(task, train, sketches=[FlatSketch(size) for size in sizes])
     dense = {"hessian": hessian, "ggn": ggn}[kind](task, seen.source.space, train)
-    p = seen.maps[0].matrix
+    p = torch.linalg.multi_dot([m.matrix for m in reversed(seen.maps)] + [torch.eye(43).double()])
     given_vectors = vectors(seen.space, 3)
     got = seen.product(given_vectors, kind).flat()
     assert close(got, given_vectors.flat() @ (p @ dense @ p.T), 1e-10)

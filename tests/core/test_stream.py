@@ -189,17 +189,17 @@ def test_a_sample_is_the_first_examples_repeated_when_there_are_too_few(name):
 
 
 def test_ids_are_positions_in_the_data_set_of_the_loader():
-    assert Examples.of(Items(), "train").ids == list(range(N))
+    assert Examples.of(Items(), "train").ids == range(N)
     assert Examples.of(DataLoader(Items(), sampler=[4, 0, 10]), "train").ids == [4, 0, 10]
     loader = DataLoader(Items(), batch_sampler=[[3, 1], [0]])
     assert Examples.of(loader, "train").ids == [3, 1, 0]
-    assert Examples.of(DataLoader(Stream(), batch_size=4), "train").ids == list(range(N))
+    assert Examples.of(DataLoader(Stream(), batch_size=4), "train").ids == range(N)
 
 
 def test_ids_are_positions_of_the_stream_when_the_loader_repeats_an_example():
     """Ids must differ, or the scores could not be made after the work is done."""
     examples = Examples.of(DataLoader(Items(), sampler=[4, 0, 4]), "train")
-    assert examples.ids == [0, 1, 2]
+    assert list(examples.ids) == [0, 1, 2]
     assert read(examples, 2)[1] == [expected("x", [i])[0] for i in (4, 0, 4)]
 
 

@@ -28,8 +28,7 @@ def task(weights=None, **options):
     return Task(mlp(), checkpoints=weights or states(2), learning_rates=RATES, **options)
 
 
-@pytest.fixture
-def small(monkeypatch):
+def cut_small(monkeypatch):
     """Cut the work into 2 query groups and 3 shards."""
     original = engine.make_plan
 
@@ -38,6 +37,11 @@ def small(monkeypatch):
         return attrs.evolve(made, train_batch=3, test_batch=2, query_group=3, groups=2, shard=6)
 
     monkeypatch.setattr(engine, "make_plan", plan)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    cut_small(monkeypatch)
 
 
 def names(folder):
@@ -133,6 +137,31 @@ def test_a_run_goes_on_with_the_sizes_it_began_with(method, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run("1MiB", tmp_path / "scores")
     assert np.array_equal(run("1GiB", tmp_path / "scores"), want)
+
+
+def test_a_fitted_method_goes_on_with_the_sizes_of_the_run(tmp_path):
+    method = dattri.method("grad-cos")
+
+    def run(name):
+        return method.fit(task(), TRAIN, memory="1MiB").attribute(TEST, out=tmp_path / name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch)
+        want = run("whole").values
+        Stop(patch, "dattri_core.loop.score_tile", 4)
+        with pytest.raises(KeyboardInterrupt):
+            run("scores")
+    with pytest.MonkeyPatch.context() as patch:
+        scored = Stop(patch, "dattri_core.loop.score_tile", -1)
+        assert np.array_equal(run("scores").values, want)
+    assert scored.calls == 9
+
+
+def test_every_checkpoint_is_fitted_once(tmp_path, small):
+    gram = Gram()
+    method = Method(inverse_hessian=inverse(gram))
+    method.attribute(task(), TRAIN, TEST, out=tmp_path / "scores")
+    assert gram.counts["fit"] == 2
 
 
 # --- stale and foreign folders --------------------------------------------------------------------

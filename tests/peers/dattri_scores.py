@@ -60,7 +60,7 @@ def main(folder):
             "grad-dot": gradients(states[:1], [1.0], False),
             "grad-cos": gradients(states[:1], [1.0], True),
             "tracin": gradients(states, RATES, False),
-            "if-cg": influence(IFAttributorCG, max_iter=500, tol=1e-9),
+            "if-cg": influence(IFAttributorCG, max_iter=100),
             "if-explicit": influence(IFAttributorExplicit),
         }
     for name, scores in found.items():

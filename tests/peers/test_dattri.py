@@ -16,7 +16,7 @@ from torch import nn
 import dattri_core as dattri
 from dattri_core import Task
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(1800)]
 SCRIPT = Path(__file__).with_name("dattri_scores.py")
 DAMPING = 1e-2
 RATES = [0.1, 0.05]
@@ -89,12 +89,17 @@ CASES = {
     "grad-cos": {},
     "tracin": {},
     "if-explicit": {"damping": DAMPING},
-    "if-cg": {"damping": DAMPING, "maximum_iterations": 500, "tolerance": 1e-6},
+    "if-cg": {"damping": DAMPING, "maximum_iterations": 200, "tolerance": 1e-6},
 }
 
 
-@pytest.mark.parametrize("method", CASES)
-@pytest.mark.parametrize("memory", ["2GiB", "64MiB"])
+@pytest.mark.parametrize(
+    ("method", "memory"),
+    [
+        *((method, "2GiB") for method in CASES),
+        *((method, "64MiB") for method in CASES if not method.startswith("if")),
+    ],
+)
 def test_scores_equal_those_of_dattri_given_one_full_batch(world, method, memory):
     train, test, states, folder = world
     task = Task(
@@ -102,8 +107,6 @@ def test_scores_equal_those_of_dattri_given_one_full_batch(world, method, memory
         checkpoints=states if method == "tracin" else states[:1],
         learning_rates=RATES if method == "tracin" else None,
     )
-    if method == "if-explicit" and memory == "64MiB":
-        pytest.skip("the dense Hessian of 7850 parameters needs a gigabyte")
     got = dattri.attribute(task, train, test, method=method, memory=memory, **CASES[method])
     want = torch.as_tensor(np.load(folder / f"{method}.npy"))
     assert got.shape == (N, M) == tuple(want.shape)

@@ -12,10 +12,11 @@ from dattri_parts.curvatures.product import ProductOperator
 
 @frozen
 class GGN:
-    """G = (1/n) sum_i J_i^T C_i J_i: J the Jacobian of the outputs, C the criterion's Hessian in them.
+    """G = (1/n) sum_i J_i^T C_i J_i: the generalised Gauss-Newton matrix of the mean train loss.
 
-    Positive semi-definite when the criterion is convex in the outputs, and equal to the Hessian when
-    the outputs are linear in the parameters. For cross-entropy it is the true Fisher matrix, with
+    J is the Jacobian of the model's outputs and C the Hessian of the criterion in them. Positive
+    semi-definite when the criterion is convex in the outputs, and equal to the Hessian when the
+    outputs are linear in the parameters. For cross-entropy it is the true Fisher matrix, with
     labels drawn from the model. Behind a projector P it is P G P^T. Source: Schraudolph 2002,
     section 3; Martens 2020 (arXiv 1412.1193), section 8.
     """

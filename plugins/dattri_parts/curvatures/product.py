@@ -55,15 +55,28 @@ class ProductOperator:
         item = torch.empty((), dtype=self.dtype).element_size()
         budget = max(1, min(SLICE_LIMIT, self.memory // 8))
         step = max(1, min(size, budget // (size * item)))
-        matrix = torch.empty(size, size, dtype=torch.float64, device=device)
-        for first in range(0, size, step):
-            count = min(step, size - first)
-            units = torch.zeros(count, size, dtype=self.dtype, device=device)
-            units.diagonal(first).fill_(1)
-            rows = Rows.from_flat(self.space, units, torch.arange(count))
-            matrix[first : first + count] = self.apply(rows).flat()
+        live = self._live()
+        matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+        for chosen in torch.split(live, step):
+            units = torch.zeros(len(chosen), size, dtype=self.dtype, device=device)
+            units[torch.arange(len(chosen), device=device), chosen] = 1
+            rows = Rows.from_flat(self.space, units, torch.arange(len(chosen)))
+            matrix[chosen] = self.apply(rows).flat().double()
         symmetrise(matrix, torch.finfo(self.dtype).eps, f"curvature {self.kind!r}")
         return matrix
+
+    def _live(self) -> Tensor:
+        """Return the coordinates whose row of H is not zero.
+
+        A row of zeros (a pixel that is always black, a word that never occurs, a dead unit) gives
+        exactly zero with any vector, and no other row does with a random one, up to chance zero.
+        """
+        generator = self.problem.random.generator("live rows")
+        probe = torch.randn(2, self.space.dim, generator=generator).to(
+            device=self.problem.device, dtype=self.dtype
+        )
+        product = self.apply(Rows.from_flat(self.space, probe, torch.arange(2))).flat()
+        return torch.nonzero((product != 0).any(0))[:, 0]
 
 
 def symmetrise(matrix: Tensor, precision: float, name: str) -> None:

@@ -10,7 +10,16 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from dattri_core import ConvergenceWarning, Damping, Inverse, Operator, RandomStream, Rows, Space
+from dattri_core import (
+    ConvergenceWarning,
+    Damping,
+    Inverse,
+    Operator,
+    RandomStream,
+    Rows,
+    Space,
+    as_damping,
+)
 from dattri_parts.solvers.columns import Columns
 
 PROBES = 32
@@ -23,11 +32,11 @@ class CG:
 
     Every row g is a system of its own with its own step sizes; all share one product with H, a pass
     over the train set, per iteration. A row stops when |g - (H + damping I) x| <= tolerance |g|, by
-    the residual of the recurrence, and leaves the work. Where a direction p has p^T (H + damping I) p
-    <= 0 the row keeps its last iterate, and g itself when that happens at the first step, as in
-    truncated Newton methods (Steihaug 1983; Nocedal and Wright 2006, algorithm 7.1). A row that is
-    zero stays zero. Rows that miss the tolerance, or that meet negative curvature, are counted in
-    ``stats`` and warned about.
+    the residual of the recurrence, and leaves the work. Where a direction p has negative curvature,
+    p^T (H + damping I) p <= 0, the row keeps its last iterate, and g itself when that happens at
+    the first step, as in truncated Newton methods (Steihaug 1983; Nocedal and Wright 2006,
+    algorithm 7.1). A row that is zero stays zero. Rows that miss the tolerance, or that meet
+    negative curvature, are counted in ``stats`` and warned about.
 
     Peers stop after 10 iterations or so; that is far from the inverse when the curvature is
     ill-conditioned. The defaults go on to a relative residual of 1e-5, at most 100 products.
@@ -39,7 +48,7 @@ class CG:
         tolerance: Relative residual at which a row stops; 0 runs all iterations.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=Damping.of)
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
     maximum_iterations: int = field(default=100, validator=validators.ge(1))
     tolerance: float = field(default=1e-5, validator=validators.ge(0.0))
     needs: ClassVar[frozenset[str]] = frozenset({"apply"})
@@ -87,8 +96,12 @@ class _CGInverse:
         columns = Columns.start(rows, self.solver.tolerance)
         iterations = 0
         while iterations < self.solver.maximum_iterations and columns.working:
-            products = self.operator.apply(columns.directions(self.operator.dtype))
-            columns.step(products, damping, first=iterations == 0)
+            # The product is not named, so that it is freed before the next one is made.
+            columns.step(
+                self.operator.apply(columns.directions(self.operator.dtype)),
+                damping,
+                first=iterations == 0,
+            )
             iterations += 1
         outcome = _Outcome(
             iterations, columns.residual, columns.converged, columns.negative, len(rows)
@@ -111,17 +124,17 @@ class _CGInverse:
         if negative:
             warnings.warn(
                 f"solver 'cg': {negative} of {total} rows met negative curvature with damping "
-                f"{self.stats['damping']:.3g} and kept their last iterate; give more damping or the "
-                "curvature 'ggn'",
+                f"{self.stats['damping']:.3g} and kept their last iterate; give more damping or "
+                "the curvature 'ggn'",
                 ConvergenceWarning,
                 stacklevel=3,
             )
         if missed:
             warnings.warn(
                 f"solver 'cg': {missed} of {total} rows did not reach the tolerance "
-                f"{self.solver.tolerance:.1g} in {int(self.stats['iterations'])} iterations (largest "
-                f"relative residual {self.stats['residual']:.2g}); give more maximum_iterations or "
-                "more damping",
+                f"{self.solver.tolerance:.1g} in {int(self.stats['iterations'])} iterations "
+                f"(largest relative residual {self.stats['residual']:.2g}); give more "
+                "maximum_iterations or more damping",
                 ConvergenceWarning,
                 stacklevel=3,
             )

@@ -19,6 +19,7 @@ from dattri_core import (
     NumericsError,
     Rows,
     Space,
+    as_damping,
     format_bytes,
     free_bytes,
 )
@@ -35,16 +36,17 @@ from dattri_parts.solvers.factor import (
 class Cholesky:
     """(H + damping I)^-1 g from the dense H in float64, exact up to rounding.
 
-    A Cholesky factor where H + damping I is positive definite; otherwise the eigenvalues mu of H and
-    the exact inverse, which divides by mu + damping whatever its sign (a warning says so). Needs
-    16 d^2 bytes for d parameters, and is refused when they are not free. Parameters whose curvature
-    is exactly zero (weights of inputs that are always zero) are split off and divided by damping.
+    A Cholesky factor where H + damping I is positive definite; otherwise the eigenvalues mu of H
+    and the exact inverse, which divides by mu + damping whatever its sign (a warning says so).
+    Needs 16 d^2 bytes for d parameters, and is refused when they are not free. Parameters whose
+    curvature is exactly zero (weights of inputs that are always zero) are split off and divided by
+    damping.
 
     Args:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=Damping.of)
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     exact: ClassVar[bool] = True
 
@@ -67,9 +69,9 @@ def _require_fit(size: int, available: int, what: str) -> None:
     needed = 2 * 8 * size**2
     if needed > available:
         raise MemoryBudgetError(
-            f"solver 'cholesky': the curvature of {size} parameters is a {size} x {size} matrix; it "
-            f"and its factor need {format_bytes(needed)}, {format_bytes(available)} {what}; use the "
-            "solver 'cg' (method 'if-cg'), a projector, or fewer parameters (parameters=...)"
+            f"solver 'cholesky': the curvature of {size} parameters is a {size} x {size} matrix; "
+            f"it and its factor need {format_bytes(needed)}, {format_bytes(available)} {what}; use "
+            "the solver 'cg' (method 'if-cg'), a projector, or fewer parameters (parameters=...)"
         )
 
 
@@ -126,10 +128,10 @@ def _inverse(matrix: _Matrix, damping: Damping) -> _DenseInverse:
     stats["negative_eigenvalues"] = float(negative)
     if negative:
         warnings.warn(
-            f"solver 'cholesky': {negative} of {matrix.space.dim} eigenvalues of the curvature stay "
-            f"negative with damping {value:.3g} (the smallest is {stats['minimum_eigenvalue']:.3g} "
-            "before damping); the exact inverse is used, which turns these directions around; give "
-            "more damping or the curvature 'ggn'",
+            f"solver 'cholesky': {negative} of {matrix.space.dim} eigenvalues of the curvature "
+            f"stay negative with damping {value:.3g} (the smallest is "
+            f"{stats['minimum_eigenvalue']:.3g} before damping); the exact inverse is used, which "
+            "turns these directions around; give more damping or the curvature 'ggn'",
             RuntimeWarning,
             stacklevel=3,
         )

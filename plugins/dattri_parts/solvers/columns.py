@@ -30,6 +30,7 @@ class Columns:
     target: float  # |r|^2 at which a system is solved
     length: Tensor  # [C], |g| in float64
     stopped: Tensor  # [C], met negative curvature
+    reach: Tensor  # [C], largest |A p| / |p| so far: at most the norm of A = H + damping I
 
     @staticmethod
     def start(rows: Rows, tolerance: float) -> Columns:
@@ -58,6 +59,7 @@ class Columns:
             target=tolerance**2,
             length=length,
             stopped=torch.zeros_like(squared, dtype=torch.bool),
+            reach=torch.zeros_like(squared),
         )
         columns._drop()
         return columns
@@ -111,10 +113,11 @@ class Columns:
                 "solver 'cg': a curvature product is not finite; look for a diverged checkpoint"
             )
         curve = bend + damping * length  # p^T (H + damping I) p
-        norm = (size + 2 * damping * bend + damping**2 * length).clamp(min=0).sqrt()
+        image = (size + 2 * damping * bend + damping**2 * length).clamp(min=0)  # |A p|^2
+        self.reach[live] = torch.maximum(self.reach[live], (image / length).sqrt())
         precision = torch.finfo(next(iter(direction.values())).dtype).eps
-        # Not positive, up to rounding: for a positive matrix the angle is never this near to 90.
-        stop = curve <= precision * norm * length.sqrt()
+        # Not positive, up to the rounding of a product with A.
+        stop = curve <= precision * self.reach[live] * length
         rate = (self.squared[live] / curve.where(~stop, curve.new_ones(()))).where(~stop, 0.0)
         move = rate.where(~stop, 1.0 if first else 0.0)
         for name, value in direction.items():

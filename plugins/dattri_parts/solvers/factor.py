@@ -27,7 +27,7 @@ class Triangular:
 
 @frozen(eq=False)
 class Spectrum:
-    """H = Q diag(values) Q^T, shifted by a damping: any number of dampings from one decomposition."""
+    """H = Q diag(values) Q^T and a damping; one decomposition serves any number of dampings."""
 
     values: Tensor  # [d]
     basis: Tensor  # [d, d]
@@ -105,9 +105,10 @@ def require_regular(least: float, greatest: float, precision: float, damping: fl
     """Raise `NumericsError` when H + damping I is singular to the precision of its entries."""
     if least > precision * greatest:
         return
+    needed = precision * greatest
     raise NumericsError(
-        f"curvature + damping: singular to working precision (damping {damping:.3g}; the eigenvalues "
-        f"of H + damping I have sizes from {least:.3g} to {greatest:.3g}, and H is known to "
-        f"{precision:.1g} of its largest); give a damping above {precision * greatest:.1g}, the "
+        f"curvature + damping: singular to working precision (damping {damping:.3g}; the "
+        f"eigenvalues of H + damping I have sizes from {least:.3g} to {greatest:.3g}, and H is "
+        f"known to {precision:.1g} of its largest); give a damping above {needed:.1g}, the "
         "curvature 'ggn' if the Hessian is indefinite, or model.double() for more precision"
     )

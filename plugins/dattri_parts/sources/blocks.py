@@ -19,12 +19,12 @@ def fold_calls(block: Block, count: int) -> Block:
     if len(block) == count:
         return block
     if isinstance(block, DenseBlock):
-        return DenseBlock(block.values.unflatten(0, (count, -1)).sum(1))
-    outputs = block.outputs.unflatten(0, (count, -1)).flatten(1, 2)
+        return DenseBlock(_by_example(block.values, count).sum(1))
+    outputs = _by_example(block.outputs, count).flatten(1, 2)
     if isinstance(block.inputs, OneHot):
-        index = block.inputs.index.unflatten(0, (count, -1)).flatten(1, 2)
+        index = _by_example(block.inputs.index, count).flatten(1, 2)
         return OuterBlock(outputs, OneHot(index, block.inputs.size))
-    return OuterBlock(outputs, block.inputs.unflatten(0, (count, -1)).flatten(1, 2))
+    return OuterBlock(outputs, _by_example(block.inputs, count).flatten(1, 2))
 
 
 def turn(block: Block, own: BlockSpec, target: BlockSpec) -> Block:
@@ -99,6 +99,10 @@ def parameter_values(spec: BlockSpec, view: ParameterView, values: Tensor) -> Te
     """
     columns = values.reshape(len(values), *spec.matrix_shape)[:, :, view.start : view.stop]
     return (columns.mT if view.transposed else columns).reshape(len(values), *view.shape)
+
+
+def _by_example(values: Tensor, count: int) -> Tensor:
+    return values.reshape(count, len(values) // count, *values.shape[1:])
 
 
 def _layout(spec: BlockSpec) -> tuple[object, ...]:

@@ -103,7 +103,7 @@ class Pass:
             self._backward = True
             if total.requires_grad:
                 # Inside the call: recomputed activations see this checkpoint's weights too.
-                total.backward()
+                torch.autograd.backward(total)
 
         with (
             self.evaluator.session(),

@@ -78,14 +78,13 @@ def single_gradient(evaluator: Evaluator, example: Any, role: Any) -> dict[str, 
     def both_ways(model: nn.Module) -> None:
         total = evaluator.total_of(model, example, role, given)
         if total.requires_grad:
-            total.backward()
+            torch.autograd.backward(total)
 
     with evaluator.session(), torch.inference_mode(False), torch.enable_grad():
         evaluator.call(both_ways, given)
     wide = torch.promote_types(evaluator.dtype, torch.float32)
+    found = {name: given[name].grad for name in evaluator.selected}
     return {
-        name: (torch.zeros_like(given[name]) if given[name].grad is None else given[name].grad).to(
-            wide
-        )
-        for name in evaluator.selected
+        name: torch.zeros_like(given[name], dtype=wide) if grad is None else grad.to(wide)
+        for name, grad in found.items()
     }

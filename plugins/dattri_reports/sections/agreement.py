@@ -46,8 +46,8 @@ def agreement(report: Report) -> str:
         '<section id="agreement"><h2>Do the methods agree?</h2>'
         "<p>Spearman rank correlation of the scores of all training images, a mean over the test "
         "images. 1 is the same order, 0 no relation.</p>"
-        f'<div class="scroll" tabindex="0"><table class="matrix"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f'<div class="scroll" tabindex="0"><table class="matrix">'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 

@@ -27,7 +27,8 @@ def table(report: Report) -> str:
         "<p>AUROC: the chance that a wrongly labelled image is ranked above a correctly labelled "
         "one. 1 is perfect, 0.5 (the dotted line) is chance. Bars are "
         f"{share} bootstrap intervals over the training images.</p>"
-        '<div class="scroll" tabindex="0"><table class="methods"><thead><tr><th scope="col">method</th>'
+        '<div class="scroll" tabindex="0"><table class="methods"><thead><tr>'
+        '<th scope="col">method</th>'
         '<th scope="col">AUROC by self-influence<small>high is suspicious</small></th>'
         '<th scope="col">AUROC by test scores<small>mean harm to the clean test set</small></th>'
         '<th scope="col" class="number">time</th><th scope="col" class="number">peak memory</th>'

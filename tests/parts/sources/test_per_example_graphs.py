@@ -173,6 +173,30 @@ def test_a_write_that_the_sample_did_not_show_is_an_error() -> None:
         stream_rows(bound, vectors(5))
 
 
+def test_a_write_into_an_output_that_the_sample_did_not_show_is_an_error() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.a(m.first(x))  # of three axes: a view, whose hook a write in place takes off
+        return h.tanh_() if len(x) > 3 else h.tanh()
+
+    model = Model(run, a=linear(), first=linear()).double()
+    bound, _ = bind(model, vector_loss, vectors(3, 4, WIDTH))
+    with pytest.raises(dattri.InputError, match="1 calls of Linear at 'a' gave no gradient"):
+        stream_rows(bound, vectors(5, 4, WIDTH))
+
+
+def test_a_model_that_takes_gradients_itself() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(m.energy(point).cos().sum(), point)
+        return m.out(x + slope)
+
+    parts = {"energy": linear(), "out": linear()}
+    bound = check(Model(run, **parts), vector_loss, vectors())
+    rows, _ = stream_rows(bound, vectors())
+    assert not rows.blocks["energy"].flat().any()
+
+
 def test_a_module_that_writes_into_its_input() -> None:
     class Multiply(nn.Module):
         def __init__(self) -> None:

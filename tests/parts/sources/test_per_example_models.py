@@ -84,6 +84,24 @@ def test_linear_tied_to_linear_and_to_a_transpose() -> None:
     assert bound.space["a.weight"].kind == "outer"
 
 
+@pytest.mark.parametrize("functional_child", [True, False])
+def test_a_weight_tied_inside_of_a_module_without_a_rule(functional_child: bool) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear()
+            self.weight = self.inner.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            if functional_child:  # both places are in the hands of this module
+                h = functional.linear(x, self.inner.weight, self.inner.bias)
+            else:  # the inner module answers for its own
+                h = self.inner(x)
+            return (h.tanh() @ self.weight).tanh() * self.weight.sum()
+
+    check(Model(lambda m, x: m.outer(m.a(x)), a=linear(), outer=Outer()), vector_loss, vectors())
+
+
 def test_a_weight_tied_across_kinds_is_dense() -> None:
     class Scale(nn.Module):
         def __init__(self, weight: nn.Parameter) -> None:

@@ -146,6 +146,22 @@ def test_hooks_of_the_user_keep_working() -> None:
         handle.remove()
 
 
+def test_hooks_of_the_user_on_a_module_without_a_rule() -> None:
+    model, batch = (
+        nn.Sequential(nn.Bilinear(WIDTH, WIDTH, WIDTH), nn.PReLU(WIDTH)).double(),
+        batch_of(),
+    )
+    handles = [
+        model[0].register_forward_pre_hook(lambda m, args: (args[0] * 2, args[0].cos())),
+        model[1].register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+        model[1].register_forward_hook(lambda m, args, out: (out * 3).sin()),
+    ]
+    expected = loop_gradients(model, loss, batch)
+    assert worst_difference(bind(model, batch), expected, batch) < 1e-10
+    for handle in handles:
+        handle.remove()
+
+
 def test_under_no_grad_and_inference_mode() -> None:
     model, batch = mlp(), batch_of()
     expected = loop_gradients(model, loss, batch)
@@ -184,6 +200,23 @@ def test_blocks_come_in_backward_order_and_one_at_a_time() -> None:
         assert sum(ref() is not None for ref in alive) == 0
     finally:
         gc.enable()
+
+
+def test_inputs_are_freed_as_the_backward_pass_goes() -> None:
+    depth, width, count = 20, 8, 500
+    model, batch = mlp(depth, width), batch_of(count, width)
+    bound = bind(model, batch)
+    live: list[int] = []
+    gc.disable()
+    try:
+        with PeakMemory() as memory:
+            bound.stream(batch, "train", lambda name, block: live.append(memory.live))
+    finally:
+        gc.enable()
+    one = count * width * 8
+    assert len(live) == depth
+    assert live[0] >= depth * one  # all activations, when the last layer reports
+    assert live[-1] <= 6 * one  # those of one layer, when the first does
 
 
 def test_formed_rows_of_all_layers_are_never_alive_together() -> None:

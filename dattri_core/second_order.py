@@ -1,0 +1,111 @@
+"""What a model's second derivatives need: plain kernels, room for activations, and to exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dattri_core.batch import Batch, take, tensors_of
+from dattri_core.errors import InputError
+from dattri_core.evaluate import Evaluator, leaves
+
+_activations: WeakKeyDictionary[Evaluator, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Choose plain kernels where the fused ones have no second derivative."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    backends: Any = torch.backends
+    cudnn, onednn = backends.cudnn, backends.mkldnn
+    before = cudnn.enabled, onednn.enabled
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            if recurrent:
+                cudnn.enabled = onednn.enabled = False
+            yield
+        finally:
+            cudnn.enabled, onednn.enabled = before
+
+
+def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
+    """Return the bytes that a forward pass keeps for one example, inputs and weights apart.
+
+    Looked at once for a checkpoint, together with what has no second derivative.
+    """
+    known = _activations.get(evaluator)
+    if known is not None:
+        return known
+    single = take(batch, slice(0, 1))
+    apart = {t.untyped_storage().data_ptr() for t in tensors_of(single)}
+    apart.update(t.untyped_storage().data_ptr() for t in evaluator.state.values())
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in apart:
+            kept[pointer] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    variables = leaves(evaluator.selected)
+
+    def run(model: nn.Module) -> None:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = evaluator.total_of(model, single, "train", variables)
+        with suppress(RuntimeError):  # it comes back, with its cure, when the product is taken
+            gradient = gradient_of(total, variables, None, create_graph=True)
+            _require_twice_differentiable(evaluator, gradient)
+
+    evaluator.call(run, variables)
+    size = max(256, sum(kept.values()))
+    _activations[evaluator] = size
+    return size
+
+
+def _require_twice_differentiable(evaluator: Evaluator, gradient: dict[str, Tensor]) -> None:
+    """Raise `InputError` for a function whose second derivative torch would take to be zero."""
+    waiting = [value.grad_fn for value in gradient.values()]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise no_second_derivative(evaluator, "an autograd.Function is @once_differentiable")
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+def no_second_derivative(evaluator: Evaluator, reason: object) -> InputError:
+    """Return the refusal of a model that cannot be differentiated twice."""
+    return InputError(
+        f"curvature product of the loss {evaluator.task.loss_name!r}: the model has no second "
+        f"derivative in torch ({reason}); replace the operation that is named (checkpointing needs "
+        "use_reentrant=False), leave its parameters out with parameters=, or use a method without "
+        "curvature products"
+    )
+
+
+def gradient_of(
+    value: Tensor, at: dict[str, Tensor], cotangent: Tensor | None, *, create_graph: bool
+) -> dict[str, Tensor]:
+    """Return the gradient of ``<value, cotangent>``, zero where value does not depend on it."""
+    if not value.requires_grad:
+        return {name: torch.zeros_like(tensor) for name, tensor in at.items()}
+    found = torch.autograd.grad(
+        value,
+        list(at.values()),
+        cotangent,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(at, found, strict=True))

@@ -1,0 +1,68 @@
+"""Batched products with a shared operand: the same numbers, by one product instead of many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dattri_core.batched import NARROW, SharedOperands
+
+
+class Counted(TorchDispatchMode):
+    """Counts batched and plain matrix products below other modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, operation):
+        return sum(func is operation for func in self.seen)
+
+
+SIZES = st.tuples(*[st.integers(1, 6)] * 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.booleans(), st.booleans(), st.integers(0, 99))
+def test_equals_the_batched_product(sizes, shared_left, transposed, seed):
+    torch.manual_seed(seed)
+    c, n, d, o = sizes
+    if shared_left:
+        left = torch.randn(n, d).double().expand(c, n, d)
+        right = torch.randn(c, o, d).double().mT if transposed else torch.randn(c, d, o).double()
+    else:
+        left = torch.randn(c, d, n).double().mT if transposed else torch.randn(c, n, d).double()
+        right = torch.randn(d, o).double().expand(c, d, o)
+    want = torch.stack([a @ b for a, b in zip(left, right, strict=True)])
+    with SharedOperands():
+        got = torch.bmm(left, right)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "shared", "batched"), [(3, True, 0), (NARROW + 1, True, 1), (3, False, 1)]
+)
+def test_only_narrow_shared_products_are_replaced(outputs, shared, batched):
+    left = torch.randn(1, 4, 5).expand(6, 4, 5) if shared else torch.randn(6, 4, 5)
+    counted = Counted()
+    with counted, SharedOperands():
+        torch.bmm(left, torch.randn(6, 5, outputs))
+    assert counted.count(torch.ops.aten.bmm.default) == batched
+    assert counted.count(torch.ops.aten.mm.default) == 1 - batched
+
+
+def test_the_tangents_of_a_linear_layer_take_the_wide_product():
+    inputs = torch.randn(5, 7)
+    tangents = torch.randn(4, 3, 7)
+    counted = Counted()
+    with counted, SharedOperands():
+        got = torch.vmap(lambda v: torch.nn.functional.linear(inputs, v))(tangents)
+    torch.testing.assert_close(got, torch.einsum("nd,cod->cno", inputs, tangents))
+    assert counted.count(torch.ops.aten.bmm.default) == 0
