@@ -13,13 +13,16 @@ NARROW = 32
 """Outputs up to which one wide product beats a batch of narrow ones, in spite of its strides."""
 
 
-class SharedOperands(TorchDispatchMode):  # type: ignore[no-any-unimported,misc]
-    """While entered, ``bmm`` on the CPU with one operand that is the same for the whole batch is ``mm``.
+class SharedOperands(TorchDispatchMode):
+    """While entered, ``bmm`` on the CPU with an operand that the whole batch shares is ``mm``.
 
     With many tangents V_c at one activation X, vmap asks for ``X V_c`` as a batch over c with X
-    repeated. The libraries run it as C narrow products; ``X [V_1 ... V_C]`` is one wide product, two
-    to three times as fast for layers with few outputs. The numbers are the same up to rounding.
+    repeated. The libraries run it as C narrow products; ``X [V_1 ... V_C]`` is one wide product,
+    two to three times as fast for layers with few outputs. The numbers are equal up to rounding.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

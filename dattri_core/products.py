@@ -17,8 +17,8 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
-from dattri_core.batched import SharedOperands
 from dattri_core.batch import Batch, batch_size, take
+from dattri_core.batched import SharedOperands
 from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator, leaves
 from dattri_core.losses import Loss

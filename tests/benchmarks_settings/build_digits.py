@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-TARGET = Path(__file__).parent / "data" / "digits.npz"
+TARGET = Path(__file__).parents[2] / "plugins" / "dattri_benchmarks" / "data" / "digits.npz"
 
 
 def main() -> None:
