@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NARROW = 32
 """Outputs up to which one wide product beats a batch of narrow ones, in spite of its strides."""
+
+
+def wide_products(vectors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """Return `SharedOperands` where most of the vectors' entries belong to narrow layers.
+
+    Elsewhere it would only cost: every operation passes through it.
+    """
+    sizes = {name: value[0].numel() for name, value in vectors.items() if len(value)}
+    narrow = sum(
+        size
+        for name, size in sizes.items()
+        if vectors[name].dim() == 3 and vectors[name].shape[1] <= NARROW
+    )
+    on_cpu = all(value.device.type == "cpu" for value in vectors.values())
+    return SharedOperands() if on_cpu and 2 * narrow > sum(sizes.values()) else nullcontext()
 
 
 class SharedOperands(TorchDispatchMode):

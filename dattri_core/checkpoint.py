@@ -36,7 +36,7 @@ class Checkpoint:
     def fingerprint(self, model: nn.Module) -> str:
         """Return a hash of the weights: of the file's bytes, or of names and numbers."""
         if isinstance(self.source, Path):
-            digest = hashlib.blake2b(digest_size=16)
+            digest = hashlib.sha256()
             with self.source.open("rb") as file:
                 while piece := file.read(4 * 2**20):
                     digest.update(piece)
@@ -132,7 +132,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def state_fingerprint(state: StateDict) -> str:
     """Return a hash of names, dtypes, shapes and numbers of a state."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -293,6 +293,9 @@ class FittedMethod:
         for rows, columns, tile in finished(
             self.method.fold, self.method.scorer, len(self.train), len(test), plan, tiles
         ):
+            if tile.shape == (len(self.train), len(test)):
+                values = tile
+                break
             if values is None:
                 values = torch.empty(len(self.train), len(test), dtype=tile.dtype)
             values[rows, columns] = tile

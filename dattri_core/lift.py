@@ -38,6 +38,20 @@ def to_parameters(rows: Rows) -> dict[str, Tensor]:
     return found
 
 
+def empty_rows(space: Space, like: Mapping[str, Tensor], index: Tensor) -> Rows:
+    """Return rows of a space to be filled through their `to_parameters`, which are views of them.
+
+    Args:
+        space: A space whose entries are parameters.
+        like: By parameter name, tensors that show the dtype and device.
+        index: Positions of the rows in the data set, ``[C]``.
+    """
+    require_parameters(space)
+    first = next(iter(like.values()))
+    blocks = {spec.name: DenseBlock(first.new_empty(len(index), *spec.shape)) for spec in space}
+    return Rows(space, blocks, index)
+
+
 def from_parameters(space: Space, values: Mapping[str, Tensor], index: Tensor) -> Rows:
     """Return one tensor per parameter as rows of a space; the exact inverse of `to_parameters`.
 

@@ -19,7 +19,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     UNITS[_letter] = 1024**_power
 
 DEFAULT_SHARE = 0.5
-MAXIMUM_BATCH = 4096
+MAXIMUM_BATCH = 2048
 MINIMUM_BUDGET = 2**20
 SCORE_BYTES = 8  # of one number of a tile, at most
 PAIR_BYTES = (

@@ -12,7 +12,7 @@ from dattri_core.batch import Batch, batch_size, move
 from dattri_core.blocks import Block
 from dattri_core.errors import MemoryBudgetError, SpecError
 from dattri_core.evaluate import Evaluator
-from dattri_core.lift import from_parameters, to_parameters
+from dattri_core.lift import empty_rows, to_parameters
 from dattri_core.memory import is_out_of_memory
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
 from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream
@@ -99,32 +99,37 @@ class TrainProblem:
         for step in reversed(self.maps):
             lowered = step.adjoint(lowered)
         directions = to_parameters(lowered)
-        total: dict[str, Tensor] | None = None
+        lifted = empty_rows(self.source.space, directions, vectors.index)
+        total = to_parameters(lifted)  # views: what is added to them lands in the rows
         with self.evaluator.session():
-            for _, batch in self.examples.batches(self.batch):
-                part = self._batch_product(move(batch, self.device), directions, kind)
-                if total is None:
-                    total = part
-                else:
+            for index, batch in self.examples.batches(self.batch):
+                first = int(index[0]) == 0
+                part = self._batch_product(
+                    move(batch, self.device), directions, kind, total if first else None
+                )
+                if not first:
                     for name, value in part.items():
                         total[name] += value
                 if self.advance is not None:
                     self.advance(batch_size(batch))
-        assert total is not None
-        mean = {name: value.div_(self.n_train) for name, value in total.items()}
-        lifted = from_parameters(self.source.space, mean, vectors.index)
+        for block in lifted.blocks.values():
+            block.dense().values.div_(self.n_train)
         for step in self.maps:
             lifted = step.map(lifted)
         return lifted
 
     def _batch_product(
-        self, batch: Batch, directions: dict[str, Tensor], kind: CurvatureKind
+        self,
+        batch: Batch,
+        directions: dict[str, Tensor],
+        kind: CurvatureKind,
+        out: dict[str, Tensor] | None,
     ) -> dict[str, Tensor]:
         limit = min(WORK_LIMIT, self.memory // 4)
         while True:
             failed: BaseException
             try:
-                return batch_product(self.evaluator, batch, directions, kind, limit=limit)
+                return batch_product(self.evaluator, batch, directions, kind, limit=limit, out=out)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from dattri_core.batch import Batch, batch_size, take
-from dattri_core.batched import SharedOperands
+from dattri_core.batched import wide_products
 from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator, leaves
 from dattri_core.losses import Loss
@@ -34,8 +34,10 @@ from dattri_core.second_order import (
 Named: TypeAlias = dict[str, Tensor]
 Product: TypeAlias = Callable[[Named], Named]
 
-WORK_LIMIT = 64 * 2**20
+WORK_LIMIT = 32 * 2**20
 """Bytes of tangents at once: about what a processor's cache and allocator keep warm."""
+FEW = 8
+"""Vectors that make matrix products large enough to run near the machine's rate."""
 TANGENTS = 3
 """Tangents of one activation that are alive at once: forward, backward, and a result being made."""
 
@@ -58,6 +60,7 @@ def batch_product(
     kind: CurvatureKind,
     *,
     limit: int = WORK_LIMIT,
+    out: Named | None = None,
 ) -> Named:
     """Return sum_b H_b v for every vector v, over the examples b of a batch.
 
@@ -71,9 +74,10 @@ def batch_product(
         vectors: By parameter name, ``[C, *parameter shape]``; parameters left out are constants.
         kind: Which curvature.
         limit: Bytes for intermediates; the work runs in slices of vectors and examples.
+        out: Tensors to write the products to, instead of new ones; what they held is lost.
 
     Returns:
-        By parameter name, ``[C, *parameter shape]``.
+        By parameter name, ``[C, *parameter shape]``; ``out`` where it was given.
 
     Raises:
         InputError: A GGN of a loss that is not split in outputs and criterion, or a model whose
@@ -81,13 +85,15 @@ def batch_product(
         NumericsError: A product is not finite.
     """
     count = len(next(iter(vectors.values())))
-    total = {name: torch.zeros_like(value) for name, value in vectors.items()}
+    total = out
+    if total is None:
+        total = {name: torch.empty_like(value) for name, value in vectors.items()}
     examples = batch_size(batch)
-    with evaluator.session(), differentiable_kernels(evaluator.task.model), SharedOperands():
+    with evaluator.session(), differentiable_kernels(evaluator.task.model), wide_products(vectors):
         size = plan_slices(evaluator, batch, vectors, limit)
         for first in range(0, examples, size.examples):
             part = take(batch, slice(first, first + size.examples))
-            work = _Work(evaluator, part, vectors, kind, total, size.vectors, count)
+            work = _Work(evaluator, part, vectors, kind, total, size.vectors, count, first == 0)
             if evaluator in _refusing or not _run_vectorised(work):
                 _run_looped(work)
     return total
@@ -99,15 +105,17 @@ def plan_slices(
     """Return how many vectors and examples to take at once so that a product fits ``limit`` bytes.
 
     A step holds, for each of its vectors, the vector and its product, and for each pair of a vector
-    and an example `TANGENTS` tangents of the activations. Vectors get a quarter of the limit: both
-    many of them and many examples make matrix products run near the machine's rate.
+    and an example `TANGENTS` tangents of the activations. Examples come first, since each slice of
+    them has a graph of its own, but not at the price of fewer than `FEW` vectors at once.
     """
     count, examples = len(next(iter(vectors.values()))), batch_size(batch)
-    each = sum(v[0].numel() * v.element_size() for v in vectors.values()) if count else 1
+    each = 2 * sum(v[0].numel() * v.element_size() for v in vectors.values()) if count else 1
     pair = TANGENTS * activation_bytes(evaluator, batch)
-    most = max(1, min(count, limit // 4 // (2 * each), limit // 2 // pair))
-    chunk = _even(count, most)
-    left = max(limit // 2, limit - chunk * 2 * each)
+    chunk = min(count, limit // (each + examples * pair))
+    if chunk < min(count, FEW):
+        chunk = min(count, FEW, limit // (each + pair))
+    chunk = _even(count, max(1, chunk))
+    left = max(0, limit - chunk * each)
     return Slices(chunk, _even(examples, max(1, left // (chunk * pair))))
 
 
@@ -122,12 +130,14 @@ class _Work:
     total: Named
     chunk: int
     count: int
+    fresh: bool  # nothing is in ``total`` yet
 
     @property
     def primals(self) -> Named:
         return {name: self.evaluator.parameters[name] for name in self.vectors}
 
     def add(self, products: Mapping[str, Tensor], where: slice) -> None:
+        """Add the products of some vectors to the total."""
         for name, value in products.items():
             if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
                 raise NumericsError(
@@ -136,7 +146,10 @@ class _Work:
                     "a diverged checkpoint, a division by zero or a square root at zero in the "
                     "second derivative, or a half precision that overflows"
                 )
-            self.total[name][where] += value
+            if self.fresh:
+                self.total[name][where] = value
+            else:
+                self.total[name][where] += value
 
 
 # --- all vectors of a chunk at once -------------------------------------------------------------

@@ -258,12 +258,18 @@ class _Pairing:
     scorer: Scorer
     queries: Queries
     _total: Tensor | None = None
+    _own: bool = False
     _square: Tensor | None = None
 
     def add(self, rows: Rows) -> None:
         for name, block in rows.blocks.items():
             part = self.scorer.pair(block, self.queries.block(name, block))
-            self._total = part if self._total is None else self._total + part
+            if self._total is None:
+                self._total = part
+            elif self._own:
+                self._total += part
+            else:  # the first part belongs to the scorer
+                self._total, self._own = self._total + part, True
             if "norm" in self.scorer.needs:
                 square = block.pair_inner(block)
                 self._square = square if self._square is None else self._square + square
@@ -316,7 +322,8 @@ def join_sides(sides: Sequence[Side]) -> Side:
 
 def require_finite(values: Tensor, index: Tensor, checkpoint: Checkpoint) -> None:
     """Raise when a score of a batch is not finite."""
-    if torch.isfinite(values).all():
+    # One pass: a sum is finite only if all of its terms are.
+    if torch.isfinite(values.sum()) or torch.isfinite(values).all():
         return
     rows, columns = torch.nonzero(~torch.isfinite(values), as_tuple=True)
     raise NumericsError(

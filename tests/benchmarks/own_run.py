@@ -7,10 +7,10 @@ memory is that of this run alone.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,19 @@ def model_of(arrays: dict[str, np.ndarray]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def resident_mib(which: str) -> float:
+    """Return resident memory in MiB: ``"VmRSS"`` now, ``"VmHWM"`` at its highest (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{which}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"{which} is not in /proc/self/status; peak memory is measured on Linux")
+
+
+def reset_peak() -> None:
+    """Begin a new high-water mark of resident memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def load(path: str) -> tuple[nn.Sequential, Any, Any]:
     """Return the model and its two sets."""
     arrays = dict(np.load(path, allow_pickle=False))
@@ -60,13 +73,14 @@ def main(path: str, method: str, repeats: str = "1", memory: str | None = None) 
     """Time the best of some runs, and the peak above what imports and a first small run took."""
     warm = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     dattri.attribute(dattri.Task(nn.Linear(3, 2)), warm, warm, method=method)
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    baseline = resident_mib("VmRSS")
+    reset_peak()
     times = []
     for _ in range(int(repeats)):
         start = time.perf_counter()
         run(path, method, memory)
         times.append(time.perf_counter() - start)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024
+    peak = resident_mib("VmHWM") - baseline
     print(json.dumps({"seconds": min(times), "peak_mib": peak}))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dattri_core.batched import NARROW, SharedOperands
+from dattri_core.batched import NARROW, SharedOperands, wide_products
 
 
 class Counted(TorchDispatchMode):
@@ -66,3 +66,12 @@ def test_the_tangents_of_a_linear_layer_take_the_wide_product():
         got = torch.vmap(lambda v: torch.nn.functional.linear(inputs, v))(tangents)
     torch.testing.assert_close(got, torch.einsum("nd,cod->cno", inputs, tangents))
     assert counted.count(torch.ops.aten.bmm.default) == 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "used"),
+    [(((10, 784), (10,)), True), (((128, 784), (10, 128)), False), (((10, 784, 3),), False)],
+)
+def test_it_is_used_where_narrow_layers_prevail(shapes, used):
+    vectors = {str(at): torch.zeros(2, *shape) for at, shape in enumerate(shapes)}
+    assert isinstance(wide_products(vectors), SharedOperands) is used

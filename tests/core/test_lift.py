@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dattri_core.blocks import DenseBlock, OuterBlock
 from dattri_core.errors import SpecError
-from dattri_core.lift import from_parameters, to_parameters
+from dattri_core.lift import empty_rows, from_parameters, to_parameters
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -136,3 +136,25 @@ def test_missing_and_misshapen_parameters_are_named(values, got):
     space = Space((linear("l", 2, 3, 0),))
     with pytest.raises(SpecError, match=rf"'l.weight' of block 'l' has shape {got}.*\(2, 2, 3\)"):
         from_parameters(space, values, torch.arange(2))
+
+
+def test_rows_are_filled_through_their_parameters():
+    weight = ParameterView("weight", (3, 2, 2), 0, 4)
+    bias = ParameterView("bias", (3,), 4, 5)
+    table = ParameterView("table", (6, 2), 0, 6, transposed=True)
+    scale = ParameterView("scale", (), 0, 1)
+    space = Space(
+        (
+            BlockSpec("conv", "outer", (3, 5), (weight, bias)),
+            BlockSpec("table", "outer", (2, 6), (table,)),
+            BlockSpec("scale", "dense", (), (scale,)),
+        )
+    )
+    like = {"weight": torch.zeros(1, dtype=torch.float64)}
+    rows = empty_rows(space, like, torch.arange(4))
+    views = to_parameters(rows)
+    wanted = {name: torch.randn(view.shape).double() for name, view in views.items()}
+    for name, view in views.items():
+        view.copy_(wanted[name])
+    for name, view in to_parameters(rows).items():
+        torch.testing.assert_close(view, wanted[name], rtol=0, atol=0)

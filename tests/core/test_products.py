@@ -230,20 +230,27 @@ def test_slices_do_not_change_the_result(kind, count, examples, limit):
 def test_slices_fit_the_limit_and_cover_the_work():
     torch.manual_seed(0)
     batch = (torch.randn(64, 30), torch.arange(64) % 3)
-    evaluator, _ = made(
-        nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3)), cross_entropy, batch
-    )
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3))
+    evaluator, _ = made(model, cross_entropy, batch)
     vectors = {n: torch.zeros(50, *p.shape) for n, p in evaluator.selected.items()}
-    whole = plan_slices(evaluator, batch, vectors, 10**9)
-    assert (whole.vectors, whole.examples) == (50, 64)
-    each = 2 * 4 * sum(p.numel() for p in evaluator.selected.values())
-    for limit in (10**5, 10**6):
+
+    def sizes(limit):
         size = plan_slices(evaluator, batch, vectors, limit)
-        pair = products.TANGENTS * activation_bytes(evaluator, batch)
-        assert pair >= products.TANGENTS * 4 * (40 + 3)
-        assert size.vectors * each + size.vectors * size.examples * pair <= limit
-    least = plan_slices(evaluator, batch, vectors, 1)
-    assert (least.vectors, least.examples) == (1, 1)
+        return size.vectors, size.examples
+
+    each = 2 * 4 * sum(p.numel() for p in evaluator.selected.values())
+    pair = products.TANGENTS * activation_bytes(evaluator, batch)
+    assert pair >= products.TANGENTS * 4 * (40 + 3)
+    assert sizes(50 * (each + 64 * pair)) == (50, 64)
+    # Fewer vectors first, as long as there are enough of them; then fewer examples.
+    assert sizes(25 * (each + 64 * pair)) == (25, 64)
+    scarce = 3 * products.FEW // 4 * (each + 64 * pair)
+    assert sizes(scarce)[0] >= 3 * products.FEW // 4
+    assert sizes(scarce)[1] < 64
+    for limit in (each + pair, 10**5, 3 * 10**5, 10**6):
+        chunk, examples = sizes(limit)
+        assert chunk * (each + examples * pair) <= limit
+    assert sizes(1) == (1, 1)
 
 
 def test_ggn_of_linear_softmax_regression_equals_its_hessian():

@@ -19,8 +19,8 @@ class Mean:
 
     def update(self, state: FoldState | None, scored: Scored, snapshot: Snapshot) -> FoldState:
         """Add one checkpoint's share."""
-        part = scored.values / snapshot.count
-        return {"sum": part if state is None else state["sum"] + part}
+        share = scored.values if snapshot.count == 1 else scored.values / snapshot.count
+        return {"sum": share if state is None else state["sum"] + share}
 
     def finish(self, state: FoldState) -> Tensor:
         """Return the mean ``[B, C]``."""

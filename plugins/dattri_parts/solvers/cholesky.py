@@ -92,8 +92,11 @@ class _Matrix:
         total = float(matrix.diagonal().sum())
         if not math.isfinite(total):
             raise NumericsError("solver 'cholesky': the diagonal of the curvature is not finite")
-        nonzero = torch.count_nonzero(matrix, dim=1) > 0
-        live = nonzero.nonzero().squeeze(1)
+        # One read of the matrix: times a random vector only a row of zeros gives exactly zero.
+        probe = torch.randn(
+            len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)
+        )
+        live = (matrix @ probe.to(device)).nonzero().squeeze(1)
         if len(live) < len(matrix):
             matrix = matrix[live[:, None], live]
         size = operator.space.dim

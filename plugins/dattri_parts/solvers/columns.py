@@ -40,8 +40,7 @@ class Columns:
         """
         formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
         wide = {n: v.float() if v.element_size() < 4 else v for n, v in formed.items()}
-        squared = torch.stack([_squares(value) for value in wide.values()]).sum(0)
-        length = squared.sqrt()
+        length = _lengths(wide)
         if not bool(torch.isfinite(length).all()):
             raise NumericsError("solver 'cg': a right-hand side is not finite")
         tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
@@ -54,12 +53,12 @@ class Columns:
             solution={n: torch.zeros_like(v) for n, v in wide.items()},
             residuals=units,
             direction={n: v.clone() for n, v in units.items()},
-            live=torch.arange(len(rows), device=squared.device),
+            live=torch.arange(len(rows), device=length.device),
             squared=(length > 0).to(torch.float64),
             target=tolerance**2,
             length=length,
-            stopped=torch.zeros_like(squared, dtype=torch.bool),
-            reach=torch.zeros_like(squared),
+            stopped=torch.zeros_like(length, dtype=torch.bool),
+            reach=torch.zeros_like(length),
         )
         columns._drop()
         return columns
@@ -105,9 +104,9 @@ class Columns:
         live = self.live[where]
         direction = {name: value[where] for name, value in self.direction.items()}
         residual = {name: value[where] for name, value in self.residuals.items()}
-        length = _total(direction, direction)
-        bend = _total(direction, product)
-        size = _total(product, product)
+        length = _squares(direction)
+        bend = _dots(direction, product)
+        size = _squares(product)
         if not bool(torch.isfinite(bend + size).all()):
             raise NumericsError(
                 "solver 'cg': a curvature product is not finite; look for a diverged checkpoint"
@@ -124,10 +123,10 @@ class Columns:
             _add(self.solution[name], live, value, move)
             residual[name].addcmul_(product[name], _column(-rate, value))
             residual[name].addcmul_(value, _column(-damping * rate, value))
-        squared = _total(residual, residual)
+        squared = _squares(residual)
         turn = squared / self.squared[live]
         for name, value in direction.items():
-            value.mul_(_column(turn, value)).add_(residual[name])
+            torch.addcmul(residual[name], value, _column(turn, value), out=value)
         self.squared[live] = squared
         self.stopped[live] = stop
 
@@ -170,20 +169,27 @@ def _add(solution: Tensor, live: Tensor, direction: Tensor, rate: Tensor) -> Non
         solution.index_add_(0, live, direction * step)
 
 
-def _squares(values: Tensor) -> Tensor:
-    """Return the squared length of each row in float64, ``[B]``, a few rows at a time."""
-    each = values.numel() * values.element_size() // max(1, len(values))
-    parts = torch.split(values, max(1, SLICE_BYTES // max(1, each)))
-    return torch.cat([part.double().square().flatten(1).sum(1) for part in parts])
+def _lengths(values: dict[str, Tensor]) -> Tensor:
+    """Return the length of each row over all blocks, ``[B]``, its squares taken in float64."""
+    parts = []
+    for value in values.values():
+        each = value.numel() * value.element_size() // max(1, len(value))
+        pieces = torch.split(value, max(1, SLICE_BYTES // max(1, each)))
+        norms = [torch.linalg.vector_norm(piece.flatten(1).double(), dim=1) for piece in pieces]
+        parts.append(torch.cat(norms))
+    length: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return length
 
 
-def _total(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
-    return torch.stack([_dot(left[name], right[name]) for name in left]).sum(0)
+def _squares(values: dict[str, Tensor]) -> Tensor:
+    """Return the squared length of each row over all blocks, in float64: ``[B]``."""
+    norms = [torch.linalg.vector_norm(value.flatten(1), dim=1) for value in values.values()]
+    return torch.stack(norms).double().square().sum(0)
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner product of each row with the same row, summed in float64: ``[B]``."""
-    return (left * right).flatten(1).sum(1, dtype=torch.float64)
+def _dots(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
+    """Return the inner product of each row with the same row over all blocks, ``[B]``."""
+    return torch.stack([(left[n] * right[n]).flatten(1).sum(1) for n in left]).double().sum(0)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dattri_core import MemoryBudgetError, NumericsError, format_bytes, free_bytes
 
-PROBES, STEPS = 4, 6
+PROBES, STEPS = 4, 2
 """Vectors and steps of the power iterations that estimate the extreme eigenvalues."""
 
 
