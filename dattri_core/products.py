@@ -17,6 +17,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
+from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, batch_size, take
 from dattri_core.batched import wide_products
 from dattri_core.errors import NumericsError
@@ -25,10 +26,10 @@ from dattri_core.losses import Loss
 from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import CurvatureKind
 from dattri_core.second_order import (
-    activation_bytes,
     differentiable_kernels,
     gradient_of,
     no_second_derivative,
+    require_second_derivative,
 )
 
 Named: TypeAlias = dict[str, Tensor]
@@ -90,6 +91,7 @@ def batch_product(
         total = {name: torch.empty_like(value) for name, value in vectors.items()}
     examples = batch_size(batch)
     with evaluator.session(), differentiable_kernels(evaluator.task.model), wide_products(vectors):
+        require_second_derivative(evaluator, batch)
         size = plan_slices(evaluator, batch, vectors, limit)
         for first in range(0, examples, size.examples):
             part = take(batch, slice(first, first + size.examples))

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dattri_core.batch import Batch, take, tensors_of
+from dattri_core.batch import Batch, take
 from dattri_core.errors import InputError
 from dattri_core.evaluate import Evaluator, leaves
 
-_activations: WeakKeyDictionary[Evaluator, int] = WeakKeyDictionary()
+_looked_at: WeakSet[Evaluator] = WeakSet()
 
 
 @contextmanager
@@ -35,42 +34,26 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
             cudnn.enabled, onednn.enabled = before
 
 
-def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
-    """Return the bytes that a forward pass keeps for one example, inputs and weights apart.
+def require_second_derivative(evaluator: Evaluator, batch: Batch) -> None:
+    """Raise `InputError` for a function whose second derivative torch would take to be zero.
 
-    Looked at once for a checkpoint, together with what has no second derivative.
+    Looked at once for a checkpoint, on the first example of the batch.
     """
-    known = _activations.get(evaluator)
-    if known is not None:
-        return known
-    single = take(batch, slice(0, 1))
-    apart = {t.untyped_storage().data_ptr() for t in tensors_of(single)}
-    apart.update(t.untyped_storage().data_ptr() for t in evaluator.state.values())
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in apart:
-            kept[pointer] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    if evaluator in _looked_at:
+        return
     variables = leaves(evaluator.selected)
 
     def run(model: nn.Module) -> None:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            total = evaluator.total_of(model, single, "train", variables)
+        total = evaluator.total_of(model, take(batch, slice(0, 1)), "train", variables)
         with suppress(RuntimeError):  # it comes back, with its cure, when the product is taken
             gradient = gradient_of(total, variables, None, create_graph=True)
             _require_twice_differentiable(evaluator, gradient)
 
     evaluator.call(run, variables)
-    size = max(256, sum(kept.values()))
-    _activations[evaluator] = size
-    return size
+    _looked_at.add(evaluator)
 
 
 def _require_twice_differentiable(evaluator: Evaluator, gradient: dict[str, Tensor]) -> None:
-    """Raise `InputError` for a function whose second derivative torch would take to be zero."""
     waiting = [value.grad_fn for value in gradient.values()]
     seen = set()
     while waiting:

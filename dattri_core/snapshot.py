@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from attrs import define, frozen
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, batch_size, move, take
 from dattri_core.blocks import Block, explain_inner
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import MemoryBudgetError, NumericsError
-from dattri_core.evaluate import Evaluator, leaves
+from dattri_core.evaluate import Evaluator
 from dattri_core.memory import Costs, is_out_of_memory
 from dattri_core.problem import TrainProblem, collect, require_complete
 from dattri_core.protocols import (
@@ -87,7 +87,8 @@ def fit_checkpoint(
     check_stages(stages, bound.space)
     if test is not None:
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
-    activations = activation_bytes(bound, sample)
+    evaluator = getattr(bound, "evaluator", None)
+    activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
     rows = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
     row_bytes = [max(1, block.nbytes // SAMPLE) for block in rows.blocks.values()]
     item = max(4, rows.dtype.itemsize)
@@ -137,29 +138,6 @@ def weights_of(source: BoundSource) -> str | None:
     """Return a hash of the weights that a source reads, where it has an evaluator."""
     evaluator = getattr(source, "evaluator", None)
     return evaluator.fingerprint if isinstance(evaluator, Evaluator) else None
-
-
-def activation_bytes(source: BoundSource, sample: Batch) -> int:
-    """Return what a backward pass keeps for one example: measured on three examples and on two."""
-    evaluator = getattr(source, "evaluator", None)
-    if not isinstance(evaluator, Evaluator):
-        return 0
-
-    def kept(batch: Batch) -> int:
-        seen: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with evaluator.session(), saved_tensors_hooks(pack, lambda tensor: tensor):
-            total = evaluator.total(leaves(evaluator.selected), batch, "train")
-            size = sum(seen.values())
-            del total
-        return size
-
-    return max(1, kept(sample) - kept(take(sample, slice(0, SAMPLE - 1))))
 
 
 def _query_bytes(rows: Rows, chain: Chain, item: int) -> tuple[int, tuple[str, ...]]:

@@ -45,6 +45,7 @@ ORDER = [
     "task",
     "stream",
     "evaluate",
+    "activations",
     "lift",
     "batched",
     "second_order",
