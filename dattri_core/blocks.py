@@ -313,6 +313,13 @@ def _inner(left: Block, right: Block, order: Order | None, limit: int | None) ->
 
 
 def _inner_formed(left: Block, right: Block, limit: int) -> Tensor:
+    if (
+        isinstance(left, OuterBlock)
+        and isinstance(left.inputs, Tensor)
+        and left.positions == 1
+        and isinstance(right, DenseBlock)
+    ):
+        return _inner_one_position(left.outputs[:, 0], left.inputs[:, 0], right.values, limit)
     size = max(1, math.prod(left.shape))
     step = max(1, limit // (2 * size * _item(left)))
     columns = []
@@ -326,6 +333,23 @@ def _inner_formed(left: Block, right: Block, limit: int) -> Tensor:
     if not columns:
         return accumulate(left.flat()).new_zeros(len(left), 0)
     return torch.cat(columns, dim=1) if len(columns) != 1 else columns[0]
+
+
+def _inner_one_position(outputs: Tensor, inputs: Tensor, formed: Tensor, limit: int) -> Tensor:
+    """Return ``<e_b x_b^T, W_c> = e_b . (W_c x_b)``, ``[B, C]``: no row of the left is formed."""
+    outputs, inputs, formed = accumulate(outputs), accumulate(inputs), accumulate(formed)
+    size = max(1, outputs.shape[1] * outputs.element_size())
+    rows = max(1, min(len(outputs), limit // size))
+    step = max(1, limit // (size * rows))
+    total = outputs.new_empty(len(outputs), len(formed))
+    for first in range(0, len(outputs), rows):
+        part = slice(first, first + rows)
+        for start in range(0, len(formed), step):
+            some = formed[start : start + step]  # [c, O, I]
+            turned = inputs[part] @ some.flatten(0, 1).T  # [b, c O]
+            turned = turned.reshape(len(turned), len(some), -1)
+            total[part, start : start + step] = (turned @ outputs[part].unsqueeze(2)).squeeze(2)
+    return total
 
 
 def _inner_ghost(left: Block, right: Block) -> Tensor:
