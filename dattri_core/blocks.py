@@ -120,6 +120,10 @@ class DenseBlock:
         """Return the rows on another device or in another dtype."""
         return DenseBlock(self.values.to(device=device, dtype=dtype))
 
+    def total(self) -> DenseBlock:
+        """Return one formed row, the sum of all."""
+        return DenseBlock(accumulate(self.values).sum(0, keepdim=True))
+
     def is_finite(self) -> bool:
         """Return whether every number is finite."""
         return bool(torch.isfinite(self.values).all())
@@ -226,6 +230,14 @@ class OuterBlock:
         if isinstance(self.inputs, OneHot):
             return OuterBlock(outputs, evolve(self.inputs, index=self.inputs.index.to(device)))
         return OuterBlock(outputs, self.inputs.to(device=device, dtype=dtype))
+
+    def total(self) -> DenseBlock:
+        """Return one formed row, the sum of all; its positions are theirs, so none is formed."""
+        outputs = self.outputs.flatten(0, 1).unsqueeze(0)
+        if isinstance(self.inputs, OneHot):
+            index = self.inputs.index.flatten().unsqueeze(0)
+            return OuterBlock(outputs, evolve(self.inputs, index=index)).dense()
+        return OuterBlock(outputs, self.inputs.flatten(0, 1).unsqueeze(0)).dense()
 
     def is_finite(self) -> bool:
         """Return whether every number is finite."""

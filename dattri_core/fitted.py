@@ -79,6 +79,8 @@ class FittedMethod:
         *,
         memory: str | int | None,
         out: str | Path | None,
+        by: By | None = None,
+        group: bool = False,
     ) -> Plan:
         """Return how the work would be cut to fit the memory; only a few examples are evaluated."""
         fitted = FittedMethod.fit(method, task, train, memory=memory, progress=False, lazy=True)
@@ -92,55 +94,83 @@ class FittedMethod:
             fitted.train,
             fitted.budget,
         )
-        if len(projectors) < len(method.chain):
-            probe = attrs.evolve(probe, costs=_with_inverse(probe, method.chain))
-        return fitted._plan(probe, Examples.of(test, "test"), out)
+        built = iter(probe.outline.steps)
+        steps = tuple(
+            next(built) if isinstance(stage, Projector) else outlook_before_fit(stage)
+            for stage in method.chain
+        )
+        probe = attrs.evolve(probe, outline=attrs.evolve(probe.outline, steps=steps))
+        request = Request((method,), by, group)
+        return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
     @property
     def stats(self) -> list[Mapping[str, float]]:
         """Return what each inverse Hessian of the fitted checkpoint reports."""
         return [] if self._held is None else [dict(i.stats) for i in self._held.chain.inverses]
 
-    def attribute(self, test: Any, *, out: str | Path | None = None) -> Scores:
+    @overload
+    def attribute(
+        self, test: Any, *, by: None = None, group: bool = False, out: str | Path | None = None
+    ) -> Scores: ...
+
+    @overload
+    def attribute(
+        self, test: Any, *, by: By, group: bool = False, out: str | Path | None = None
+    ) -> dict[str, Scores]: ...
+
+    def attribute(
+        self,
+        test: Any,
+        *,
+        by: By | None = None,
+        group: bool = False,
+        out: str | Path | None = None,
+    ) -> Scores | dict[str, Scores]:
         """Return the scores ``[n_train, n_test]`` for a test set.
 
         Args:
             test: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            by: Tell apart what each ``"block"`` (a module's parameters) or each ``"checkpoint"``
+                contributes: a mapping from their names, in order, to scores that add up to the
+                whole. The part of a block is what the scorer makes of that block's inner products
+                and of the whole rows' norms; that of a checkpoint what the fold makes of it while
+                all others score zero.
+            group: One column, of id ``"sum"``, for the sum over the test set: their rows are added
+                up before the inverse Hessian, which is then applied to one.
             out: Folder for the scores. They are then written to disk tile by tile, the same call
                 goes on with a run that was stopped, and `Scores.load` reads the result.
 
         Raises:
             InputError: The test set does not fit the task, or the weights changed since the fit.
             NumericsError: A number is not finite; checkpoint and examples are named.
+            SpecError: The scores cannot be told apart in that way.
         """
-        examples = Examples.of(test, "test")
-        if out is not None:
-            check_replaceable(Path(out), is_scores_folder)
-            if self._held is None:  # sums run as they did, so that not a bit differs
-                self.budget = budget_of(_run_folder(Path(out)), self.budget)
-        first = self._fit(self._first(), examples)
-        self._require_same_weights(first)
-        plan = self._plan(first, examples, out)
-        self._reports.clear()
-        provenance = self._provenance(first, examples)
-        events = default_registry()
-        names = ("method", "n_train", "n_test", "checkpoints")
-        events.emit("run_started", {name: provenance[name] for name in names})
-        started = time.monotonic()
-        if out is None:
-            scores = self._to_memory(plan, examples, provenance)
-        else:
-            scores = self._to_folder(Path(out), plan, examples, provenance, first.dtype)
-        seconds = time.monotonic() - started
-        events.emit(
-            "run_finished",
-            {
-                "method": provenance["method"],
-                "seconds": seconds,
-                "provenance": scores.provenance,
-            },
-        )
-        return scores
+        found = self._scores(test, Request((self.method,), by, group), out)
+        return found[WHOLE] if by is None else found
+
+    def sweep(self, test: Any, *, damping: Iterable[Any]) -> dict[Any, Scores]:
+        """Return the scores at each of several dampings, from one pass over the train set.
+
+        Train rows are computed once and meet the queries of every damping; each result is that of
+        ``with_(damping=d).attribute(test)`` up to rounding, its provenance included.
+
+        Args:
+            test: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            damping: Numbers, `Damping` values, or ``{"relative": x}``; these are the keys of the
+                result, the last as the `Damping` that it means.
+
+        Raises:
+            SpecError: The method has no damping, or one that cannot change without a new fit.
+        """
+        keys = [as_damping(d) if isinstance(d, Mapping) else d for d in damping]
+        if not keys or len(set(keys)) < len(keys):
+            raise SpecError(f"sweep: damping got {keys!r}; give one or more, each once")
+        methods = tuple(self._changed({"damping": key}) for key in keys)
+        for key, changed in zip(keys, methods, strict=True):
+            if dampings_between(self.method.chain, changed.chain) is None:
+                raise SpecError(f"sweep: damping {key!r} needs a fit of its own; use with_()")
+        found = self._scores(test, Request(methods), None)
+        return dict(zip(keys, found.values(), strict=True))
 
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
@@ -207,26 +237,12 @@ class FittedMethod:
         return self._held
 
     def _reusable(self, changed: Any) -> Fitted | None:
-        mine, theirs = self.method, changed
-        if self._held is None or (mine.source, mine.seed) != (theirs.source, theirs.seed):
+        """Return what is fitted as a changed method needs it, where no new fit is needed."""
+        held, mine = self._held, self.method
+        if held is None or (mine.source, mine.seed) != (changed.source, changed.seed):
             return None
-        if mine.chain == theirs.chain:
-            return self._held
-        if len(mine.chain) != len(theirs.chain):
-            return None
-        dampings = []
-        for old, new in zip(mine.chain, theirs.chain, strict=True):
-            if isinstance(old, CurvatureInverse) and isinstance(new, CurvatureInverse):
-                solver: Any = new.solver
-                as_old = attrs.evolve(solver, damping=old.solver.damping)
-                if (old.curvature, old.solver) != (new.curvature, as_old):
-                    return None
-                dampings.append(new.solver.damping)
-            elif old != new:
-                return None
-            elif not isinstance(old, Projector):
-                dampings.append(Damping(0.0))  # an inverse without damping stays as it is
-        return attrs.evolve(self._held, chain=self._held.chain.with_damping(dampings))
+        dampings = dampings_between(mine.chain, changed.chain)
+        return None if dampings is None else _at_dampings(held, dampings)
 
     def _require_same_weights(self, fitted: Fitted) -> None:
         if fitted.checkpoint.source is not None or fitted.weights is None:
@@ -238,27 +254,96 @@ class FittedMethod:
             )
 
     # --- running --------------------------------------------------------------------------------
-    def _plan(self, fitted: Fitted, test: Examples, out: str | Path | None) -> Plan:
-        n_train, n_test = len(self.train), len(test)
-        plan = make_plan(
-            self.budget,
-            fitted.costs,
+    def _scores(
+        self, test: Any, request: Request, out: str | Path | None
+    ) -> dict[str | int, Scores]:
+        """Return the scores of every reading of one run, by name or position."""
+        request.check(self.method, self.task, out)
+        examples = Examples.of(test, "test")
+        if out is not None:
+            check_replaceable(Path(out), is_scores_folder)
+            if self._held is None:  # sums run as they did, so that not a bit differs
+                self.budget = budget_of(_run_folder(Path(out)), self.budget)
+        first = self._fit(self._first(), examples)
+        self._require_same_weights(first)
+        plan = self._plan(first, examples, request, out)
+        run = self._run_of(first, examples, request, plan)
+        self._reports.clear()
+        provenance = self._provenance(first, examples, request)
+        events = default_registry()
+        names = ("method", "n_train", "n_test", "checkpoints")
+        events.emit("run_started", {name: provenance[name] for name in names})
+        started = time.monotonic()
+        if out is None:
+            found = self._to_memory(run, request, provenance)
+        else:
+            found = {WHOLE: self._to_folder(Path(out), run, first, provenance)}
+        seconds = time.monotonic() - started
+        said = next(iter(found.values())).provenance
+        events.emit(
+            "run_finished",
+            {"method": provenance["method"], "seconds": seconds, "provenance": said},
+        )
+        return found
+
+    def _plan(
+        self, fitted: Fitted, test: Examples, request: Request, out: str | Path | None
+    ) -> Plan:
+        n_train, n_test = len(self.train), 1 if request.group else len(test)
+        variants, readings = request.counts(fitted, self.task)
+        result = readings * n_train * n_test * fitted.dtype.itemsize
+        work = Work(
             n_train=n_train,
             n_test=n_test,
             checkpoints=len(self.task.checkpoints),
-            # The tiles, and the matrix that they are put together into.
-            result_bytes=0 if out is not None else 2 * n_train * n_test * fitted.dtype.itemsize,
-            notes=fitted.notes,
+            # The tiles, and the matrices that they are put together into.
+            result_bytes=0 if out is not None else 2 * result,
+            variants=variants,
+            readings=readings,
+            summed=len(test) if request.group else 0,
+        )
+        plan = make_plan(
+            self.budget,
+            fitted.outline.costs(variants=variants > 1),
+            work,
+            host=free_bytes(torch.device("cpu")) if self.task.device.type == "cuda" else 0,
+            notes=fitted.outline.notes,
         )
         if out is None:
             return plan
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
 
-    def _fold(self, plan: Plan, test: Examples, tiles: Tiles) -> None:
+    def _run_of(self, first: Fitted, test: Examples, request: Request, plan: Plan) -> Run:
+        split = plan.route.split
+        dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
+
+        def variants(fitted: Fitted) -> Variants:
+            base = attrs.evolve(fitted.chain, split=split)
+            return Variants(
+                base,
+                len(dampings),
+                lambda k: base.with_damping(dampings[k] or ()),
+                shared_steps(fitted.outline.steps, split=split),
+            )
+
+        return Run(
+            checkpoints=self.task.checkpoints,
+            scorer=self.method.scorer,
+            fold=self.method.fold,
+            train=self.train,
+            test=test,
+            plan=plan,
+            variants=variants,
+            by=request.by,
+            blocks=first.chain.space.names if request.by == "block" else (),
+            summed=request.group,
+        )
+
+    def _fold(self, run: Run, tiles: Tiles) -> None:
         events = default_registry()
-        total = plan.train_passes * len(self.train)
+        total = run.plan.train_passes * len(self.train)
         with (
-            contraction_limit(_contractions(plan.budget)),
+            contraction_limit(_contractions(run.plan.budget)),
             bar("attribute", total, self.progress) as shown,
         ):
 
@@ -266,67 +351,64 @@ class FittedMethod:
                 shown.advance(count)
                 events.emit("block_scored", {"done": shown.done, "total": shown.total})
 
-            fold_tiles(
-                self._fit,
-                self.task.checkpoints,
-                self.method.scorer,
-                self.method.fold,
-                self.train,
-                test,
-                plan,
-                tiles,
-                advance,
-                self._report,
-            )
+            fold_tiles(run, self._fit, tiles, advance, self._report)
 
-    def _report(self, fitted: Fitted, group: int) -> None:
-        for inverse in fitted.chain.inverses:
-            if inverse.stats:
-                self._reports.append(
-                    {"checkpoint": fitted.checkpoint.name, "group": group, **inverse.stats}
-                )
+    def _report(self, fitted: Fitted, branches: Sequence[Branch], group: int) -> None:
+        for branch in branches:
+            for variant, reports in branch.stats.items():
+                for stats in reports:
+                    place = {"checkpoint": fitted.checkpoint.name, "group": group}
+                    self._reports.append((variant, {**place, **stats}))
 
-    def _to_memory(self, plan: Plan, test: Examples, provenance: dict[str, Any]) -> Scores:
+    def _said(self, variant: int = 0) -> list[dict[str, Any]]:
+        """Return what the inverses of one variant reported."""
+        return [stats for of, stats in self._reports if of == variant]
+
+    def _to_memory(
+        self, run: Run, request: Request, provenance: dict[str, Any]
+    ) -> dict[str | int, Scores]:
         tiles = MemoryTiles()
-        self._fold(plan, test, tiles)
-        values: torch.Tensor | None = None
-        for rows, columns, tile in finished(
-            self.method.fold, self.method.scorer, len(self.train), len(test), plan, tiles
-        ):
-            if tile.shape == (len(self.train), len(test)):
-                values = tile
+        self._fold(run, tiles)
+        shape = (len(self.train), run.plan.n_test)
+        whole: list[torch.Tensor] = []
+        for rows, columns, values in finished(run, tiles):
+            if values[0].shape == shape:
+                whole = values
                 break
-            if values is None:
-                values = torch.empty(len(self.train), len(test), dtype=tile.dtype)
-            values[rows, columns] = tile
-        assert values is not None
-        return Scores(values, self.train.ids, test.ids, {**provenance, "solver": self._reports})
+            if not whole:
+                whole = [torch.empty(shape, dtype=tile.dtype) for tile in values]
+            for held, tile in zip(whole, values, strict=True):
+                held[rows, columns] = tile
+        names = request.names(run)
+        return {
+            name: Scores(
+                values,
+                self.train.ids,
+                request.test_ids(run.test),
+                {
+                    **provenance,
+                    **request.facts(at, name),
+                    "solver": self._said(at if len(request.methods) > 1 else 0),
+                },
+            )
+            for at, (name, values) in enumerate(zip(names, whole, strict=True))
+        }
 
-    def _to_folder(
-        self,
-        out: Path,
-        plan: Plan,
-        test: Examples,
-        provenance: dict[str, Any],
-        dtype: torch.dtype,
-    ) -> Scores:
-        sizes = {name: getattr(plan, name) for name in LAYOUT}
+    def _to_folder(self, out: Path, run: Run, first: Fitted, provenance: dict[str, Any]) -> Scores:
+        sizes = {name: getattr(run.plan, name) for name in LAYOUT}
         folder = _run_folder(out)
         for path in (out, folder):
             discard_leftovers(path)
         tiles, sizes = open_tiles(folder, provenance, sizes)
-        resumed: dict[str, Any] = dict(sizes)
-        plan = attrs.evolve(plan, **resumed)
-        self._fold(plan, test, tiles)
-        with ScoresWriter(out, len(self.train), len(test), dtype) as writer:
-            for rows, columns, tile in finished(
-                self.method.fold, self.method.scorer, len(self.train), len(test), plan, tiles
-            ):
+        run = self._resumed(run, first, sizes)
+        self._fold(run, tiles)
+        n_test = run.plan.n_test
+        with ScoresWriter(out, len(self.train), n_test, first.dtype) as writer:
+            for rows, columns, (tile,) in finished(run, tiles):
                 writer.values[rows, columns] = tile.numpy()
                 writer.release()
-            scores = writer.finish(
-                self.train.ids, test.ids, {**provenance, "solver": self._reports}
-            )
+            ids = ("sum",) if run.summed else run.test.ids
+            scores = writer.finish(self.train.ids, ids, {**provenance, "solver": self._said()})
         tiles.close()
         return scores
 

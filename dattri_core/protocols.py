@@ -169,6 +169,43 @@ class Inverse(Protocol):
         ...
 
 
+@runtime_checkable
+class SplitInverse(Inverse, Protocol):
+    """An inverse A that can leave half of its work to the train side: <g, A h> = <R g, M R h>.
+
+    With H = Q diag(L) Q^T, R is Q^T and M divides by L + damping: no row has to come back from the
+    eigenbasis, and another damping is another division. R is the same at every damping.
+    """
+
+    @property
+    def train_map(self) -> LinearMap | None:
+        """Return R, or None where this one cannot be split."""
+        ...
+
+    def middle(self, rows: Rows) -> Rows:
+        """Return M k for rows k = R h; blockwise where R is."""
+        ...
+
+
+@frozen
+class Outlook:
+    """What is known of an inverse before it is applied, and of an inverse Hessian before the fit.
+
+    Args:
+        blockwise: See `Inverse.blockwise`.
+        forms: Whether rows come out formed, and not as the factors that they were.
+        rank: Largest number of outer products of a row that comes out, where it is bounded.
+        splits: Whether it is a `SplitInverse`.
+        size: Numbers of a row after the train map, where that does not keep the blocks.
+    """
+
+    blockwise: bool = False
+    forms: bool = True
+    rank: int | None = None
+    splits: bool = False
+    size: int | None = None
+
+
 # --- curvature x solver -------------------------------------------------------------------------
 @frozen
 class Damping:

@@ -36,35 +36,50 @@ T = TypeVar("T")
 
 
 @frozen(eq=False)
+class Outline:
+    """What a chain costs, known from its steps and from one row.
+
+    Args:
+        steps: Maps as they are, and of an inverse what is known of it.
+        row: One train row as the source gives it.
+        activations: Bytes that a pass keeps for one example.
+    """
+
+    steps: tuple[LinearMap | Outlook, ...]
+    row: Rows
+    activations: int
+
+    def costs(self, *, variants: bool = False) -> Costs:
+        """Return the costs of one example, for one damping or for several at once."""
+        routes = routes_of(self.steps, self.row, self.activations, variants=variants)
+        return Costs(self.activations, gradient_work(self.row), routes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return how each block will be contracted."""
+        row, maps = self.row, [step for step in self.steps if isinstance(step, LinearMap)]
+        if not all(step.blockwise for step in maps):
+            return ("inner products   of flat rows",)
+        for step in maps:
+            row = step.map(row)
+        return contractions_of(row)
+
+
+@frozen(eq=False)
 class Fitted:
     """A checkpoint with its chain of stages, and what they cost."""
 
     checkpoint: Checkpoint
     chain: Chain
-    costs: Costs
+    outline: Outline
     weights: str | None  # fingerprint of the weights at the time of the fit
     dtype: torch.dtype  # of scores
-    notes: tuple[str, ...]
 
-
-@define(eq=False)
-class Queries:
-    """Test rows after all stages, ready to meet train rows."""
-
-    rows: Rows
-    side: Side
-    device: torch.device
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def block(self, name: str, train: Block) -> Block:
-        """Return a block of the queries, formed once if the planner would form it each time."""
-        block = self.rows.blocks[name]
-        if block.positions is not None and explain_inner(train, block).order == "form":
-            block = block.dense()
-            self.rows = self.rows.map_blocks(lambda n, b: block if n == name else b)
-        return block
+    @property
+    def device(self) -> torch.device:
+        """Return where the rows live."""
+        evaluator = getattr(self.chain.source, "evaluator", None)
+        return evaluator.device if isinstance(evaluator, Evaluator) else torch.device("cpu")
 
 
 def fit_checkpoint(
@@ -116,17 +131,10 @@ def fit_checkpoint(
                 )
             )
         chain = Chain(bound, (*chain.steps, step))
-    dense_query = chain.space.dim * item
-    inverted = any(not isinstance(stage, Projector) and stage.needs for stage in stages)
-    query, notes = _query_bytes(rows, chain, item)
-    costs = Costs(
-        activations=activations,
-        train_row=largest,
-        query=dense_query if inverted else query,
-        query_work=3 * dense_query if inverted else activations,
-    )
+    steps = tuple(outlook_of(stage, step) for stage, step in zip(stages, chain.steps, strict=True))
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    return Fitted(checkpoint, chain, costs, weights_of(bound), dtype, notes)
+    outline = Outline(steps, rows.take(slice(0, 1)), activations)
+    return Fitted(checkpoint, chain, outline, weights_of(bound), dtype)
 
 
 def all_blockwise(stages: Sequence[Stage]) -> bool:
@@ -138,179 +146,3 @@ def weights_of(source: BoundSource) -> str | None:
     """Return a hash of the weights that a source reads, where it has an evaluator."""
     evaluator = getattr(source, "evaluator", None)
     return evaluator.fingerprint if isinstance(evaluator, Evaluator) else None
-
-
-def _query_bytes(rows: Rows, chain: Chain, item: int) -> tuple[int, tuple[str, ...]]:
-    """Return the bytes of one query without an inverse, and how each block will be contracted."""
-    if not chain.blockwise:
-        return chain.space.dim * item, ("inner products   of flat rows",)
-    total, notes = 0, []
-    after = chain.train(rows)
-    for spec in chain.space:
-        block = after.blocks[spec.name]
-        order = explain_inner(block, block).order
-        notes.append(f"inner of {spec.name} {spec.shape}: {order}")
-        total += spec.size * item if order == "form" else block.nbytes // SAMPLE
-    return total, tuple(notes)
-
-
-# --- queries and tiles --------------------------------------------------------------------------
-def make_queries(
-    fitted: Fitted, scorer: Scorer, examples: Examples, start: int, stop: int, batch: int
-) -> Queries:
-    """Return the test rows ``start:stop`` after all stages."""
-    source = fitted.chain.source
-    device = _device(source)
-    pieces: list[Rows] = []
-
-    def gather(index: Tensor, part: Batch) -> None:
-        pieces.append(collect(source, part, index, "test", device))
-
-    for index, part in examples.batches(batch, start, stop):
-        halving(gather, index, part, "test rows")
-    return _queries(fitted, scorer, Rows.concatenate(pieces))
-
-
-def both_sides(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> tuple[Rows, Queries]:
-    """Return train rows after the stages of the train side and of the test side."""
-    source = fitted.chain.source
-    rows = collect(source, batch, index, "train", _device(source))
-    return fitted.chain.train(rows), _queries(fitted, scorer, rows)
-
-
-def take_queries(queries: Queries, part: slice) -> Queries:
-    """Return some of the queries."""
-    side = queries.side
-    norm = None if side.norm is None else side.norm[part]
-    aux = {key: value[part] for key, value in side.aux.items()}
-    return Queries(queries.rows.take(part), Side(side.index[part], aux, norm), queries.device)
-
-
-def _queries(fitted: Fitted, scorer: Scorer, rows: Rows) -> Queries:
-    rows = fitted.chain.test(rows)
-    bad = [name for name, block in rows.blocks.items() if not block.is_finite()]
-    if bad:
-        raise NumericsError(
-            f"queries: not finite after the stages, at checkpoint {fitted.checkpoint.name!r}, "
-            f"examples {rows.index.tolist()[:8]}..., blocks {bad}; look for a diverged checkpoint, "
-            "or raise the damping"
-        )
-    norm = rows.pair_inner(rows).clamp_min(0).sqrt() if "norm" in scorer.needs else None
-    return Queries(rows, Side(rows.index, rows.aux, norm), _device(fitted.chain.source))
-
-
-def pair_batch(
-    chain: Chain, scorer: Scorer, queries: Queries, index: Tensor, batch: Batch, role: Role
-) -> tuple[Tensor, Side]:
-    """Return the sum over blocks ``[B, C]`` for a batch, and its side; rows go as they come."""
-    pairing = _Pairing(scorer, queries)
-    names: list[str] = []
-    waiting: dict[str, Block] = {}
-
-    def sink(name: str, block: Block) -> None:
-        names.append(name)
-        if chain.blockwise:
-            pairing.add(chain.train_block(name, block, index))
-        else:
-            waiting[name] = block
-
-    source = chain.source
-    aux = source.stream(move(batch, queries.device), role, sink)
-    require_complete(source.space, names)
-    if waiting:
-        pairing.add(chain.train(Rows(source.space, waiting, index)))
-    return pairing.total(), Side(index, aux, pairing.norm())
-
-
-def pair_rows(rows: Rows, scorer: Scorer, queries: Queries) -> tuple[Tensor, Side]:
-    """Return the sum over blocks ``[B, C]`` for whole rows after all stages, and their side."""
-    pairing = _Pairing(scorer, queries)
-    pairing.add(rows)
-    return pairing.total(), Side(rows.index, rows.aux, pairing.norm())
-
-
-@define(eq=False)
-class _Pairing:
-    """Adds up, over blocks, what the scorer pairs and the squared norms it needs."""
-
-    scorer: Scorer
-    queries: Queries
-    _total: Tensor | None = None
-    _own: bool = False
-    _square: Tensor | None = None
-
-    def add(self, rows: Rows) -> None:
-        for name, block in rows.blocks.items():
-            part = self.scorer.pair(block, self.queries.block(name, block))
-            if self._total is None:
-                self._total = part
-            elif self._own:
-                self._total += part
-            else:  # the first part belongs to the scorer
-                self._total, self._own = self._total + part, True
-            if "norm" in self.scorer.needs:
-                square = block.pair_inner(block)
-                self._square = square if self._square is None else self._square + square
-
-    def total(self) -> Tensor:
-        assert self._total is not None
-        return self._total
-
-    def norm(self) -> Tensor | None:
-        return None if self._square is None else self._square.clamp_min(0).sqrt()
-
-
-def halving(work: Callable[[Tensor, Batch], None], index: Tensor, batch: Batch, what: str) -> None:
-    """Do work on a batch; when memory runs out, on its halves, down to single examples.
-
-    Raises:
-        MemoryBudgetError: One example alone is too much.
-    """
-    failed: BaseException | None = None
-    try:
-        work(index, batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = error.with_traceback(None)  # its frames hold the memory that ran out
-    if failed is None:
-        return
-    count = batch_size(batch)
-    if count == 1:
-        raise MemoryBudgetError(
-            f"{what}: out of memory with a single example ({failed}); give a smaller memory=, "
-            "attribute fewer parameters, or use a projector"
-        ) from failed
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    for part in (slice(0, count // 2), slice(count // 2, count)):
-        halving(work, index[part], take(batch, part), what)
-
-
-def join_sides(sides: Sequence[Side]) -> Side:
-    """Join the sides of consecutive batches."""
-    first = sides[0]
-    norms = [side.norm for side in sides if side.norm is not None]
-    return Side(
-        torch.cat([side.index for side in sides]),
-        {key: torch.cat([side.aux[key] for side in sides]) for key in first.aux},
-        torch.cat(norms) if norms else None,
-    )
-
-
-def require_finite(values: Tensor, index: Tensor, checkpoint: Checkpoint) -> None:
-    """Raise when a score of a batch is not finite."""
-    # One pass: a sum is finite only if all of its terms are.
-    if torch.isfinite(values.sum()) or torch.isfinite(values).all():
-        return
-    rows, columns = torch.nonzero(~torch.isfinite(values), as_tuple=True)
-    raise NumericsError(
-        f"scores: not finite at checkpoint {checkpoint.name!r}, train example "
-        f"{int(index[rows[0].cpu()])}, query {int(columns[0])}; look for a diverged checkpoint, or "
-        "for numbers that overflow half precision"
-    )
-
-
-def _device(source: BoundSource) -> torch.device:
-    evaluator = getattr(source, "evaluator", None)
-    return evaluator.device if isinstance(evaluator, Evaluator) else torch.device("cpu")
