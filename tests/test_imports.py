@@ -40,6 +40,7 @@ ORDER = [
     "rows",
     "protocols",
     "batch",
+    "criteria",
     "losses",
     "checkpoint",
     "task",
