@@ -169,6 +169,15 @@ class Inverse(Protocol):
         """Return what the last work reported: iterations, residual, damping, eigenvalues..."""
         ...
 
+    @property
+    def blockwise(self) -> bool:
+        """Return whether block k of `apply` needs block k of the rows only.
+
+        A blockwise inverse is also given rows that hold a part of the blocks, so that test rows can
+        be kept as the source gives them and inverted a layer at a time.
+        """
+        ...
+
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g."""
         ...

@@ -44,8 +44,8 @@ GOOD = {
     "source": [ToySource()],
     "projector": [ToyProjector()],
     "curvature": [ToyGGN(), ToyFisher()],
-    "solver": [ToySolver()],
-    "inverse_hessian": [ToyInverseHessian()],
+    "solver": [ToySolver(), ToySolver(exact=False, blockwise=True)],
+    "inverse_hessian": [ToyInverseHessian(), ToyInverseHessian(blockwise=True)],
     "scorer": [ToyScorer()],
     "fold": [ToyFold()],
     "method": [
@@ -107,6 +107,7 @@ BROKEN = {
         "inverse-is-symmetric": ToySolver(fault="skew", exact=False),
         "apply-is-of-single-rows": ToySolver(fault="alone"),
         "apply-is-of-the-row": ToySolver(fault="formed"),
+        "blockwise-is-true": ToySolver(fault="leak", exact=False, blockwise=True),
         "zero-stays-zero": ToySolver(fault="zero"),
         "damping-can-change": ToySolver(fault="keep"),
         "damping-wins-in-the-end": ToySolver(fault="floor"),
@@ -118,6 +119,7 @@ BROKEN = {
     "inverse_hessian": {
         "inverse-is-linear": ToyInverseHessian("bend"),
         "apply-is-of-single-rows": ToyInverseHessian("alone"),
+        "blockwise-is-true": ToyInverseHessian("leak", blockwise=True),
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),

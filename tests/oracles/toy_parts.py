@@ -227,6 +227,7 @@ class SpectralSolve(DenseSolve):
 class _Solved:
     operator: _Dense
     damping: Damping
+    blockwise: ClassVar[bool] = False
 
     @property
     def stats(self):
@@ -312,6 +313,7 @@ class DividesByZero:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     stats: ClassVar[dict] = {}
+    blockwise: ClassVar[bool] = True
 
     def check(self, space):
         pass
