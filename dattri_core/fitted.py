@@ -27,7 +27,7 @@ from dattri_core.scores_file import is_scores_folder
 from dattri_core.scores_writer import ScoresWriter
 from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
 from dattri_core.stages import CurvatureInverse, Stage
-from dattri_core.stream import Examples, fingerprints
+from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import MemoryTiles, Tiles, budget_of, open_tiles
 
@@ -118,12 +118,11 @@ class FittedMethod:
             check_replaceable(Path(out), is_scores_folder)
             if self._held is None:  # sums run as they did, so that not a bit differs
                 self.budget = budget_of(_run_folder(Path(out)), self.budget)
-        with fingerprints(self.train, examples) as hashes:
-            first = self._fit(self._first(), examples)
-            self._require_same_weights(first)
-            plan = self._plan(first, examples, out)
-            self._reports.clear()
-            provenance = self._provenance(first, examples, hashes())
+        first = self._fit(self._first(), examples)
+        self._require_same_weights(first)
+        plan = self._plan(first, examples, out)
+        self._reports.clear()
+        provenance = self._provenance(first, examples)
         events = default_registry()
         names = ("method", "n_train", "n_test", "checkpoints")
         events.emit("run_started", {name: provenance[name] for name in names})
@@ -331,7 +330,7 @@ class FittedMethod:
         tiles.close()
         return scores
 
-    def _provenance(self, fitted: Fitted, test: Examples, hashes: list[str]) -> dict[str, Any]:
+    def _provenance(self, fitted: Fitted, test: Examples) -> dict[str, Any]:
         target = self.task.target
         return {
             "method": self.method.to_spec(),
@@ -347,8 +346,8 @@ class FittedMethod:
             "parameters": list(self.task.parameter_names),
             "weights": [c.fingerprint(self.task.model) for c in self.task.checkpoints],
             "space": fitted.chain.source.space.fingerprint,
-            "train": hashes[0],
-            "test": hashes[1],
+            "train": self.train.fingerprint,
+            "test": test.fingerprint,
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,

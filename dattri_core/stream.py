@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -139,12 +137,6 @@ class Examples:
                 state.update(f"{start}{self._seen[start]}".encode())
         return state.hexdigest()
 
-    @property
-    def at_hand(self) -> bool:
-        """Return whether all numbers lie in memory: hashing them runs no code of the user's."""
-        tensors = tensors_of(self._data) if self.kind == "tensors" else []
-        return bool(tensors) and all(t.device.type == "cpu" for t in tensors)
-
     # --- reading --------------------------------------------------------------------------------
     def _position(self, at: int) -> int:
         return at if self._order is None else int(self._order[at])
@@ -212,26 +204,6 @@ class Examples:
                     f"{self.name} data: example {at} differs when it is read again; switch random "
                     "augmentation off: attribution needs the same example every time"
                 )
-
-
-@contextmanager
-def fingerprints(*sets: Examples) -> Iterator[Callable[[], list[str]]]:
-    """Begin to hash sets of examples; the function that it gives waits for their fingerprints.
-
-    A hash of all data takes a good part of the time of a gradient method, on a core that is idle
-    while a model's calls are learnt. Sets that are not at hand are hashed when asked for: a Dataset
-    need not bear two threads.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        begun = [pool.submit(_fingerprint, s) if s.at_hand else None for s in sets]
-        yield lambda: [
-            each.fingerprint if begin is None else begin.result()
-            for each, begin in zip(sets, begun, strict=True)
-        ]
-
-
-def _fingerprint(examples: Examples) -> str:
-    return examples.fingerprint
 
 
 def _is_nest_of_tensors(data: Any) -> bool:
