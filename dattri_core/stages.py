@@ -7,6 +7,7 @@ For train row g_i and test row g_j a chain of stages computes ``<A g_i, B g_j>``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -74,12 +75,12 @@ class Chain:
     source: BoundSource
     steps: tuple[Step, ...] = ()
 
-    @property
+    @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
         """Return the steps of the train side."""
         return tuple(step for step in self.steps if isinstance(step, LinearMap))
 
-    @property
+    @cached_property
     def inverses(self) -> tuple[Inverse, ...]:
         """Return the inverse Hessians."""
         return tuple(step for step in self.steps if not isinstance(step, LinearMap))
