@@ -25,7 +25,7 @@ ARCHIVE = Download(
     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     unpack=False,
 )
-"""The binary version, records of a label and 3 x 32 x 32 bytes: the Python version holds pickles."""
+"""The binary version, records of a label and 3 x 32 x 32 bytes: the Python one holds pickles."""
 RECORDS = 10_000  # in a file of the archive
 PIXELS = 3 * 32 * 32
 
