@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from dattri_core.losses import logit as logit
     from dattri_core.losses import margin as margin
     from dattri_core.losses import squared_error as squared_error
-    from dattri_core.memory import Plan as Plan
     from dattri_core.memory import free_bytes as free_bytes
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
     from dattri_core.methods import method as method
+    from dattri_core.outlook import Outlook as Outlook
+    from dattri_core.plans import Plan as Plan
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -58,15 +59,18 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
+    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
+    from dattri_core.protocols import RowKind as RowKind
     from dattri_core.protocols import Scored as Scored
     from dattri_core.protocols import Scorer as Scorer
     from dattri_core.protocols import Side as Side
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
+    from dattri_core.protocols import SplitInverse as SplitInverse
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -111,13 +115,16 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
+    "OutputSource": "protocols",
+    "Outlook": "outlook",
     "ParameterView": "space",
-    "Plan": "memory",
+    "Plan": "plans",
     "PluginError": "errors",
     "Problem": "protocols",
     "Projector": "protocols",
     "RandomStream": "protocols",
     "Registry": "registry",
+    "RowKind": "protocols",
     "Rows": "rows",
     "Scored": "protocols",
     "Scorer": "protocols",
@@ -129,6 +136,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
+    "SplitInverse": "protocols",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",

@@ -1,7 +1,7 @@
-"""The damping of a method's stages: where it is written, and whether two methods differ in it alone.
+"""The damping of stages: where it is written, and whether two methods differ in it alone.
 
-A part holds its damping in a field that is a `Damping`, its own or one of a part inside it. Where there
-are several, the outermost counts: the others belong to helpers such as a preconditioner.
+A part holds its damping in a field that is a `Damping`, its own or one of a part inside it. Where
+there are several, the outermost counts: the others belong to helpers such as a preconditioner.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def dampings_between(
             changes.append(None)
         elif path is None or path != damping_path(after):
             return None
-        elif _replaced(after, path, _at(before, path)) != before:
-            return None
         else:
             changes.append(_at(after, path))
+            if _replaced(after, path, _at(before, path)) != before:
+                return None
     return tuple(changes)
 
 

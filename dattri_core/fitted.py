@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import attrs
 import torch
-from attrs import define, field
+from attrs import define
 
 from dattri_core import __version__, assemble
-from dattri_core.atomic import check_replaceable, discard_leftovers
+from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
+from dattri_core.contract import contraction_limit
+from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
-from dattri_core.loop import finished, fold_tiles, self_influence
-from dattri_core.memory import Plan, make_plan, parse_bytes
+from dattri_core.loop import By, Run, self_influence
+from dattri_core.memory import free_bytes, parse_bytes
+from dattri_core.pairing import WHOLE
+from dattri_core.plans import Plan, Work, make_plan
 from dattri_core.progress import bar
-from dattri_core.protocols import Damping, Projector
+from dattri_core.protocols import Damping, as_damping
 from dattri_core.registry import default_registry
+from dattri_core.requests import Request
+from dattri_core.runner import Runner, contractions, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.scores_writer import ScoresWriter
 from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
-from dattri_core.stages import CurvatureInverse, Stage
 from dattri_core.stream import Examples
 from dattri_core.task import Task
-from dattri_core.tiles import MemoryTiles, Tiles, budget_of, open_tiles
+from dattri_core.tiles import budget_of
 
 FIT_SHARE = 2  # a fit may use one part in two of the budget; the rest holds queries and batches
-LAYOUT = ("shard", "query_group", "groups", "train_batch", "test_batch", "budget")
 SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
 
 
@@ -49,7 +51,6 @@ class FittedMethod:
     budget: int
     progress: bool | None
     _held: Fitted | None = None
-    _reports: list[dict[str, Any]] = field(factory=list)
 
     @staticmethod
     def fit(
@@ -83,24 +84,19 @@ class FittedMethod:
         group: bool = False,
     ) -> Plan:
         """Return how the work would be cut to fit the memory; only a few examples are evaluated."""
+        request = Request((method,), by, group)
+        request.check(task, out)
         fitted = FittedMethod.fit(method, task, train, memory=memory, progress=False, lazy=True)
-        projectors = [stage for stage in method.chain if isinstance(stage, Projector)]
         probe = fit_checkpoint(
             method.source,
-            projectors,
+            method.chain,
             method.seed,
             task,
             fitted._first(),
             fitted.train,
             fitted.budget,
+            plan_only=True,
         )
-        built = iter(probe.outline.steps)
-        steps = tuple(
-            next(built) if isinstance(stage, Projector) else outlook_before_fit(stage)
-            for stage in method.chain
-        )
-        probe = attrs.evolve(probe, outline=attrs.evolve(probe.outline, steps=steps))
-        request = Request((method,), by, group)
         return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
     @property
@@ -165,10 +161,7 @@ class FittedMethod:
         keys = [as_damping(d) if isinstance(d, Mapping) else d for d in damping]
         if not keys or len(set(keys)) < len(keys):
             raise SpecError(f"sweep: damping got {keys!r}; give one or more, each once")
-        methods = tuple(self._changed({"damping": key}) for key in keys)
-        for key, changed in zip(keys, methods, strict=True):
-            if dampings_between(self.method.chain, changed.chain) is None:
-                raise SpecError(f"sweep: damping {key!r} needs a fit of its own; use with_()")
+        methods = tuple(self._at_damping(as_damping(key)) for key in keys)
         found = self._scores(test, Request(methods), None)
         return dict(zip(keys, found.values(), strict=True))
 
@@ -185,12 +178,14 @@ class FittedMethod:
             )
         first = self._fit(self._first())
         self._require_same_weights(first)
-        costs = first.costs
-        per_row = costs.activations + 2 * costs.query + costs.query_work + costs.train_row
+        costs = first.outline.costs()
+        route = costs.routes[0]
+        per_row = costs.activations + 2 * route.kept + route.train_row
+        per_row += max(route.making, route.expanded)
         batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
         total = len(self.train) * len(self.task.checkpoints)
         with (
-            contraction_limit(_contractions(self.budget)),
+            contraction_limit(contractions(self.budget)),
             bar("self-influence", total, self.progress) as shown,
         ):
             return self_influence(
@@ -214,7 +209,19 @@ class FittedMethod:
         """
         changed = type(self.method)(**assemble.override(assemble.slots_of(self.method), overrides))
         changed.check(task=self.task)
-        return attrs.evolve(self, method=changed, held=self._reusable(changed), reports=[])
+        return attrs.evolve(self, method=changed, held=self._reusable(changed))
+
+    def _at_damping(self, damping: Damping) -> Any:
+        """Return the method at another damping."""
+        slots = assemble.slots_of(self.method)
+        stages = redamped(self.method.chain, damping)
+        if slots["stages"] is None:
+            slots["projector"], slots["inverse_hessian"] = stages
+        else:
+            slots["stages"] = stages
+        changed = type(self.method)(**slots)
+        changed.check(task=self.task)
+        return changed
 
     # --- fitting --------------------------------------------------------------------------------
     def _first(self) -> Checkpoint:
@@ -254,30 +261,40 @@ class FittedMethod:
             )
 
     # --- running --------------------------------------------------------------------------------
-    def _scores(
-        self, test: Any, request: Request, out: str | Path | None
-    ) -> dict[str | int, Scores]:
-        """Return the scores of every reading of one run, by name or position."""
-        request.check(self.method, self.task, out)
+    def _scores(self, test: Any, request: Request, out: str | Path | None) -> dict[str, Scores]:
+        """Return what is asked for, by name."""
+        request.check(self.task, out)
         examples = Examples.of(test, "test")
         if out is not None:
             check_replaceable(Path(out), is_scores_folder)
             if self._held is None:  # sums run as they did, so that not a bit differs
-                self.budget = budget_of(_run_folder(Path(out)), self.budget)
+                self.budget = budget_of(run_folder(Path(out)), self.budget)
         first = self._fit(self._first(), examples)
         self._require_same_weights(first)
         plan = self._plan(first, examples, request, out)
-        run = self._run_of(first, examples, request, plan)
-        self._reports.clear()
         provenance = self._provenance(first, examples, request)
+        dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
+        run = Run(
+            checkpoints=self.task.checkpoints,
+            scorer=self.method.scorer,
+            fold=self.method.fold,
+            train=self.train,
+            test=examples,
+            plan=plan,
+            dampings=tuple(changes or () for changes in dampings),
+            by=request.by,
+            blocks=request.blocks(first),
+            summed=request.group,
+        )
+        runner = Runner(run, request, provenance, self._fit, self.progress)
         events = default_registry()
         names = ("method", "n_train", "n_test", "checkpoints")
         events.emit("run_started", {name: provenance[name] for name in names})
         started = time.monotonic()
         if out is None:
-            found = self._to_memory(run, request, provenance)
+            found = runner.to_memory(request.names(first, self.task))
         else:
-            found = {WHOLE: self._to_folder(Path(out), run, first, provenance)}
+            found = {WHOLE: runner.to_folder(Path(out), first)}
         seconds = time.monotonic() - started
         said = next(iter(found.values())).provenance
         events.emit(
@@ -313,106 +330,7 @@ class FittedMethod:
             return plan
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
 
-    def _run_of(self, first: Fitted, test: Examples, request: Request, plan: Plan) -> Run:
-        split = plan.route.split
-        dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
-
-        def variants(fitted: Fitted) -> Variants:
-            base = attrs.evolve(fitted.chain, split=split)
-            return Variants(
-                base,
-                len(dampings),
-                lambda k: base.with_damping(dampings[k] or ()),
-                shared_steps(fitted.outline.steps, split=split),
-            )
-
-        return Run(
-            checkpoints=self.task.checkpoints,
-            scorer=self.method.scorer,
-            fold=self.method.fold,
-            train=self.train,
-            test=test,
-            plan=plan,
-            variants=variants,
-            by=request.by,
-            blocks=first.chain.space.names if request.by == "block" else (),
-            summed=request.group,
-        )
-
-    def _fold(self, run: Run, tiles: Tiles) -> None:
-        events = default_registry()
-        total = run.plan.train_passes * len(self.train)
-        with (
-            contraction_limit(_contractions(run.plan.budget)),
-            bar("attribute", total, self.progress) as shown,
-        ):
-
-            def advance(count: int) -> None:
-                shown.advance(count)
-                events.emit("block_scored", {"done": shown.done, "total": shown.total})
-
-            fold_tiles(run, self._fit, tiles, advance, self._report)
-
-    def _report(self, fitted: Fitted, branches: Sequence[Branch], group: int) -> None:
-        for branch in branches:
-            for variant, reports in branch.stats.items():
-                for stats in reports:
-                    place = {"checkpoint": fitted.checkpoint.name, "group": group}
-                    self._reports.append((variant, {**place, **stats}))
-
-    def _said(self, variant: int = 0) -> list[dict[str, Any]]:
-        """Return what the inverses of one variant reported."""
-        return [stats for of, stats in self._reports if of == variant]
-
-    def _to_memory(
-        self, run: Run, request: Request, provenance: dict[str, Any]
-    ) -> dict[str | int, Scores]:
-        tiles = MemoryTiles()
-        self._fold(run, tiles)
-        shape = (len(self.train), run.plan.n_test)
-        whole: list[torch.Tensor] = []
-        for rows, columns, values in finished(run, tiles):
-            if values[0].shape == shape:
-                whole = values
-                break
-            if not whole:
-                whole = [torch.empty(shape, dtype=tile.dtype) for tile in values]
-            for held, tile in zip(whole, values, strict=True):
-                held[rows, columns] = tile
-        names = request.names(run)
-        return {
-            name: Scores(
-                values,
-                self.train.ids,
-                request.test_ids(run.test),
-                {
-                    **provenance,
-                    **request.facts(at, name),
-                    "solver": self._said(at if len(request.methods) > 1 else 0),
-                },
-            )
-            for at, (name, values) in enumerate(zip(names, whole, strict=True))
-        }
-
-    def _to_folder(self, out: Path, run: Run, first: Fitted, provenance: dict[str, Any]) -> Scores:
-        sizes = {name: getattr(run.plan, name) for name in LAYOUT}
-        folder = _run_folder(out)
-        for path in (out, folder):
-            discard_leftovers(path)
-        tiles, sizes = open_tiles(folder, provenance, sizes)
-        run = self._resumed(run, first, sizes)
-        self._fold(run, tiles)
-        n_test = run.plan.n_test
-        with ScoresWriter(out, len(self.train), n_test, first.dtype) as writer:
-            for rows, columns, (tile,) in finished(run, tiles):
-                writer.values[rows, columns] = tile.numpy()
-                writer.release()
-            ids = ("sum",) if run.summed else run.test.ids
-            scores = writer.finish(self.train.ids, ids, {**provenance, "solver": self._said()})
-        tiles.close()
-        return scores
-
-    def _provenance(self, fitted: Fitted, test: Examples) -> dict[str, Any]:
+    def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
         target = self.task.target
         return {
             "method": self.method.to_spec(),
@@ -430,6 +348,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
+            **({"group": "sum"} if request.group else {}),
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,
@@ -438,17 +357,7 @@ class FittedMethod:
         }
 
 
-def _contractions(budget: int) -> int:
-    # Four intermediates of that size may live at once: a quarter of the budget for all of them.
-    return min(DEFAULT_LIMIT, budget // 16)
-
-
-def _run_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.run")
-
-
-def _with_inverse(probe: Fitted, stages: tuple[Stage, ...]) -> Any:
-    dense = probe.chain.space.dim * probe.dtype.itemsize
-    if not any(not isinstance(stage, Projector) and stage.needs for stage in stages):
-        return probe.costs
-    return attrs.evolve(probe.costs, query=dense, query_work=3 * dense)
+def _at_dampings(fitted: Fitted, dampings: Sequence[Damping | None]) -> Fitted:
+    if not any(dampings):
+        return fitted
+    return attrs.evolve(fitted, chain=fitted.chain.with_damping(dampings))

@@ -1,26 +1,26 @@
 """The one double loop: checkpoints, query groups, and one pass over the train set for each.
 
-A run gives one or more *readings* of the same pass: the scores; or those of every damping of a sweep,
-those that go through each block, or those of each checkpoint.
+A run gives one or more *readings* of the same pass: the scores; or those of every damping of a
+sweep, those that go through each block, or those of each checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
+from dattri_core.halving import halving
 from dattri_core.making import Variants, finished_queries, make_branches, take_queries
 from dattri_core.pairing import (
     WHOLE,
     Paired,
-    halving,
     join_sides,
     pair_batch,
     pair_rows,
@@ -28,8 +28,9 @@ from dattri_core.pairing import (
 )
 from dattri_core.plans import Plan
 from dattri_core.problem import collect
-from dattri_core.protocols import Fold, FoldState, Scored, Scorer, Side, Snapshot
+from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot
 from dattri_core.queries import Branch
+from dattri_core.routes import shared_steps
 from dattri_core.snapshot import Fitted
 from dattri_core.stream import Examples
 from dattri_core.tiles import Tiles, shards
@@ -54,7 +55,8 @@ class Run:
         train: The train set.
         test: The test set.
         plan: Route, batch sizes, query groups and shards.
-        variants: Gives the test sides at a fitted checkpoint.
+        dampings: For each variant of the test side, the damping of each step where it differs from
+            the one that was fitted.
         by: What the scores are told apart by, besides variants.
         blocks: Names of the blocks, where they are told apart by block.
         summed: Whether the one column is the sum over the test set.
@@ -66,7 +68,7 @@ class Run:
     train: Examples
     test: Examples
     plan: Plan
-    variants: Callable[[Fitted], Variants]
+    dampings: tuple[tuple[Damping | None, ...], ...]
     by: By | None = None
     blocks: tuple[str, ...] = ()
     summed: bool = False
@@ -76,6 +78,17 @@ class Run:
         """Return how many train rows a tile holds."""
         column = self.scorer.locality == "column"
         return self.plan.n_train if column else self.plan.shard
+
+    def variants(self, fitted: Fitted) -> Variants:
+        """Return the test sides at a checkpoint."""
+        split = self.plan.route.split
+        base = evolve(fitted.chain, split=split)
+        return Variants(
+            base,
+            len(self.dampings),
+            lambda k: base.with_damping(self.dampings[k]) if any(self.dampings[k]) else base,
+            shared_steps(fitted.outline.steps, split=split),
+        )
 
     def columns(self, group: int) -> range:
         """Return the columns of a query group."""

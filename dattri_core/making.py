@@ -11,7 +11,7 @@ from torch import Tensor
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block, DenseBlock, concatenate
 from dattri_core.errors import SpecError
-from dattri_core.pairing import halving
+from dattri_core.halving import halving
 from dattri_core.plans import Plan, Route
 from dattri_core.problem import collect, require_complete
 from dattri_core.protocols import BoundSource, Inverse, LinearMap, Scorer, Side
@@ -115,8 +115,8 @@ class _OfASum(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         raise SpecError(
-            f"attribute(group=True): the scorer reads {name!r} of a test row, and a sum of rows has "
-            "none; use a scorer that reads rows alone, such as 'dot' or 'cosine'"
+            f"attribute(group=True): the scorer reads {name!r} of a test row, and a sum of rows "
+            "has none; use a scorer that reads rows alone, such as 'dot' or 'cosine'"
         )
 
     def __iter__(self) -> Iterator[str]:

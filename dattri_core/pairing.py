@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from dattri_core.batch import Batch, batch_size, move, take
+from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import MemoryBudgetError, NumericsError
-from dattri_core.memory import is_out_of_memory
+from dattri_core.errors import NumericsError
 from dattri_core.problem import require_complete
 from dattri_core.protocols import BoundSource, Role, Scorer, Side
 from dattri_core.queries import Branch, Queries
@@ -128,34 +127,6 @@ class Pairing:
             )
             for variant, side in sides.items()
         }
-
-
-# --- batches that are too large, numbers that are not finite --------------------------------------
-def halving(work: Callable[[Tensor, Batch], None], index: Tensor, batch: Batch, what: str) -> None:
-    """Do work on a batch; when memory runs out, on its halves, down to single examples.
-
-    Raises:
-        MemoryBudgetError: One example alone is too much.
-    """
-    failed: BaseException | None = None
-    try:
-        work(index, batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = error.with_traceback(None)  # its frames hold the memory that ran out
-    if failed is None:
-        return
-    count = batch_size(batch)
-    if count == 1:
-        raise MemoryBudgetError(
-            f"{what}: out of memory with a single example ({failed}); give a smaller memory=, "
-            "attribute fewer parameters, or use a projector"
-        ) from failed
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    for part in (slice(0, count // 2), slice(count // 2, count)):
-        halving(work, index[part], take(batch, part), what)
 
 
 def join_sides(sides: Sequence[Side]) -> Side:

@@ -1,7 +1,7 @@
 """The plan of a run: a memory budget in; batch sizes, query groups and the route of queries out.
 
-Everything is decided from bytes and multiply-adds, never from a clock, so that a run repeats bit for
-bit.
+Everything is decided from bytes and multiply-adds, never from a clock, so that a run repeats bit
+for bit.
 """
 
 from __future__ import annotations

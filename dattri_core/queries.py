@@ -1,7 +1,8 @@
 """Queries: the test rows of one group, and how far each has come on the way to the train rows.
 
-Resident queries have passed every step. Deferred ones wait where they are smallest, and pass the rest
-whenever a train block of the same name arrives: one block at a time, as many rows as a slab holds.
+Resident queries have passed every step. Deferred ones wait where they are smallest, and pass the
+rest whenever a train block of the same name arrives: one block at a time, as many rows as a slab
+holds.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ class Queries:
     def _resident(self, name: str, train: Block | None) -> Block:
         (rows,) = self.pieces
         block = rows.blocks[name]
-        formed = train is not None and block.positions is not None
-        if formed and explain_inner(train, block).order == "form":
+        if train is None or block.positions is None:
+            return block
+        if explain_inner(train, block).order == "form":
             block = block.dense()
             self.pieces = (rows.map_blocks(lambda n, b: block if n == name else b),)
         return block

@@ -1,7 +1,7 @@
 """Routes: what each way of test rows to the train rows costs, from the shapes of one row.
 
-Inverses are not applied to find out: a blockwise inverse is taken to turn each block into a basis of
-the size of its factors and back, the most that the parts at hand do.
+Inverses are not applied to find out: a blockwise inverse is taken to turn each block into a basis
+of the size of its factors and back, the most that the parts at hand do.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from attrs import evolve, frozen
 
 from dattri_core.blocks import Block, DenseBlock, OuterBlock, shape_of
 from dattri_core.contract import plan_inner
+from dattri_core.outlook import Outlook
 from dattri_core.plans import Route
-from dattri_core.protocols import LinearMap, Outlook
+from dattri_core.protocols import LinearMap
 from dattri_core.rows import Rows
-from dattri_core.space import BlockSpec, Space
 
 EXPANSION = 4
 """Blocks alive while one is expanded: as kept, formed, what the step holds, the result."""
@@ -53,7 +53,7 @@ def routes_of(
         variants: Whether several dampings share what is kept of a deferred query.
     """
     last = steps[-1] if steps else None
-    splits = isinstance(last, Outlook) and last.splits and (last.blockwise or last.size is not None)
+    splits = isinstance(last, Outlook) and last.splits and last.blockwise
     return tuple(
         route
         for split in ((False, True) if splits else (False,))
@@ -91,8 +91,9 @@ def _routes(
     stops = _stops(steps, row, split=split)
     end = len(stops) - 1
     item = max(4, row.dtype.itemsize)
-    maps = [step for step in steps if isinstance(step, LinearMap)]
-    streams = all(step.blockwise for step in maps) and (stops[-2].blockwise or not split)
+    streams = all(
+        step.blockwise if isinstance(step, LinearMap) else step.reduced is None for step in steps
+    )
     whole = row.nbytes + 2 * row.space.dim * item
     lead = max(k for k in range(len(stops)) if stops[k].lead)
     largest = EXPANSION * max(spec.size for spec in stops[-1].row.space) * item
@@ -145,13 +146,15 @@ def _stops(steps: Sequence[LinearMap | Outlook], row: Rows, *, split: bool) -> l
     for step in steps:
         if isinstance(step, LinearMap):
             stops.append(_mapped(stops[-1], step))
-        elif split and step is steps[-1]:
-            stops.append(_turned(stops[-1], step))
-            stops.append(_inverted(stops[-1], step, _forming(stops[-1].row)))
+            continue
+        before = stops[-1].row
+        work = _forming(before)
+        if split and step is steps[-1]:
+            # Turned into the basis of the inverse: factors of the same size.
+            stops.append(Stop(before, stops[-1].lead, work=_turning(before)))
         else:
-            before = stops[-1].row
-            work = _turning(before) + _forming(before) + _turning(_formed(before))
-            stops.append(_inverted(stops[-1], step, work))
+            work += _turning(before) + _turning(_formed(before))
+        stops.append(_inverted(stops[-1], step, work))
     return stops
 
 
@@ -166,24 +169,18 @@ def _mapped(before: Stop, step: LinearMap) -> Stop:
     return Stop(row, before.lead, step.blockwise, work)
 
 
-def _turned(before: Stop, step: Outlook) -> Stop:
-    """Return the row in the basis of an inverse: factors of the same size, or a few numbers."""
-    if step.size is None:
-        return Stop(before.row, before.lead, step.blockwise, _turning(before.row))
-    space = Space((BlockSpec("basis", "dense", (step.size,)),))
-    zero = torch.zeros((), dtype=before.row.dtype)
-    row = Rows(space, {"basis": DenseBlock(zero.expand(1, step.size))}, before.row.index)
-    return Stop(row, before.lead, blockwise=False, work=before.row.space.dim * step.size)
-
-
 def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
-    blockwise = step.blockwise or step.size is not None
     if not step.forms and step.rank is None:
-        return Stop(before.row, before.lead, blockwise)
-    row = _formed(before.row) if step.forms else before.row
+        return Stop(before.row, before.lead, step.blockwise)
+    row = before.row
+    if step.reduced is not None:
+        zero = torch.zeros((), dtype=row.dtype)
+        row = Rows.from_flat(step.reduced, zero.expand(1, step.reduced.dim), row.index)
+    elif step.forms:
+        row = _formed(row)
     if step.rank is not None:
         row = _of_rank(row, step.rank)
-    return Stop(row, lead=False, blockwise=blockwise, work=work)
+    return Stop(row, lead=False, blockwise=step.blockwise, work=work)
 
 
 def _formed(row: Rows) -> Rows:

@@ -1,38 +1,28 @@
-"""One fitted checkpoint: its source and stages, what they cost, and the scores of one tile."""
+"""One fitted checkpoint: its source and stages, and what they cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
-from attrs import define, frozen
-from torch import Tensor
+from attrs import frozen
 
 from dattri_core.activations import activation_bytes
-from dattri_core.batch import Batch, batch_size, move, take
-from dattri_core.blocks import Block, explain_inner
+from dattri_core.batch import move
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import MemoryBudgetError, NumericsError
 from dattri_core.evaluate import Evaluator
-from dattri_core.memory import Costs, is_out_of_memory
-from dattri_core.problem import TrainProblem, collect, require_complete
-from dattri_core.protocols import (
-    BoundSource,
-    Projector,
-    RandomStream,
-    Role,
-    Scorer,
-    Side,
-    Source,
-)
+from dattri_core.outlook import Outlook, outlook_before_fit, outlook_of
+from dattri_core.plans import Costs
+from dattri_core.problem import TrainProblem, collect
+from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source
+from dattri_core.routes import contractions_of, gradient_work, routes_of
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Stage, Step, check_stages
+from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
-T = TypeVar("T")
+FLAT = ("inner products   of flat rows",)
 
 
 @frozen(eq=False)
@@ -55,14 +45,23 @@ class Outline:
         return Costs(self.activations, gradient_work(self.row), routes)
 
     @property
+    def after(self) -> Rows | None:
+        """Return the row after the train side, or None where a stage mixes its blocks."""
+        row = self.row
+        for step in self.steps:
+            if isinstance(step, LinearMap):
+                if not step.blockwise:
+                    return None
+                row = step.map(row)
+            elif step.reduced is not None:
+                return None
+        return row
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Return how each block will be contracted."""
-        row, maps = self.row, [step for step in self.steps if isinstance(step, LinearMap)]
-        if not all(step.blockwise for step in maps):
-            return ("inner products   of flat rows",)
-        for step in maps:
-            row = step.map(row)
-        return contractions_of(row)
+        row = self.after
+        return FLAT if row is None else contractions_of(row)
 
 
 @frozen(eq=False)
@@ -92,14 +91,16 @@ def fit_checkpoint(
     memory: int,
     test: Examples | None = None,
     advance: Callable[[int], None] | None = None,
+    plan_only: bool = False,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
-    A few test examples, where given, are tried before any stage is fitted.
+    A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
+    costs are those of all stages, but no inverse Hessian is fitted or in the chain.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
-    check_stages(stages, bound.space)
+    check_stages(stages, bound.space, bound)
     if test is not None:
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
     evaluator = getattr(bound, "evaluator", None)
@@ -109,15 +110,21 @@ def fit_checkpoint(
     item = max(4, rows.dtype.itemsize)
     # A map that is not blockwise takes whole rows; most form them block by block, then join them.
     whole = sum(row_bytes) + 2 * bound.space.dim * item
-    largest = max(row_bytes) if all_blockwise(stages) else whole
+    largest = max(row_bytes) if all_blockwise(stages, bound.space) else whole
     per_example = activations + largest
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
     chain = Chain(bound)
+    outlooks: list[LinearMap | Outlook] = []
+    space = bound.space
     step: Step
     for stage in stages:
+        before, space = space, space_after(stage, space)
         if isinstance(stage, Projector):
             stream = RandomStream(seed, "projector", checkpoint.position)
-            step = stage.build(chain.space, stream=stream, device=task.device)
+            step = stage.build(before, stream=stream, device=task.device)
+        elif plan_only:
+            outlooks.append(outlook_before_fit(stage, before))
+            continue
         else:
             step = stage.fit(
                 TrainProblem(
@@ -130,16 +137,11 @@ def fit_checkpoint(
                     advance=advance,
                 )
             )
+        outlooks.append(outlook_of(stage, step, before))
         chain = Chain(bound, (*chain.steps, step))
-    steps = tuple(outlook_of(stage, step) for stage, step in zip(stages, chain.steps, strict=True))
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    outline = Outline(steps, rows.take(slice(0, 1)), activations)
+    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations)
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype)
-
-
-def all_blockwise(stages: Sequence[Stage]) -> bool:
-    """Return whether only stages that certainly act block by block come before the scorer."""
-    return all(not isinstance(s, Projector) or "keeps-factors" in s.gives for s in stages)
 
 
 def weights_of(source: BoundSource) -> str | None:

@@ -1,12 +1,14 @@
 """Stages: projectors and inverse Hessians in any order, as pairs of maps (train side, test side).
 
 For train row g_i and test row g_j a chain of stages computes ``<A g_i, B g_j>``. A projector P adds
-(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1).
+(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1), or, where it is of low rank
+V D V^T and reduces rows, (V^T, D V^T).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -21,12 +23,15 @@ from dattri_core.protocols import (
     Inverse,
     InverseHessian,
     LinearMap,
-    Outlook,
+    PreconditionedSolver,
     Problem,
     Projector,
+    ReducedInverse,
+    ReducingSolver,
     Solver,
     SplitInverse,
 )
+from dattri_core.row_kinds import KIND_OF_NEED, require_outputs
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -41,15 +46,23 @@ class CurvatureInverse:
     Args:
         curvature: What H is.
         solver: How its damped inverse is applied; owns the damping.
+        preconditioner: Another inverse Hessian, fitted on the same train set and handed to an
+            iterative solver: fewer iterations to the same answer. Its damping is its own.
     """
 
     curvature: Curvature
     solver: Solver
+    preconditioner: InverseHessian | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the curvature asks of the problem."""
-        return self.curvature.needs
+        """Return what the curvature and the preconditioner ask of the problem."""
+        more = self.preconditioner.needs if self.preconditioner is not None else frozenset()
+        return self.curvature.needs | more
+
+    def out_space(self, space: Space) -> Space:
+        """Return the space of rows after it: another one for a solver that reduces them."""
+        return self.solver.out_space(space) if isinstance(self.solver, ReducingSolver) else space
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""
@@ -62,22 +75,40 @@ class CurvatureInverse:
                 "choose another solver or curvature: see 'dattri parts'"
             )
         self.solver.check(space)
+        if self.preconditioner is None:
+            return
+        if not isinstance(self.solver, PreconditionedSolver):
+            raise SpecError(
+                f"inverse Hessian: the solver {_name(self.solver)} takes no preconditioner; use "
+                "the solver 'cg', or leave preconditioner= out"
+            )
+        self.preconditioner.check(space)
+        if space_after(self.preconditioner, space) != space:
+            raise SpecError(
+                f"inverse Hessian: the preconditioner {_name(self.preconditioner)} leaves fewer "
+                "numbers of a row; a preconditioner gives whole rows"
+            )
 
     def fit(self, problem: Problem) -> Inverse:
         """Fit the curvature on the whole train set and hand its operator to the solver."""
-        return self.solver.solve_for(self.curvature.fit(problem), problem.device)
+        operator = self.curvature.fit(problem)
+        if self.preconditioner is None:
+            return self.solver.solve_for(operator, problem.device)
+        assert isinstance(self.solver, PreconditionedSolver)
+        inverse = self.preconditioner.fit(problem)
+        return self.solver.precondition(operator, problem.device, inverse)
 
 
 @frozen(eq=False)
-class Middle:
-    """What a split inverse leaves for the test side alone, as a step."""
+class InBasis:
+    """What a split inverse leaves to the test side alone, as a step."""
 
     inverse: SplitInverse
 
     @property
     def blockwise(self) -> bool:
-        """Return whether the two sides meet block by block."""
-        return _train_map(self.inverse).blockwise
+        """Return True: only inverses of blocks are split."""
+        return True
 
     @property
     def stats(self) -> Mapping[str, float]:
@@ -85,33 +116,36 @@ class Middle:
         return self.inverse.stats
 
     def apply(self, rows: Rows) -> Rows:
-        """Return M k for rows of the train map's space."""
-        return self.inverse.middle(rows)
+        """Return M k for rows k in the eigenbasis."""
+        return self.inverse.in_basis(rows)
 
     def with_damping(self, damping: Damping) -> Inverse:
-        """Return the middle of the inverse at another damping."""
+        """Return the same of the inverse at another damping."""
         inverse = self.inverse.with_damping(damping)
         assert isinstance(inverse, SplitInverse)
-        return Middle(inverse)
+        return InBasis(inverse)
 
 
 @frozen(eq=False)
 class Chain:
     """The stages of one checkpoint, built and fitted.
 
-    With ``split`` the last step, a `SplitInverse`, is carried by both sides.
+    Args:
+        source: At the checkpoint.
+        steps: In the order in which rows pass them.
+        split: Whether the last step, a `SplitInverse`, is carried by both sides.
     """
 
     source: BoundSource
     steps: tuple[Step, ...] = ()
     split: bool = False
 
-    @property
+    @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
-        """Return the projectors."""
-        return tuple(step for step in self.steps if isinstance(step, LinearMap))
+        """Return the steps of the train side."""
+        return tuple(step for step in map(_train_map, self.steps) if step is not None)
 
-    @property
+    @cached_property
     def inverses(self) -> tuple[Inverse, ...]:
         """Return the inverse Hessians."""
         return tuple(step for step in self.steps if not isinstance(step, LinearMap))
@@ -119,21 +153,23 @@ class Chain:
     @property
     def train_steps(self) -> tuple[LinearMap, ...]:
         """Return the steps of the train side."""
-        last = self._split_step()
-        return self.maps if last is None else (*self.maps, _train_map(last))
+        return (*self.maps, self._basis) if self.split else self.maps
 
     @property
     def test_steps(self) -> tuple[Step, ...]:
         """Return the steps of the test side."""
-        last = self._split_step()
-        return self.steps if last is None else (*self.steps[:-1], _train_map(last), Middle(last))
-
-    def _split_step(self) -> SplitInverse | None:
         if not self.split:
-            return None
+            return self.steps
         last = self.steps[-1]
         assert isinstance(last, SplitInverse)
-        return last
+        return (*self.steps[:-1], self._basis, InBasis(last))
+
+    @property
+    def _basis(self) -> LinearMap:
+        last = self.steps[-1]
+        assert isinstance(last, SplitInverse)
+        assert last.basis is not None
+        return last.basis
 
     @property
     def space(self) -> Space:
@@ -173,37 +209,6 @@ class Chain:
         return attrs.evolve(self, steps=tuple(steps))
 
 
-def _train_map(inverse: SplitInverse) -> LinearMap:
-    made = inverse.train_map
-    assert made is not None
-    return made
-
-
-def outlook_of(stage: Stage, step: Step) -> LinearMap | Outlook:
-    """Return a fitted map as it is, and what is known of a fitted inverse."""
-    if isinstance(step, LinearMap) or isinstance(stage, Projector):
-        assert isinstance(step, LinearMap)
-        return step
-    train_map = step.train_map if isinstance(step, SplitInverse) else None
-    whole = train_map is not None and not train_map.blockwise
-    return Outlook(
-        blockwise=step.blockwise,
-        forms=bool(stage.needs),
-        rank=getattr(step, "rank", None),
-        splits=train_map is not None,
-        size=train_map.out_space.dim if train_map is not None and whole else None,
-    )
-
-
-def outlook_before_fit(stage: InverseHessian) -> Outlook:
-    """Return what an inverse Hessian says of its inverse before it is fitted.
-
-    One that says nothing is taken to need whole rows and to form them, the most that it can cost.
-    """
-    told: Outlook = getattr(stage, "outlook", Outlook(blockwise=not stage.needs))
-    return attrs.evolve(told, forms=bool(stage.needs))
-
-
 def pass_steps(steps: Sequence[Step], rows: Rows) -> Rows:
     """Return rows after some steps of the test side."""
     for step in steps:
@@ -211,8 +216,13 @@ def pass_steps(steps: Sequence[Step], rows: Rows) -> Rows:
     return rows
 
 
-def check_stages(stages: Sequence[Stage], space: Space) -> Space:
+def check_stages(stages: Sequence[Stage], space: Space, source: BoundSource | None = None) -> Space:
     """Walk a space through stages without a tensor and return the space at the end.
+
+    Args:
+        stages: In the order in which rows pass them.
+        space: Of the source.
+        source: The source itself, once it is bound, for what it must be able to do.
 
     Raises:
         SpecError: A stage cannot take what the stages before it give; says which and why.
@@ -224,6 +234,9 @@ def check_stages(stages: Sequence[Stage], space: Space) -> Space:
             if "adjoint" not in stage.gives:
                 lacking.append(_name(stage))
             continue
+        for need in sorted(stage.needs & KIND_OF_NEED.keys()):
+            if source is not None:
+                require_outputs(KIND_OF_NEED[need], source)
         products = sorted(need for need in stage.needs if need.endswith("-product"))
         if products and lacking:
             raise SpecError(
@@ -233,7 +246,32 @@ def check_stages(stages: Sequence[Stage], space: Space) -> Space:
                 "'adjoint' or a curvature made from rows"
             )
         stage.check(space)
+        space = space_after(stage, space)
     return space
+
+
+def space_after(stage: Stage, space: Space) -> Space:
+    """Return the space of rows after one stage."""
+    after: Space = stage.out_space(space) if hasattr(stage, "out_space") else space
+    return after
+
+
+def all_blockwise(stages: Sequence[Stage], space: Space) -> bool:
+    """Return whether train rows of a space certainly pass all stages block by block."""
+    for stage in stages:
+        after = space_after(stage, space)
+        if isinstance(stage, Projector) and "keeps-factors" not in stage.gives:
+            return False
+        if not isinstance(stage, Projector) and after != space:
+            return False
+        space = after
+    return True
+
+
+def _train_map(step: Step) -> LinearMap | None:
+    if isinstance(step, LinearMap):
+        return step
+    return step.train_map if isinstance(step, ReducedInverse) else None
 
 
 def example_space() -> Space:

@@ -67,6 +67,9 @@ BROKEN = {
         "target-rows-carry-the-sign": ToySource("sign"),
         "rows-scale-with-the-loss": ToySource("clip"),
         "rows-cover-the-selection": ToySource("everything"),
+        "pull-of-the-slope-is-the-loss-row": ToySource("pull scale"),
+        "pull-is-linear": ToySource("pull bend"),
+        "pull-is-of-single-rows": ToySource("pull place"),
         "rows-are-at-the-checkpoint": ToySource("live"),
         "float32-rows-are-close": ToySource("coarse"),
         "model-is-untouched": ToySource("eval"),
@@ -168,6 +171,9 @@ BROKEN = {
 
 # Laws that a mutant breaks besides its own, because it must.
 ALSO = {
+    # Rows of the loss that are wrong are not those that a right pull gives.
+    ("source", "rows-are-their-own"): {"pull-of-the-slope-is-the-loss-row"},
+    ("source", "rows-are-gradients"): {"pull-of-the-slope-is-the-loss-row"},
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
     # The global random state is something that a fold keeps beside its state.

@@ -39,22 +39,18 @@ class BoundToySource:
     space: Space
 
     def stream(self, batch, role, sink):
-        evaluator, count = self.evaluator, batch_size(batch)
-        chosen = self.space.parameter_names
-        weights = {name: evaluator.parameters[name] for name in chosen}
+        count = batch_size(batch)
+        weights = {n: self.evaluator.parameters[n] for n in self.space.parameter_names}
         if self.fault == "live":
-            weights = {n: p for n, p in evaluator.task.model.named_parameters() if n in chosen}
-        rows = []
+            model = self.evaluator.task.model
+            weights = {n: p for n, p in model.named_parameters() if n in weights}
         if self.fault == "eval":
-            evaluator.task.model.eval()
-        with evaluator.session():
-            for i in range(count):
-                leaf = leaves(weights)
-                total = evaluator.total(leaf, take(batch, slice(i, i + 1)), role)
-                grads = torch.autograd.grad(total, list(leaf.values()))
-                one = {n: g.unsqueeze(0) for n, g in zip(leaf, grads, strict=True)}
-                rows.append(place(self.space, one))
-        flat = torch.cat(rows).to(evaluator.dtype)
+            self.evaluator.task.model.eval()
+
+        def total(leaf, i):
+            return self.evaluator.total(leaf, take(batch, slice(i, i + 1)), role)
+
+        flat = self._gradients(total, weights, count)
         if self.fault == "centre" and count > 1:
             flat = flat - flat.mean(0)
         if self.fault == "noise":
@@ -74,6 +70,37 @@ class BoundToySource:
             sink(name, block)
         aux = {"place": torch.arange(count)}
         return {**aux, "more": torch.arange(count)} if self.fault == "aux" else aux
+
+    def pull(self, batch, cotangent, sink):
+        evaluator, count = self.evaluator, batch_size(batch)
+        weights = {n: evaluator.parameters[n] for n in self.space.parameter_names}
+        with evaluator.session(), torch.no_grad():
+            outputs = evaluator.outputs(None, batch)
+        directions = cotangent(outputs)
+        if self.fault == "pull scale":
+            directions = 1.001 * directions
+        if self.fault == "pull bend":  # slopes in the toy worlds are smaller
+            directions = directions.clamp(-100, 100)
+        if self.fault == "pull place":
+            directions = directions * (1 if count == 9 else 1.01)
+
+        def total(leaf, i):
+            own = evaluator.outputs(leaf, take(batch, slice(i, i + 1)))
+            return (own * directions[i : i + 1]).sum()
+
+        flat = self._gradients(total, weights, count)
+        for name, block in Rows.from_flat(self.space, flat, torch.arange(count)).blocks.items():
+            sink(name, block)
+
+    def _gradients(self, total, weights, count):
+        rows = []
+        with self.evaluator.session():
+            for i in range(count):
+                leaf = leaves(weights)
+                grads = torch.autograd.grad(total(leaf, i), list(leaf.values()))
+                one = {n: g.unsqueeze(0) for n, g in zip(leaf, grads, strict=True)}
+                rows.append(place(self.space, one))
+        return torch.cat(rows).to(self.evaluator.dtype)
 
 
 # --- curvatures -----------------------------------------------------------------------------
