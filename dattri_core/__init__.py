@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -93,6 +96,7 @@ _EXPORTS = {
     "CurvatureInverse": "stages",
     "CurvatureKind": "protocols",
     "Damping": "protocols",
+    "DataProjector": "capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
@@ -105,6 +109,7 @@ _EXPORTS = {
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
+    "InverseRoot": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
     "MemoryBudgetError": "errors",
@@ -121,6 +126,7 @@ _EXPORTS = {
     "Projector": "protocols",
     "RandomStream": "protocols",
     "Registry": "registry",
+    "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
     "Scored": "protocols",

@@ -219,7 +219,7 @@ class FittedMethod:
             if isinstance(old, CurvatureInverse) and isinstance(new, CurvatureInverse):
                 solver: Any = new.solver
                 as_old = attrs.evolve(solver, damping=old.solver.damping)
-                if (old.curvature, old.solver) != (new.curvature, as_old):
+                if old != attrs.evolve(new, solver=as_old):
                     return None
                 dampings.append(new.solver.damping)
             elif old != new:

@@ -156,7 +156,7 @@ class InverseHessian(Protocol):
         ...
 
     def fit(self, problem: Problem) -> Inverse:
-        """Fit on the train set."""
+        """Fit on the train set. An inverse acts on test rows, an `InverseRoot` on both sides."""
         ...
 
 
@@ -415,7 +415,13 @@ class Side:
 
     index: Tensor  # [B]
     aux: Mapping[str, Tensor]  # each [B]
-    norm: Tensor | None  # [B], only when the scorer needs "norm"
+    norm: Tensor | None  # [B], |A g| or |B h|, only when the scorer needs "norm"
+    self_influence: Tensor | None = None  # [B], <A g, B g> of train rows, for "self-influence"
+    inverse_norm: Tensor | None = None  # [B], |B g| of train rows, for "inverse-norm"
+
+
+MEASURED = frozenset({"norm", "self-influence", "inverse-norm"})
+"""What the engine computes for a scorer; all else that one needs, the source attaches to rows."""
 
 
 @frozen(eq=False)
@@ -432,7 +438,11 @@ class Scorer(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the auxiliary numbers it reads, and ``"norm"`` for the norms of both sides."""
+        """Return the auxiliary numbers it reads, and those of rows that the engine is to measure.
+
+        ``"norm"``: of both sides. ``"self-influence"`` and ``"inverse-norm"``: of train rows, which
+        then pass the stages of the test side too.
+        """
         ...
 
     @property

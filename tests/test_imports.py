@@ -39,6 +39,7 @@ ORDER = [
     "blocks",
     "rows",
     "protocols",
+    "capabilities",
     "batch",
     "criteria",
     "losses",
