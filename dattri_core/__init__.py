@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import OutputSource as OutputSource
+    from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
+    from dattri_core.capabilities import ReducedInverse as ReducedInverse
+    from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -61,7 +66,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
-    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
@@ -118,17 +122,21 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
-    "OutputSource": "protocols",
+    "OutputSource": "capabilities",
     "ParameterView": "space",
     "Plan": "memory",
     "PluginError": "errors",
+    "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
     "Projector": "protocols",
     "RandomStream": "protocols",
+    "ReducedInverse": "capabilities",
+    "ReducingSolver": "capabilities",
     "Registry": "registry",
     "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
+    "SampledOperator": "capabilities",
     "Scored": "protocols",
     "Scorer": "protocols",
     "Scores": "scores",

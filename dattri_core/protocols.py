@@ -62,23 +62,6 @@ class BoundSource(Protocol):
         ...
 
 
-@runtime_checkable
-class OutputSource(BoundSource, Protocol):
-    """A source that pulls any direction in the model's outputs back to the parameters.
-
-    Rows of drawn labels and of the GGN's factor are made with it.
-    """
-
-    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
-        """Hand each block of the rows J_b^T u_b to ``sink(name, block)``, as `stream` does.
-
-        J_b is the Jacobian of the outputs of ``task.loss.forward`` at example b, and
-        ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
-        of the criterion as u they are the rows of the loss.
-        """
-        ...
-
-
 # --- stages -------------------------------------------------------------------------------------
 @runtime_checkable
 class LinearMap(Protocol):
@@ -257,7 +240,7 @@ class Curvature(Protocol):
         ...
 
     def gives(self, space: Space) -> frozenset[str]:
-        """Return what its operator answers: of ``{"apply", "dense", "spectral", "rows"}``.
+        """Return what its operator does, of {"apply", "dense", "spectral", "rows", "sampled"}.
 
         Raises `SpecError` when the space lacks what the curvature needs (factors, say).
         """
@@ -312,7 +295,7 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what it asks of the operator: of ``{"apply", "dense", "spectral", "rows"}``."""
+        """Return what it asks of the operator; see `Curvature.gives`."""
         ...
 
     @property
