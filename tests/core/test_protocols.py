@@ -72,9 +72,7 @@ def fitted() -> dict[str, Any]:
         "Inverse": build_part("solver", "cholesky").solve_for(operator, device),
         "Attributor": method,
         "DataProjector": build_part("projector", "kronecker"),
-        "InverseRoot": TwoSided(
-            build_part("solver", "cholesky").root_for(operator, device), bound.space
-        ),
+        "InverseRoot": TwoSided(root, bound.space),
         "RootSolver": build_part("solver", "cholesky"),
         "PreconditionedSolver": build_part("solver", "cg"),
     }
