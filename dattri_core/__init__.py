@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import OutputSource as OutputSource
+    from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
+    from dattri_core.capabilities import ReducedInverse as ReducedInverse
+    from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -59,7 +68,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
-    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
@@ -70,7 +78,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
-    from dattri_core.protocols import SplitInverse as SplitInverse
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -95,6 +102,7 @@ _EXPORTS = {
     "CurvatureInverse": "stages",
     "CurvatureKind": "protocols",
     "Damping": "protocols",
+    "DataProjector": "capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
@@ -107,6 +115,7 @@ _EXPORTS = {
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
+    "InverseRoot": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
     "MemoryBudgetError": "errors",
@@ -115,17 +124,22 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
-    "OutputSource": "protocols",
+    "OutputSource": "capabilities",
     "Outlook": "outlook",
     "ParameterView": "space",
     "Plan": "plans",
     "PluginError": "errors",
+    "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
     "Projector": "protocols",
     "RandomStream": "protocols",
+    "ReducedInverse": "capabilities",
+    "ReducingSolver": "capabilities",
     "Registry": "registry",
+    "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
+    "SampledOperator": "capabilities",
     "Scored": "protocols",
     "Scorer": "protocols",
     "Scores": "scores",
@@ -136,7 +150,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
-    "SplitInverse": "protocols",
+    "SplitInverse": "capabilities",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",

@@ -17,7 +17,7 @@ from dattri_core.batch import Batch
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
-from dattri_core.making import Variants, finished_queries, make_branches, take_queries
+from dattri_core.making import Variants, make_branches, pass_in_slabs, resident
 from dattri_core.pairing import (
     WHOLE,
     Paired,
@@ -29,7 +29,7 @@ from dattri_core.pairing import (
 from dattri_core.plans import Plan
 from dattri_core.problem import collect
 from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot
-from dattri_core.queries import Branch
+from dattri_core.queries import Branch, require_finite_queries
 from dattri_core.routes import shared_steps
 from dattri_core.snapshot import Fitted
 from dattri_core.stream import Examples
@@ -296,11 +296,14 @@ def self_influence(
 def _diagonal(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> Scored:
     rows = collect(fitted.chain.source, batch, index, "train", fitted.device)
     ahead = fitted.chain.train(rows)
-    queries = finished_queries(fitted.chain, rows, fitted.device, fitted.checkpoint.name)
+    behind = pass_in_slabs(fitted.chain.test_steps, rows, 0)
+    require_finite_queries(behind.blocks, index, fitted.checkpoint.name)
     parts = []
     for start in range(0, len(index), DIAGONAL):
         part = slice(start, start + DIAGONAL)
-        paired = pair_rows(ahead.take(part), scorer, take_queries(queries, part, scorer))
+        some = behind.take(part)
+        queries = resident(some, scorer, fitted.device, fitted.checkpoint.name)
+        paired = pair_rows(ahead.take(part), some, scorer, queries)
         scored = scorer.finish(paired.totals[WHOLE], paired.train, paired.test)
         require_finite(scored.values, index[part], fitted.checkpoint)
         weight = None if scored.weight is None else scored.weight.cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, move
@@ -14,10 +14,10 @@ from dattri_core.errors import SpecError
 from dattri_core.halving import halving
 from dattri_core.plans import Plan, Route
 from dattri_core.problem import collect, require_complete
-from dattri_core.protocols import BoundSource, Inverse, LinearMap, Scorer, Side
+from dattri_core.protocols import BEHIND, BoundSource, LinearMap, Scorer, Side
 from dattri_core.queries import Branch, Queries, require_finite_queries, rows_in
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Step
+from dattri_core.stages import Chain, Step, is_inverse
 from dattri_core.stream import Examples
 
 
@@ -198,7 +198,9 @@ class Making:
             made.append(queries)
             stats += [(v, _stats(self._chains.get(v, chain))) for v in mine]
         train_side = self._chains.get(self.group[0], self.variants.base)
-        return Branch(train_side, tuple(made), dict(stats))
+        measured = self.group if scorer.needs & BEHIND else ()
+        behind = {k: self._chains.get(k) or self.variants.chain(k) for k in measured}
+        return Branch(train_side, tuple(made), dict(stats), behind)
 
     def _tail(self, chain: Chain) -> tuple[Step, ...]:
         return chain.test_steps[self.route.cut :]
@@ -233,19 +235,11 @@ def sides_of(queries: Queries, scorer: Scorer, *, summed: bool = False) -> tuple
     return tuple(Side(index, aux, norm) for norm in norms)
 
 
-def finished_queries(chain: Chain, rows: Rows, device: torch.device, place: str) -> Queries:
-    """Return whole rows as resident queries of the one variant that a chain is."""
-    done = pass_in_slabs(chain.test_steps, rows, 0)
-    require_finite_queries(done.blocks, done.index, place)
-    return Queries((done,), ((),), (), (0,), device, 0, place)
-
-
-def take_queries(queries: Queries, part: slice, scorer: Scorer) -> Queries:
-    """Return some of the rows of resident queries, with what a scorer reads of them."""
-    (rows,) = queries.pieces
-    some = evolve(queries, pieces=(rows.take(part),))
-    some.sides = sides_of(some, scorer)
-    return some
+def resident(rows: Rows, scorer: Scorer, device: torch.device, place: str) -> Queries:
+    """Return test rows after all steps as queries of one variant."""
+    queries = Queries((rows,), ((),), (), (0,), device, 0, place)
+    queries.sides = sides_of(queries, scorer)
+    return queries
 
 
 def join_rows(pieces: list[Rows]) -> Rows:
@@ -271,21 +265,17 @@ def pass_in_slabs(steps: Sequence[Step], rows: Rows, slab: int) -> Rows:
     Blockwise inverses take as many rows of one block at once as fit ``slab`` bytes; 0: all.
     """
     for step in steps:
-        if isinstance(step, LinearMap):
-            rows = step.map(rows)
-        else:
-            rows = _by_blocks(step, rows, slab) if step.blockwise else step.apply(rows)
+        act = step.map if isinstance(step, LinearMap) else step.apply
+        rows = _by_blocks(act, rows, slab) if is_inverse(step) and step.blockwise else act(rows)
     return rows
 
 
-def _by_blocks(step: Inverse, rows: Rows, slab: int) -> Rows:
+def _by_blocks(act: Callable[[Rows], Rows], rows: Rows, slab: int) -> Rows:
     """Return rows after a blockwise inverse, as many of one block at once as fit the slab."""
     done: dict[str, Block] = {}
     for name in rows.space.names:
         part = rows.select([name])
         size = rows_in(slab, part) if slab else max(1, len(part))
         starts = range(0, max(1, len(part)), size)
-        done[name] = concatenate(
-            [step.apply(part.take(slice(k, k + size))).blocks[name] for k in starts]
-        )
+        done[name] = concatenate([act(part.take(slice(k, k + size))).blocks[name] for k in starts])
     return Rows(rows.space, done, rows.index, rows.aux)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import attrs
 from attrs import frozen
 
-from dattri_core.protocols import InverseHessian, LinearMap, SplitInverse
+from dattri_core.capabilities import InverseRoot, SplitInverse
+from dattri_core.protocols import InverseHessian, LinearMap
 from dattri_core.space import Space
-from dattri_core.stages import Stage, Step, space_after
+from dattri_core.stages import CurvatureInverse, Stage, Step, is_inverse, space_after
 
 
 @frozen
@@ -20,6 +21,7 @@ class Outlook:
         rank: Largest number of outer products of a row that comes out, where it is bounded.
         splits: Whether it is a `SplitInverse` that can be split.
         reduced: The space of rows after it, where it leaves a few numbers of each.
+        two_sided: Whether train rows pass it too, as its root.
     """
 
     blockwise: bool = False
@@ -27,6 +29,7 @@ class Outlook:
     rank: int | None = None
     splits: bool = False
     reduced: Space | None = None
+    two_sided: bool = False
 
 
 def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
@@ -37,7 +40,8 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         step: Fitted.
         space: Before it.
     """
-    if isinstance(step, LinearMap):
+    if not is_inverse(step):
+        assert isinstance(step, LinearMap)
         return step
     assert isinstance(stage, InverseHessian)
     return Outlook(
@@ -46,6 +50,7 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         rank=getattr(step, "rank", None),
         splits=isinstance(step, SplitInverse) and step.basis is not None,
         reduced=_reduced(stage, space),
+        two_sided=isinstance(step, InverseRoot),
     )
 
 
@@ -55,7 +60,10 @@ def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
     One that says nothing is taken to need whole rows and to form them: the most that it can cost.
     """
     told: Outlook = getattr(stage, "outlook", Outlook(blockwise=not stage.needs))
-    return attrs.evolve(told, forms=bool(stage.needs), reduced=_reduced(stage, space))
+    two_sided = isinstance(stage, CurvatureInverse) and stage.form == "two-sided"
+    return attrs.evolve(
+        told, forms=bool(stage.needs), reduced=_reduced(stage, space), two_sided=two_sided
+    )
 
 
 def _reduced(stage: InverseHessian, space: Space) -> Space | None:

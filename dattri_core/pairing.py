@@ -30,11 +30,12 @@ class Paired:
     test: Side
 
 
-def pair_rows(rows: Rows, scorer: Scorer, queries: Queries) -> Paired:
-    """Return the totals of whole train rows after all steps of their side."""
+def pair_rows(ahead: Rows, behind: Rows, scorer: Scorer, queries: Queries) -> Paired:
+    """Return the totals of whole train rows, given after the steps of either side."""
     pairing = Pairing(scorer, (queries,))
-    pairing.add(rows)
-    (paired,) = pairing.paired(rows.index, rows.aux).values()
+    pairing.add(ahead)
+    pairing.measure(queries.variants[0], ahead, behind)
+    (paired,) = pairing.paired(ahead.index, ahead.aux).values()
     return paired
 
 
@@ -50,52 +51,86 @@ def pair_batch(
 ) -> list[Paired]:
     """Return the totals of a batch for each variant; rows go as they come."""
     pairings = [Pairing(scorer, branch.queries, by_block) for branch in branches]
-    device = branches[0].queries[0].device
-    streaming = [branch.chain.blockwise for branch in branches]
+    streaming = [branch.streams for branch in branches]
     names: list[str] = []
     waiting: dict[str, Block] = {}
 
+    def pass_on(rows: Rows, wanted: bool) -> None:
+        for branch, pairing, streams in zip(branches, pairings, streaming, strict=True):
+            if streams is wanted:
+                ahead = branch.chain.train(rows)
+                pairing.add(ahead)
+                for variant, chain in branch.chains.items():
+                    pairing.measure(variant, ahead, chain.test(rows))
+
     def sink(name: str, block: Block) -> None:
         names.append(name)
-        for branch, pairing, streams in zip(branches, pairings, streaming, strict=True):
-            if streams:
-                pairing.add(branch.chain.train_block(name, block, index))
+        pass_on(Rows(source.space.select([name]), {name: block}, index), wanted=True)
         if not all(streaming):
             waiting[name] = block
 
-    aux = source.stream(move(batch, device), role, sink)
+    aux = source.stream(move(batch, branches[0].queries[0].device), role, sink)
     require_complete(source.space, names)
     if waiting:
-        rows = Rows(source.space, waiting, index)
-        for branch, pairing, streams in zip(branches, pairings, streaming, strict=True):
-            if not streams:
-                pairing.add(branch.chain.train(rows))
+        pass_on(Rows(source.space, waiting, index), wanted=False)
     found = {v: one for pairing in pairings for v, one in pairing.paired(index, aux).items()}
     return [found[variant] for variant in sorted(found)]
 
 
 @define(eq=False)
 class Pairing:
-    """Adds up, over blocks, what the scorer pairs and the squared norms it needs."""
+    """Adds up, over blocks, what the scorer pairs and what it wants measured of train rows."""
 
     scorer: Scorer
     queries: Sequence[Queries]
     by_block: bool = False
     _totals: dict[tuple[int, str], Tensor] = field(factory=dict)
     _own: set[tuple[int, str]] = field(factory=set)
-    _square: Tensor | None = None
+    _sums: dict[tuple[int | None, str], Tensor] = field(factory=dict)
 
     def add(self, rows: Rows) -> None:
         """Add some blocks of the train rows, after all steps of their side."""
         for name, block in rows.blocks.items():
             if "norm" in self.scorer.needs:
-                square = block.pair_inner(block)
-                self._square = square if self._square is None else self._square + square
+                self._sum(None, "norm", block.pair_inner(block))
             for queries in self.queries:
                 here = queries.prepared(name, block)
                 for variant, columns, test in queries.meet(name, here):
                     key = (variant, name if self.by_block else WHOLE)
                     self._add(key, columns, self.scorer.pair(here, test), len(queries))
+
+    def measure(self, variant: int, ahead: Rows, behind: Rows) -> None:
+        """Add what the scorer wants to know of some blocks of the train rows on the test side.
+
+        Args:
+            variant: Whose test side.
+            ahead: After the steps of the train side.
+            behind: After those of the test side.
+        """
+        if "self-influence" in self.scorer.needs:
+            self._sum(variant, "self-influence", ahead.pair_inner(behind))
+        if "inverse-norm" in self.scorer.needs:
+            self._sum(variant, "inverse-norm", behind.pair_inner(behind))
+
+    def paired(self, index: Tensor, aux: Mapping[str, Tensor]) -> dict[int, Paired]:
+        """Return what has been added up, by variant."""
+        found = {}
+        for queries in self.queries:
+            for variant, side in zip(queries.variants, queries.sides, strict=True):
+                train = Side(
+                    index,
+                    aux,
+                    _root(self._sums.get((None, "norm"))),
+                    self._sums.get((variant, "self-influence")),
+                    _root(self._sums.get((variant, "inverse-norm"))),
+                )
+                totals = {name: t for (of, name), t in self._totals.items() if of == variant}
+                found[variant] = Paired(totals, train, side)
+        return found
+
+    def _sum(self, variant: int | None, what: str, part: Tensor) -> None:
+        held = self._sums.get((variant, what))
+        self._sums[variant, what] = part if held is None else held + part
 
     def _add(self, key: tuple[int, str], columns: slice, part: Tensor, width: int) -> None:
         held = self._totals.get(key)
@@ -112,31 +147,24 @@ class Pairing:
             self._totals[key] = held + part
             self._own.add(key)
 
-    def paired(self, index: Tensor, aux: Mapping[str, Tensor]) -> dict[int, Paired]:
-        """Return what has been added up, by variant."""
-        norm = None if self._square is None else self._square.clamp_min(0).sqrt()
-        train = Side(index, aux, norm)
-        sides = {
-            variant: side
-            for queries in self.queries
-            for variant, side in zip(queries.variants, queries.sides, strict=True)
-        }
-        return {
-            variant: Paired(
-                {name: t for (of, name), t in self._totals.items() if of == variant}, train, side
-            )
-            for variant, side in sides.items()
-        }
+
+def _root(squares: Tensor | None) -> Tensor | None:
+    return None if squares is None else squares.clamp_min(0).sqrt()
 
 
 def join_sides(sides: Sequence[Side]) -> Side:
     """Join the sides of consecutive batches."""
-    first = sides[0]
-    norms = [side.norm for side in sides if side.norm is not None]
+
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        return torch.cat(there) if there else None
+
     return Side(
         torch.cat([side.index for side in sides]),
-        {key: torch.cat([side.aux[key] for side in sides]) for key in first.aux},
-        torch.cat(norms) if norms else None,
+        {key: torch.cat([side.aux[key] for side in sides]) for key in sides[0].aux},
+        joined([side.norm for side in sides]),
+        joined([side.self_influence for side in sides]),
+        joined([side.inverse_norm for side in sides]),
     )
 
 

@@ -119,11 +119,19 @@ class Branch:
         chain: Whose train side it is.
         queries: Of one variant each, or of all.
         stats: What the inverses of each variant reported when the queries were made.
+        chains: Of each variant, where the scorer measures train rows on the test side too.
     """
 
     chain: Chain
     queries: tuple[Queries, ...]
     stats: Mapping[int, Sequence[Mapping[str, float]]]
+    chains: Mapping[int, Chain]
+
+    @property
+    def streams(self) -> bool:
+        """Return whether train rows pass block by block, on every side that they pass."""
+        steps = (step for chain in self.chains.values() for step in chain.test_steps)
+        return self.chain.blockwise and all(step.blockwise for step in steps)
 
 
 def rows_in(slab: int, part: Rows) -> int:

@@ -91,9 +91,7 @@ def _routes(
     stops = _stops(steps, row, split=split)
     end = len(stops) - 1
     item = max(4, row.dtype.itemsize)
-    streams = all(
-        step.blockwise if isinstance(step, LinearMap) else step.reduced is None for step in steps
-    )
+    streams = all(map(streams_through, steps))
     whole = row.nbytes + 2 * row.space.dim * item
     lead = max(k for k in range(len(stops)) if stops[k].lead)
     largest = EXPANSION * max(spec.size for spec in stops[-1].row.space) * item
@@ -105,7 +103,7 @@ def _routes(
     resident = Route(
         deferred=False,
         cut=end,
-        train_row=max(b.nbytes for b in row.blocks.values()) if streams else whole,
+        train_row=_train_row(steps, row, largest) if streams else whole,
         kept=_resident_bytes(stops[-1].row),
         making=making,
         expanded=expanded,
@@ -127,6 +125,19 @@ def _routes(
         each=sum(stop.work for stop in stops[cut + 1 :]) + _forming(stops[-1].row),
     )
     return [resident, deferred]
+
+
+def streams_through(step: LinearMap | Outlook) -> bool:
+    """Return whether train rows pass a step block by block."""
+    if isinstance(step, LinearMap) or step.two_sided:
+        return step.blockwise
+    return step.reduced is None
+
+
+def _train_row(steps: Sequence[LinearMap | Outlook], row: Rows, expanded: int) -> int:
+    """Return the bytes of the largest block of a train row on its way."""
+    roots = any(isinstance(step, Outlook) and step.two_sided for step in steps)
+    return expanded if roots else max(block.nbytes for block in row.blocks.values())
 
 
 def _cut(stops: Sequence[Stop], most: int) -> int | None:

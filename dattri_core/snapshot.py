@@ -15,7 +15,7 @@ from dattri_core.outlook import Outlook, outlook_before_fit, outlook_of
 from dattri_core.plans import Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source
-from dattri_core.routes import contractions_of, gradient_work, routes_of
+from dattri_core.routes import contractions_of, gradient_work, routes_of, streams_through
 from dattri_core.rows import Rows
 from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
 from dattri_core.stream import Examples
@@ -48,13 +48,11 @@ class Outline:
     def after(self) -> Rows | None:
         """Return the row after the train side, or None where a stage mixes its blocks."""
         row = self.row
+        if not all(map(streams_through, self.steps)):
+            return None
         for step in self.steps:
             if isinstance(step, LinearMap):
-                if not step.blockwise:
-                    return None
                 row = step.map(row)
-            elif step.reduced is not None:
-                return None
         return row
 
     @property

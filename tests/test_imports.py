@@ -40,6 +40,7 @@ ORDER = [
     "blocks",
     "rows",
     "protocols",
+    "capabilities",
     "batch",
     "criteria",
     "losses",
