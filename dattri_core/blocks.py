@@ -98,15 +98,17 @@ class DenseBlock:
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         return _pair_inner(self, other, order, limit)
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> DenseBlock:
-        """Apply linear functions of the last axis to the inputs and to the outputs of each row."""
+    def map(
+        self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None
+    ) -> DenseBlock:
+        """Apply linear functions of the last axis to inputs and outputs; None leaves a side."""
         if self.values.dim() != 3:
             raise SpecError(
                 f"map on factors: rows of shape {self.shape} have no outputs and inputs; "
                 "only blocks of shape (O, I) do"
             )
-        values = on_inputs(self.values)
-        return DenseBlock(on_outputs(values.mT).mT)
+        values = self.values if on_inputs is None else on_inputs(self.values)
+        return DenseBlock(values if on_outputs is None else on_outputs(values.mT).mT)
 
     def scale(self, weights: Tensor) -> DenseBlock:
         """Multiply row b by ``weights[b]``."""
@@ -201,11 +203,19 @@ class OuterBlock:
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         return _pair_inner(self, other, order, limit)
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> OuterBlock:
-        """Apply linear functions of the last axis to both factors; the row stays factored."""
+    def map(
+        self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None
+    ) -> OuterBlock:
+        """Apply linear functions of the last axis to the factors, None leaves one as it is.
+
+        The row stays factored.
+        """
+        outputs = self.outputs if on_outputs is None else on_outputs(self.outputs)
+        if on_inputs is None:
+            return OuterBlock(outputs, self.inputs)
         inputs, dtype = self.inputs, self.outputs.dtype
         vectors = inputs.dense(dtype) if isinstance(inputs, OneHot) else inputs
-        return OuterBlock(on_outputs(self.outputs), on_inputs(vectors))
+        return OuterBlock(outputs, on_inputs(vectors))
 
     def scale(self, weights: Tensor) -> OuterBlock:
         """Multiply row b by ``weights[b]``."""

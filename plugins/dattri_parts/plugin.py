@@ -73,6 +73,12 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "solver",
+        "spectral",
+        "dattri_parts.solvers.spectral:Spectral",
+        "From eigenvectors and eigenvalues; any damping without a new fit",
+    )
+    registry.part(
+        "solver",
         "cg",
         "dattri_parts.solvers.cg:CG",
         "Conjugate gradients, all test rows at once",
