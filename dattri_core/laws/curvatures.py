@@ -35,6 +35,13 @@ ANSWERS = {
 }
 """What `Curvature.gives` says -> the members of the operator that answer it."""
 
+NAMES: dict[str, CurvatureKind] = {
+    "hessian-product": "hessian",
+    "ggn-product": "ggn",
+    "ggn-rows": "ggn",
+}
+"""The curvature that each word of `Curvature.needs` is enough for; other words name none."""
+
 
 @frozen(eq=False)
 class CurvatureBench:
@@ -90,10 +97,8 @@ def _exact(bench: CurvatureBench) -> str | None:
 
 
 def _named(bench: CurvatureBench) -> CurvatureKind | None:
-    needs = bench.part.needs
-    kinds: tuple[CurvatureKind, ...] = ("hessian", "ggn")
-    found = [kind for kind in kinds if f"{kind}-product" in needs]
-    return found[0] if len(found) == 1 and "rows" not in needs else None
+    found = {NAMES.get(need) for need in bench.part.needs}
+    return found.pop() if len(found) == 1 else None
 
 
 def _of_squares(bench: CurvatureBench) -> str | None:
@@ -217,10 +222,7 @@ def spectrum_is_of_the_operator(bench: CurvatureBench) -> None:
         back = basis.map(basis.adjoint(turned)).flat()
         require_close(back, turned.flat(), f"Q^T Q Q^T g in {world.name}")
         for spec in problem.space if basis.blockwise else ():
-            part = Rows(
-                problem.space.select([spec.name]), {spec.name: rows.blocks[spec.name]}, rows.index
-            )
-            one = basis.map(part).flat()
+            one = basis.map(rows.select([spec.name])).flat()
             require_close(one, turned.blocks[spec.name].flat(), f"Q^T g of {spec.name} alone")
 
 

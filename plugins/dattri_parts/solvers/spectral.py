@@ -85,8 +85,7 @@ class _SpectralInverse:
         space.select(rows.space.names).require_same(rows.space, "inverse Hessian")
         blocks = {}
         for name in rows.space.names:  # so that one block's rotation is alive at a time
-            part = Rows(space.select([name]), {name: rows.blocks[name]}, rows.index)
-            blocks[name] = self._apply(part).blocks[name]
+            blocks[name] = self._apply(rows.select([name])).blocks[name]
         return Rows(rows.space, blocks, rows.index, rows.aux)
 
     def with_damping(self, damping: Damping) -> Inverse:
