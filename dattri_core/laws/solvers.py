@@ -13,12 +13,21 @@ from torch import Tensor
 
 from dattri_core.capabilities import RootSolver
 from dattri_core.laws.inverses import require_blockwise
-from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.law import (
+    NotApplicable,
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+)
 from dattri_core.laws.spaces import (
     GIVEN,
     SPACE,
     ToyOperator,
+    block_diagonal,
     formed,
+    places,
     symmetric,
     toy_rows,
 )
@@ -29,6 +38,12 @@ CPU = torch.device("cpu")
 DAMPING = Damping(0.1)
 POSITIVE = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0))
 SADDLE = ToyOperator(SPACE, symmetric(SPACE.dim, -1.03, 3.0))
+BLOCKS = ToyOperator(SPACE, block_diagonal(POSITIVE.matrix))
+NULL = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0, zeros=SPACE.dim // 2))
+NULL_BLOCKS = ToyOperator(SPACE, block_diagonal(POSITIVE.matrix))
+for _where in places(SPACE).values():
+    _size = _where.stop - _where.start
+    NULL_BLOCKS.matrix[_where, _where] = symmetric(_size, 0.1, 3.0, zeros=_size // 2)
 TIGHT = 1e-12
 
 
@@ -79,6 +94,16 @@ def inverse_is_exact(bench: SolverBench) -> None:
     rows = toy_rows(5)
     got = bench.inverse().apply(rows).flat()
     require_close(got, exact_inverse(POSITIVE, 0.1, rows.flat()), "apply against a dense solve")
+
+
+@law("solver", _needs_given, _exact)
+def null_space_is_damped(bench: SolverBench) -> None:
+    """(H + damping I) apply(g) = g, where half of the eigenvalues of H are zero."""
+    rows = toy_rows(5)
+    for operator, name in ((NULL, "H"), (NULL_BLOCKS, "block diagonal H")):
+        got = bench.inverse(operator).apply(rows).flat()
+        want = exact_inverse(operator, 0.1, rows.flat())
+        require_close(got, want, f"apply on a singular {name} against a dense solve")
 
 
 @law("solver", _needs_given, _exact)
@@ -229,6 +254,22 @@ def relative_damping_is_of_the_mean_eigenvalue(bench: SolverBench) -> None:
     )
     within = bool(((least <= size) & (size <= most)).all())
     require(within, f"|apply(g)| is {size.tolist()}, not from {least.tolist()} to {most.tolist()}")
+
+
+@law("solver", _needs_given, _exact)
+def relative_damping_is_of_the_block(bench: SolverBench) -> None:
+    """Damping(v, relative) = v trace(H_k) / d_k in block k, where the inverse is blockwise."""
+    inverse: Any = bench.inverse(BLOCKS, Damping(0.3, relative=True))
+    if not getattr(inverse, "blockwise", False):
+        raise NotApplicable("its inverse is not blockwise")
+    rows = toy_rows(4)
+    got = inverse.apply(rows)
+    for name, where in places(SPACE).items():
+        matrix = BLOCKS.matrix[where, where]
+        damping = 0.3 * float(matrix.trace()) / len(matrix)
+        damped = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+        want = torch.linalg.solve(damped, rows.blocks[name].flat().T).T
+        require_close(got.blocks[name].flat(), want, f"apply in block {name!r}", 1e-8)
 
 
 @law("solver", _needs_given)
