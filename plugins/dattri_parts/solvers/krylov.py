@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -60,11 +61,12 @@ def krylov(
         basis[step] = following
         known = basis[: step + 1]
         product = apply(known[step:])[0].to(dtype)
-        reach = max(reach, float(product.norm()))
-        if not reach < float("inf"):
+        length = float(product.norm())
+        if not math.isfinite(length):
             raise NumericsError(
                 "Krylov space: a curvature product is not finite; look for a diverged checkpoint"
             )
+        reach = max(reach, length)
         inside = known @ product
         product = product - inside @ known
         again = known @ product
