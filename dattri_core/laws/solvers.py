@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from dattri_core.laws.inverses import require_blockwise
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.spaces import (
     GIVEN,
@@ -68,6 +69,7 @@ class _Whole:
 
     inverse: Inverse
     sides: LinearMap
+    blockwise: ClassVar[bool] = False
 
     @property
     def stats(self) -> Mapping[str, float]:
@@ -189,6 +191,16 @@ def reduced_sides_are_true(bench: SolverBench) -> None:
     require_close(back, small.flat() @ small.flat().T, "<P^T P g, h> against <P g, P h>")
     moved: Any = inverse.with_damping(Damping(0.7))
     require_identical(moved.train_map.map(rows).flat(), small.flat(), "P at another damping")
+
+
+def _blockwise(bench: SolverBench) -> str | None:
+    return None if bench.inverse().blockwise else "its inverse is not blockwise"
+
+
+@law("solver", _needs_given, _blockwise)
+def blockwise_is_true(bench: SolverBench) -> None:
+    """Block k of apply(g) needs block k of g only: apply of a part is that part of apply(g)."""
+    require_blockwise(bench.inverse(), toy_rows(4), "apply")
 
 
 @law("solver", _needs_given)

@@ -213,6 +213,7 @@ class _LowRankInverse:
     coordinates: _Coordinates
     damping: float
     stats: Mapping[str, float]
+    blockwise: ClassVar[bool] = False
 
     @property
     def train_map(self) -> LinearMap | None:

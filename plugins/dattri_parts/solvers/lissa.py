@@ -102,6 +102,7 @@ class _LiSSAInverse:
     mean_eigenvalue: float | None = None
     largest_eigenvalue: float | None = None
     stats: Mapping[str, float] = field(factory=dict)
+    blockwise: ClassVar[bool] = False
 
     def apply(self, rows: Rows) -> Rows:
         """Return the series for every row g, in the rows' dtype."""
