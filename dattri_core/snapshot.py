@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from attrs import define, frozen
 from torch import Tensor
 
 from dattri_core.activations import activation_bytes
-from dattri_core.batch import Batch, batch_size, move, take
+from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block, explain_inner
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import MemoryBudgetError, NumericsError
+from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator
-from dattri_core.memory import Costs, is_out_of_memory
+from dattri_core.halving import halving
+from dattri_core.memory import Costs
 from dattri_core.problem import TrainProblem, collect, require_complete
 from dattri_core.protocols import (
     BoundSource,
@@ -27,12 +27,12 @@ from dattri_core.protocols import (
     Source,
 )
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Stage, Step, check_stages
+from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
-T = TypeVar("T")
+FLAT = ("inner products   of flat rows",)
 
 
 @frozen(eq=False)
@@ -77,14 +77,16 @@ def fit_checkpoint(
     memory: int,
     test: Examples | None = None,
     advance: Callable[[int], None] | None = None,
+    plan_only: bool = False,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
-    A few test examples, where given, are tried before any stage is fitted.
+    A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
+    costs are those of all stages, but no inverse Hessian is fitted or in the chain.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
-    check_stages(stages, bound.space)
+    check_stages(stages, bound.space, bound)
     if test is not None:
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
     evaluator = getattr(bound, "evaluator", None)
@@ -94,16 +96,22 @@ def fit_checkpoint(
     item = max(4, rows.dtype.itemsize)
     # A map that is not blockwise takes whole rows; most form them block by block, then join them.
     whole = sum(row_bytes) + 2 * bound.space.dim * item
-    largest = max(row_bytes) if all_blockwise(stages) else whole
+    largest = max(row_bytes) if all_blockwise(stages, bound.space) else whole
     per_example = activations + largest
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
     chain = Chain(bound)
+    space, widest, reduced = bound.space, 0, False  # widest: numbers that an inverse takes
     step: Step
     for stage in stages:
+        before, space = space, space_after(stage, space)
         if isinstance(stage, Projector):
             stream = RandomStream(seed, "projector", checkpoint.position)
-            step = stage.build(chain.space, stream=stream, device=task.device)
+            step = stage.build(before, stream=stream, device=task.device)
         else:
+            widest = max(widest, before.dim) if stage.needs else widest
+            reduced = reduced or space != before
+            if plan_only:
+                continue
             step = stage.fit(
                 TrainProblem(
                     source=bound,
@@ -116,22 +124,17 @@ def fit_checkpoint(
                 )
             )
         chain = Chain(bound, (*chain.steps, step))
-    dense_query = chain.space.dim * item
-    inverted = any(not isinstance(stage, Projector) and stage.needs for stage in stages)
     query, notes = _query_bytes(rows, chain, item)
     costs = Costs(
         activations=activations,
         train_row=largest,
-        query=dense_query if inverted else query,
-        query_work=3 * dense_query if inverted else activations,
+        query=space.dim * item if widest else query,
+        query_work=3 * widest * item if widest else activations,
     )
+    if reduced:
+        notes = FLAT
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return Fitted(checkpoint, chain, costs, weights_of(bound), dtype, notes)
-
-
-def all_blockwise(stages: Sequence[Stage]) -> bool:
-    """Return whether only stages that certainly act block by block come before the scorer."""
-    return all(not isinstance(s, Projector) or "keeps-factors" in s.gives for s in stages)
 
 
 def weights_of(source: BoundSource) -> str | None:
@@ -143,7 +146,7 @@ def weights_of(source: BoundSource) -> str | None:
 def _query_bytes(rows: Rows, chain: Chain, item: int) -> tuple[int, tuple[str, ...]]:
     """Return the bytes of one query without an inverse, and how each block will be contracted."""
     if not chain.blockwise:
-        return chain.space.dim * item, ("inner products   of flat rows",)
+        return chain.space.dim * item, FLAT
     total, notes = 0, []
     after = chain.train(rows)
     for spec in chain.space:
@@ -258,33 +261,6 @@ class _Pairing:
 
     def norm(self) -> Tensor | None:
         return None if self._square is None else self._square.clamp_min(0).sqrt()
-
-
-def halving(work: Callable[[Tensor, Batch], None], index: Tensor, batch: Batch, what: str) -> None:
-    """Do work on a batch; when memory runs out, on its halves, down to single examples.
-
-    Raises:
-        MemoryBudgetError: One example alone is too much.
-    """
-    failed: BaseException | None = None
-    try:
-        work(index, batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = error.with_traceback(None)  # its frames hold the memory that ran out
-    if failed is None:
-        return
-    count = batch_size(batch)
-    if count == 1:
-        raise MemoryBudgetError(
-            f"{what}: out of memory with a single example ({failed}); give a smaller memory=, "
-            "attribute fewer parameters, or use a projector"
-        ) from failed
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    for part in (slice(0, count // 2), slice(count // 2, count)):
-        halving(work, index[part], take(batch, part), what)
 
 
 def join_sides(sides: Sequence[Side]) -> Side:

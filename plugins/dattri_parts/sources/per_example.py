@@ -20,12 +20,12 @@ from dattri_core import (
     take,
 )
 from dattri_parts.sources.axes import LARGE
-from dattri_parts.sources.capture import stream_blocks
+from dattri_parts.sources.capture import Pass
 from dattri_parts.sources.finite import plain, require_finite
 from dattri_parts.sources.habits import Habits, WrittenInputError
 from dattri_parts.sources.plan import SourcePlan, make_plan
 from dattri_parts.sources.rehearse import rehearse
-from dattri_parts.sources.resolve import CURE, ROLES, paths_of, resolve, slots_of
+from dattri_parts.sources.resolve import CURE, paths_of, resolve, slots_of
 from dattri_parts.sources.verify import mismatches
 
 Role = Literal["train", "test"]
@@ -85,10 +85,49 @@ class BoundPerExample:
             NumericsError: A gradient is not finite; checkpoint, block and example are named.
         """
         batch = plain(batch)
+        learnt = self._learnt(role)
+        self._run(
+            lambda model: self.evaluator.total_of(model, batch, learnt),
+            (batch, learnt),
+            sink,
+            f"rows of role {role!r}",
+        )
+        return {}
+
+    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
+        """Hand the blocks of the rows J_b^T u_b to the sink, J_b the Jacobian of the outputs.
+
+        Args:
+            batch: Examples.
+            cotangent: Outputs of the loss's forward pass ``[B, ...]`` to u of the same shape, which
+                is held constant.
+            sink: Takes each block once, last module first.
+
+        Raises:
+            InputError: The loss is not split in outputs and criterion, and as in `stream`.
+            NumericsError: A gradient is not finite; checkpoint, block and example are named.
+        """
+        batch = plain(batch)
+        self._run(
+            lambda model: self.evaluator.pulled_of(model, batch, cotangent),
+            (batch, "train"),
+            sink,
+            "rows of outputs",
+        )
+
+    def _run(
+        self,
+        objective: Callable[[nn.Module], Tensor],
+        given: tuple[Any, Role],
+        sink: Sink,
+        what: str,
+    ) -> None:
+        batch, role = given
 
         def once(watched: Sink) -> None:
+            made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), watched)
             try:
-                stream_blocks(self.evaluator, self.plan, self.habits, batch, role, watched)
+                made.run(objective)
             except WrittenInputError as error:
                 path = paths_of(self.evaluator.task.model)[error.module]
                 raise InputError(
@@ -96,18 +135,19 @@ class BoundPerExample:
                     f"changed in place after the module ran, which it was not on the sample; {CURE}"
                 ) from error
 
-        require_finite(once, sink, self.evaluator.checkpoint, role)
-        return {}
+        require_finite(once, sink, self.evaluator.checkpoint, what)
 
-    def mismatches(self, sample: Any, examples: int, roles: tuple[str, ...]) -> dict[str, float]:
+    def _learnt(self, role: Role) -> Role:
+        """Return the role whose habits hold: a test side without target is the train loss."""
+        return role if self.evaluator.task.target is not None else "train"
+
+    def mismatches(self, sample: Any, examples: int, roles: tuple[Role, ...]) -> dict[str, float]:
         """Return the parameters whose rows differ from autograd on a sample, and by how much."""
         wrong: dict[str, float] = {}
         for role in roles:
-
-            def stream(sink: Sink, role: Any = role) -> None:
-                self.stream(sample, role, sink)
-
-            found = mismatches(self.evaluator, self.space, stream, sample, role, examples)
+            rows: dict[str, Block] = {}
+            self.stream(sample, role, rows.__setitem__)
+            found = mismatches(self.evaluator, self.space, rows, sample, role, examples)
             wrong.update({k: max(v, wrong.get(k, 0.0)) for k, v in found.items()})
         return wrong
 
@@ -117,12 +157,12 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
     size = min(batch_size(sample), LARGE)
     trio = take(sample, torch.arange(LARGE) % size)
     slots = slots_of(task.model, evaluator.selected)
-    roles = ROLES if task.target is not None else ROLES[:1]
+    roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
     while True:
-        resolved = resolve(evaluator, slots, trio, refused)
+        resolved = resolve(evaluator, slots, trio, refused, roles)
         bound = BoundPerExample(evaluator, make_plan(evaluator, resolved), Habits(resolved.layouts))
-        for role in ROLES:
+        for role in roles:
             rehearse(evaluator, bound.plan, bound.habits, trio, role)
         wrong = bound.mismatches(trio, size, roles)
         if wrong and _try_strided(bound, set(wrong)):
