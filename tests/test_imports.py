@@ -38,6 +38,7 @@ ORDER = [
     "contract",
     "space",
     "blocks",
+    "moments",
     "rows",
     "protocols",
     "capabilities",
