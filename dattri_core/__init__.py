@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_entries as factor_entries
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
-    from dattri_core.outlook import Outlook as Outlook
     from dattri_core.plans import Plan as Plan
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
@@ -82,7 +83,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
-    from dattri_core.protocols import SpectralOperator as SpectralOperator
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -131,7 +131,7 @@ _EXPORTS = {
     "Operator": "protocols",
     "OuterBlock": "blocks",
     "OutputSource": "capabilities",
-    "Outlook": "outlook",
+    "Outlook": "capabilities",
     "ParameterView": "space",
     "Plan": "plans",
     "PluginError": "errors",
@@ -156,7 +156,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
-    "SpectralOperator": "protocols",
+    "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
     "StoreError": "errors",
     "Target": "losses",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from dattri_core.protocols import (
@@ -129,6 +130,30 @@ class ReducingSolver(Solver, Protocol):
 
 
 @runtime_checkable
+class SpectralOperator(Operator, Protocol):
+    """H = Q diag(L) Q^T, Q with orthonormal columns: any function of H is one of L."""
+
+    @property
+    def basis(self) -> LinearMap:
+        """Return Q: ``map`` is Q^T g, ``adjoint`` is Q g; blockwise where H is block diagonal."""
+        ...
+
+    @property
+    def eigenvalues(self) -> Mapping[str, Tensor]:
+        """Return L by block of ``basis.out_space``, each of the shape of one row."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Return what becomes of a direction orthogonal to all columns of Q.
+
+        False: H is zero there, and (H + damping I)^-1 is 1 / damping. True: there is none, or it is
+        dropped, held fixed; every function of H is zero there.
+        """
+        ...
+
+
+@runtime_checkable
 class SampledOperator(Operator, Protocol):
     """An operator that is a mean over the train examples, and can be taken over some of them."""
 
@@ -148,3 +173,24 @@ class SampledOperator(Operator, Protocol):
         A position that comes twice counts twice.
         """
         ...
+
+
+@frozen
+class Outlook:
+    """What a plan may know of the inverse in a chain, without applying it.
+
+    Args:
+        blockwise: See `Inverse.blockwise`.
+        forms: Whether rows come out formed, and not as the factors that they were.
+        rank: Largest number of outer products of a row that comes out, where it is bounded.
+        splits: Whether it is a `SplitInverse` that can be split.
+        reduced: The space of rows after it, where it leaves a few numbers of each.
+        two_sided: Whether train rows pass it too, as its root.
+    """
+
+    blockwise: bool = False
+    forms: bool = True
+    rank: int | None = None
+    splits: bool = False
+    reduced: Space | None = None
+    two_sided: bool = False

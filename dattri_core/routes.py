@@ -12,8 +12,8 @@ import torch
 from attrs import evolve, frozen
 
 from dattri_core.blocks import Block, DenseBlock, OuterBlock, shape_of
+from dattri_core.capabilities import Outlook
 from dattri_core.contract import plan_inner
-from dattri_core.outlook import Outlook
 from dattri_core.plans import Route
 from dattri_core.protocols import LinearMap
 from dattri_core.rows import Rows

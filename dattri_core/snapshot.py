@@ -9,9 +9,10 @@ from attrs import frozen
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import move
+from dattri_core.capabilities import Outlook
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.evaluate import Evaluator
-from dattri_core.outlook import Outlook, outlook_before_fit, outlook_of
+from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.plans import Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source

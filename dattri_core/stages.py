@@ -17,6 +17,7 @@ from attrs import field, frozen, validators
 from dattri_core.blocks import Block
 from dattri_core.capabilities import (
     InverseRoot,
+    Outlook,
     PreconditionedSolver,
     ReducedInverse,
     ReducingSolver,
@@ -75,6 +76,18 @@ class CurvatureInverse:
     def out_space(self, space: Space) -> Space:
         """Return the space of rows after it: another one for a solver that reduces them."""
         return self.solver.out_space(space) if isinstance(self.solver, ReducingSolver) else space
+
+    def outlook(self, space: Space) -> Outlook:
+        """Return what is known of the inverse before the fit.
+
+        A curvature that is block diagonal may say so, by an ``outlook(space)`` of its own; it holds
+        for solvers that take the curvature as it is, by its spectrum or its rows.
+        """
+        needs = self.solver.needs
+        if not needs <= {"spectral", "rows"} or not hasattr(self.curvature, "outlook"):
+            return Outlook()
+        told: Outlook = self.curvature.outlook(space)
+        return attrs.evolve(told, splits=told.splits and "spectral" in needs)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""
