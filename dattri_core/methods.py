@@ -13,7 +13,7 @@ from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.loop import By
 from dattri_core.plans import Plan
-from dattri_core.protocols import Fold, InverseHessian, Projector, Scorer, Source
+from dattri_core.protocols import MEASURED, Fold, InverseHessian, Projector, Scorer, Source
 from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
 from dattri_core.space import Space
@@ -109,7 +109,7 @@ class Method:
                     "method: give either stages=[...] or the slots projector and inverse_hessian, "
                     "not both"
                 )
-        missing = self.scorer.needs - {"norm"} - self.source.provides
+        missing = self.scorer.needs - MEASURED - self.source.provides
         if missing:
             raise SpecError(
                 f"method: the scorer {assemble.name_of(self.scorer)!r} needs {sorted(missing)} "
