@@ -20,6 +20,8 @@ PAIR_NUMBERS = 3
 """Numbers of a pair alive beside its totals: a block's part, its slices, the result."""
 SLAB_SHARE = 8
 """One part in so many of the budget holds the queries of one block while they are expanded."""
+DEFERRED_SHARE = 0.75
+"""Of the room that deferred queries may take; how many do is weighed against larger batches."""
 TRANSFER = 1000
 """Multiply-adds that a device does while one byte comes from the host."""
 HOST_SHARE = 2
@@ -37,6 +39,7 @@ class Route:
         deferred: Whether queries are expanded at every train batch.
         cut: Steps of the test side that are done when the query is made.
         train_row: Bytes of the largest block of a train row.
+        test_row: Bytes of a test row while its batch passes the steps.
         kept: Bytes of a query while it waits for train rows.
         making: Bytes beside that, for every query of a group, while the group is made.
         expanded: Bytes of one query's largest block while it passes the steps left; 0: none are.
@@ -50,8 +53,9 @@ class Route:
     deferred: bool
     cut: int
     train_row: int
+    test_row: int
     kept: int
-    making: int
+    making: int = 0
     expanded: int = 0
     once: int = 0
     each: int = 0
@@ -204,15 +208,17 @@ def _sized(
 ) -> Iterator[Plan]:
     """Yield the plans of one route that fit: one where queries are resident, else one a group."""
     left = budget - work.result_bytes
-    slab = max(route.expanded, left // SLAB_SHARE) if route.expanded else 0
+    slab = max(route.expanded, left // SLAB_SHARE) if route.expanded or route.deferred else 0
     pair = SCORE_BYTES * (work.readings + PAIR_NUMBERS)
     per_train = max(1, costs.activations + route.train_row)
+    per_test = max(1, costs.activations + route.test_row)
     held = 0 if route.offloaded else _held(route, work)
     per_query = max(1, held + route.making + pair)
     room = left - slab
     if room < per_train + per_query:
         return
-    most = min(work.n_test, int(min(room * 0.5, room - per_train) // per_query))
+    share = DEFERRED_SHARE if route.deferred else 0.5
+    most = min(work.n_test, int(min(room * share, room - per_train) // per_query))
     if route.offloaded:
         most = min(most, host // HOST_SHARE // max(1, _held(route, work)))
         if not most:
@@ -233,7 +239,7 @@ def _sized(
             budget=budget,
             train_batch=max(1, min(work.n_train, MAXIMUM_BATCH, batch)),
             test_batch=max(
-                1, min(work.summed or group, MAXIMUM_BATCH, int(rest * 0.5 // per_train))
+                1, min(work.summed or group, MAXIMUM_BATCH, int(rest * 0.5 // per_test))
             ),
             query_group=group,
             groups=-(-work.n_test // group),

@@ -42,14 +42,13 @@ class Stop:
 
 
 def routes_of(
-    steps: Sequence[LinearMap | Outlook], row: Rows, activations: int, *, variants: bool = False
+    steps: Sequence[LinearMap | Outlook], row: Rows, *, variants: bool = False
 ) -> tuple[Route, ...]:
     """Return the routes that a chain allows, the plainest first.
 
     Args:
         steps: In the order in which rows pass them; of an inverse, what is known of it.
         row: One row as the source gives it.
-        activations: Bytes that a pass keeps for one example.
         variants: Whether several dampings share what is kept of a deferred query.
     """
     last = steps[-1] if steps else None
@@ -57,7 +56,7 @@ def routes_of(
     return tuple(
         route
         for split in ((False, True) if splits else (False,))
-        for route in _routes(steps, row, activations, variants=variants, split=split)
+        for route in _routes(steps, row, variants=variants, split=split)
     )
 
 
@@ -83,7 +82,6 @@ def contractions_of(row: Rows) -> tuple[str, ...]:
 def _routes(
     steps: Sequence[LinearMap | Outlook],
     row: Rows,
-    activations: int,
     *,
     variants: bool,
     split: bool,
@@ -95,18 +93,20 @@ def _routes(
     whole = row.nbytes + 2 * row.space.dim * item
     lead = max(k for k in range(len(stops)) if stops[k].lead)
     largest = EXPANSION * max(spec.size for spec in stops[-1].row.space) * item
-    making, expanded = activations, 0
-    if lead < end:
-        parts = all(stop.blockwise for stop in stops[lead + 1 :])
-        making = stops[lead].row.nbytes if parts else 3 * stops[-1].row.space.dim * item
-        expanded = largest if parts else 0
+    parts = all(stop.blockwise for stop in stops[lead + 1 :])
+    kept = _resident_bytes(stops[-1].row)
+    if lead == end:  # what is formed only when it is met is there as factors before
+        making = max(0, stops[-1].row.nbytes - kept)
+    else:
+        making = 0 if parts else 3 * max(stop.row.space.dim for stop in stops[lead:]) * item
     resident = Route(
         deferred=False,
         cut=end,
         train_row=_train_row(steps, row, largest) if streams else whole,
-        kept=_resident_bytes(stops[-1].row),
+        test_row=row.nbytes,
+        kept=kept,
         making=making,
-        expanded=expanded,
+        expanded=largest if parts and lead < end else 0,
         once=sum(stop.work for stop in stops),
         train=stops[-2].work if split else 0,
         split=split,
@@ -119,7 +119,7 @@ def _routes(
         deferred=True,
         cut=cut,
         kept=stops[cut].row.nbytes,
-        making=activations if stops[cut].lead else making,
+        making=0 if stops[cut].lead else making,
         expanded=largest if cut < end else 0,
         once=sum(stop.work for stop in stops[: cut + 1]),
         each=sum(stop.work for stop in stops[cut + 1 :]) + _forming(stops[-1].row),

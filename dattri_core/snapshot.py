@@ -42,7 +42,7 @@ class Outline:
 
     def costs(self, *, variants: bool = False) -> Costs:
         """Return the costs of one example, for one damping or for several at once."""
-        routes = routes_of(self.steps, self.row, self.activations, variants=variants)
+        routes = routes_of(self.steps, self.row, variants=variants)
         return Costs(self.activations, gradient_work(self.row), routes)
 
     @property
