@@ -203,65 +203,93 @@ def multiply_adds(plan: Plan, costs: Costs, work: Work) -> int:
     return passes + work.n_test * (route.once + repeats)
 
 
+@frozen
+class _Needs:
+    """Bytes of one train and one test example, of one query, and of the slabs, on one route."""
+
+    train: int
+    test: int
+    query: int
+    slabs: int  # beside one another: queries expanded, and train rows formed to meet them
+    slab: int  # the least that one takes
+
+    @staticmethod
+    def of(route: Route, costs: Costs, work: Work) -> _Needs:
+        held = 0 if route.offloaded else _held(route, work)
+        return _Needs(
+            train=max(1, costs.activations + route.train_row),
+            test=max(1, costs.activations + route.test_row),
+            query=max(1, held + route.making + _pair(work)),
+            slabs=2 if route.deferred else 1 if route.expanded else 0,
+            slab=max(1, route.expanded),
+        )
+
+    @property
+    def example(self) -> int:
+        return max(self.train, self.test)
+
+    @property
+    def least(self) -> int:
+        """Return the bytes for one example, one query and one row in each slab."""
+        return self.example + self.query + self.slabs * self.slab
+
+
 def _sized(
     budget: int, costs: Costs, work: Work, route: Route, host: int, choice: int
 ) -> Iterator[Plan]:
-    """Yield the plans of one route that fit: one where queries are resident, else one a group."""
+    """Yield the plans of one route that fit: one where queries are resident, else several."""
+    needs = _Needs.of(route, costs, work)
     left = budget - work.result_bytes
-    slab = max(route.expanded, left // SLAB_SHARE) if route.expanded or route.deferred else 0
-    pair = SCORE_BYTES * (work.readings + PAIR_NUMBERS)
-    per_train = max(1, costs.activations + route.train_row)
-    per_test = max(1, costs.activations + route.test_row)
-    held = 0 if route.offloaded else _held(route, work)
-    per_query = max(1, held + route.making + pair)
-    room = left - slab
-    if room < per_train + per_query:
+    if left < needs.least:
         return
+    slab = 0
+    if needs.slabs:
+        slab = min(left // SLAB_SHARE, (left - needs.example - needs.query) // needs.slabs)
+        slab = max(needs.slab, slab)
+    room = left - needs.slabs * slab
     share = DEFERRED_SHARE if route.deferred else 0.5
-    most = min(work.n_test, int(min(room * share, room - per_train) // per_query))
+    most = min(work.n_test, int(min(room * share, room - needs.example) // needs.query))
+    most = max(1, most)
     if route.offloaded:
         most = min(most, host // HOST_SHARE // max(1, _held(route, work)))
         if not most:
             return
-    least = -(-work.n_test // max(1, most))
-    # The slab a second time: train rows formed to meet what is expanded.
-    beside = slab if route.deferred else 0
-    groups = least
+    groups = -(-work.n_test // most)
     while groups <= work.n_test:
         group = -(-work.n_test // groups)  # even groups
         groups = max(groups + 1, groups * 9 // 8)
-        rest = room - beside - group * per_query
-        if rest < per_train:
-            continue
+        rest = room - group * needs.query
         # Half of the rest: contractions and the allocator need room beside the batch itself.
-        batch = int(rest * 0.5 // (per_train + pair * group))
-        plan = Plan(
+        train = int(rest * 0.5 // (needs.train + _pair(work) * group))
+        train = max(1, min(work.n_train, MAXIMUM_BATCH, train))
+        test = max(1, min(work.summed or group, MAXIMUM_BATCH, int(rest * 0.5 // needs.test)))
+        columns = SCORE_BYTES * max(1, work.n_test) * work.readings
+        yield Plan(
             budget=budget,
-            train_batch=max(1, min(work.n_train, MAXIMUM_BATCH, batch)),
-            test_batch=max(
-                1, min(work.summed or group, MAXIMUM_BATCH, int(rest * 0.5 // per_test))
-            ),
+            train_batch=train,
+            test_batch=test,
             query_group=group,
             groups=-(-work.n_test // group),
             checkpoints=work.checkpoints,
             n_train=work.n_train,
             n_test=work.n_test,
-            shard=0,
+            shard=max(train, min(work.n_train, int(0.25 * rest // columns))),
             slab=slab,
             route=route,
             choice=choice,
             bytes={
                 "queries": group * _held(route, work),
-                "query work": group * route.making + slab,
-                "train batch": max(1, min(work.n_train, MAXIMUM_BATCH, batch)) * per_train,
+                "query work": group * route.making + needs.slabs * slab,
+                "train batch": train * needs.train,
                 "scores": work.result_bytes,
             },
         )
-        columns = SCORE_BYTES * max(1, work.n_test) * work.readings
-        shard = max(plan.train_batch, min(work.n_train, int(0.25 * rest // columns)))
-        yield attrs.evolve(plan, shard=shard)
-        if not route.deferred or plan.train_batch == min(work.n_train, MAXIMUM_BATCH):
+        if not route.deferred or train == min(work.n_train, MAXIMUM_BATCH):
             return
+
+
+def _pair(work: Work) -> int:
+    return SCORE_BYTES * (work.readings + PAIR_NUMBERS)
 
 
 def _held(route: Route, work: Work) -> int:
@@ -269,17 +297,12 @@ def _held(route: Route, work: Work) -> int:
 
 
 def _too_little(budget: int, costs: Costs, work: Work) -> MemoryBudgetError:
-    pair = SCORE_BYTES * (work.readings + PAIR_NUMBERS)
-
-    def needed(route: Route) -> tuple[int, int]:
-        train = max(1, costs.activations + route.train_row)
-        return train, max(1, _held(route, work) + route.making + pair) + route.expanded
-
-    train, query = min((needed(route) for route in costs.routes), key=sum)
-    scores = work.result_bytes
+    needs = min((_Needs.of(r, costs, work) for r in costs.routes), key=lambda n: n.least)
+    query = needs.query + needs.slabs * needs.slab
+    least = needs.least + work.result_bytes
     return MemoryBudgetError(
-        f"memory: the budget of {format_bytes(budget)} does not hold one train example "
-        f"({format_bytes(train)}), one query ({format_bytes(query)}) and the scores "
-        f"({format_bytes(scores)}); give at least {format_bytes(train + query + scores)}, or out= "
-        "to keep the scores on disk, or attribute fewer parameters"
+        f"memory: the budget of {format_bytes(budget)} does not hold one example "
+        f"({format_bytes(needs.example)}), one query ({format_bytes(query)}) and the scores "
+        f"({format_bytes(work.result_bytes)}); give at least {format_bytes(least)}, or out= to "
+        "keep the scores on disk, or attribute fewer parameters"
     )
