@@ -40,6 +40,7 @@ ORDER = [
     "rows",
     "protocols",
     "capabilities",
+    "measures",
     "batch",
     "criteria",
     "losses",
