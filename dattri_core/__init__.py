@@ -54,6 +54,10 @@ if TYPE_CHECKING:
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
     from dattri_core.methods import method as method
+    from dattri_core.moments import FactorSums as FactorSums
+    from dattri_core.moments import factor_entries as factor_entries
+    from dattri_core.moments import factor_sums as factor_sums
+    from dattri_core.moments import square_sum as square_sum
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
+    from dattri_core.protocols import SpectralOperator as SpectralOperator
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -106,6 +111,7 @@ _EXPORTS = {
     "DenseOperator": "protocols",
     "Evaluator": "evaluate",
     "Examples": "stream",
+    "FactorSums": "moments",
     "FittedMethod": "fitted",
     "Fold": "protocols",
     "FoldState": "protocols",
@@ -147,6 +153,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
+    "SpectralOperator": "protocols",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",
@@ -157,6 +164,8 @@ _EXPORTS = {
     "causal_lm": "losses",
     "cross_entropy": "losses",
     "default_registry": "registry",
+    "factor_entries": "moments",
+    "factor_sums": "moments",
     "format_bytes": "errors",
     "free_bytes": "memory",
     "functional": "losses",
@@ -169,6 +178,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "square_sum": "moments",
     "squared_error": "losses",
     "take": "batch",
     "write_text": "atomic",

@@ -37,6 +37,7 @@ ORDER = [
     "contract",
     "space",
     "blocks",
+    "moments",
     "rows",
     "protocols",
     "capabilities",

@@ -16,6 +16,8 @@ from toy_world_parts import (
     ToyRootSolver,
     ToySolver,
     ToySource,
+    ToySpectralSolver,
+    ToySpectrum,
 )
 
 import dattri_core as dattri
@@ -44,8 +46,14 @@ def registry():
 GOOD = {
     "source": [ToySource()],
     "projector": [ToyProjector()],
-    "curvature": [ToyGGN(), ToyFisher()],
-    "solver": [ToySolver(), ToySolver(exact=False, blockwise=True), ToyRootSolver()],
+    "curvature": [ToyGGN(), ToyFisher(), ToySpectrum()],
+    "solver": [
+        ToySolver(),
+        ToySolver(reduced=True),
+        ToySolver(exact=False, blockwise=True),
+        ToyRootSolver(),
+        ToySpectralSolver(),
+    ],
     "inverse_hessian": [
         ToyInverseHessian(),
         ToyInverseHessian(blockwise=True),
@@ -102,16 +110,19 @@ BROKEN = {
         "operator-is-linear": ToyGGN("absolute"),
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
+        "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
     },
     "solver": {
         "inverse-is-exact": ToySolver(fault="shift"),
+        "null-space-is-damped": ToySolver(fault="range"),
         "saddle-is-not-hidden": ToySolver(fault="clip"),
         "inverse-is-linear": ToySolver(fault="bend", exact=False),
         "inverse-is-symmetric": ToySolver(fault="skew", exact=False),
         "apply-is-of-single-rows": ToySolver(fault="alone"),
         "apply-is-of-the-row": ToySolver(fault="formed"),
+        "reduced-sides-are-true": ToySolver(fault="sides", reduced=True),
         "blockwise-is-true": ToySolver(fault="leak", exact=False, blockwise=True),
         "root-squared-is-the-inverse": ToyRootSolver(fault="power"),
         "root-is-symmetric": ToyRootSolver(fault="turned"),
@@ -120,6 +131,7 @@ BROKEN = {
         "damping-can-change": ToySolver(fault="keep"),
         "damping-wins-in-the-end": ToySolver(fault="floor"),
         "relative-damping-is-of-the-mean-eigenvalue": ToySolver(fault="relative"),
+        "relative-damping-is-of-the-block": ToySpectralSolver(fault="whole"),
         "apply-is-repeatable": ToySolver(fault="noise"),
         "stats-are-true": ToySolver(fault="early", exact=False),
         "float32-apply-is-close": ToySolver(fault="coarse"),
