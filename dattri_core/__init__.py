@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_entries as factor_entries
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
+    from dattri_core.operators import SpectralOperator as SpectralOperator
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -73,7 +74,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
-    from dattri_core.protocols import SpectralOperator as SpectralOperator
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -139,7 +139,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
-    "SpectralOperator": "protocols",
+    "SpectralOperator": "operators",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",

@@ -40,6 +40,7 @@ ORDER = [
     "moments",
     "rows",
     "protocols",
+    "operators",
     "batch",
     "criteria",
     "losses",
