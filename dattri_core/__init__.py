@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import OutputSource as OutputSource
+    from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
+    from dattri_core.capabilities import ReducedInverse as ReducedInverse
+    from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -50,7 +59,6 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_entries as factor_entries
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
-    from dattri_core.operators import SpectralOperator as SpectralOperator
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -63,7 +71,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
-    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
@@ -98,6 +105,7 @@ _EXPORTS = {
     "CurvatureInverse": "stages",
     "CurvatureKind": "protocols",
     "Damping": "protocols",
+    "DataProjector": "capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
@@ -111,6 +119,7 @@ _EXPORTS = {
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
+    "InverseRoot": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
     "MemoryBudgetError": "errors",
@@ -119,16 +128,21 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
-    "OutputSource": "protocols",
+    "OutputSource": "capabilities",
     "ParameterView": "space",
     "Plan": "memory",
     "PluginError": "errors",
+    "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
     "Projector": "protocols",
     "RandomStream": "protocols",
+    "ReducedInverse": "capabilities",
+    "ReducingSolver": "capabilities",
     "Registry": "registry",
+    "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
+    "SampledOperator": "capabilities",
     "Scored": "protocols",
     "Scorer": "protocols",
     "Scores": "scores",
@@ -139,7 +153,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
-    "SpectralOperator": "operators",
+    "SpectralOperator": "capabilities",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",

@@ -24,7 +24,8 @@ from dattri_core.contract import (
 )
 from dattri_core.errors import SpecError
 
-LinearFunction: TypeAlias = Callable[[Tensor], Tensor]
+LinearFunction: TypeAlias = Callable[[Tensor], Tensor] | Tensor
+"""Of the last axis: a function, or a matrix ``[k, I]``."""
 
 
 def accumulate(values: Tensor) -> Tensor:
@@ -107,8 +108,8 @@ class DenseBlock:
                 f"map on factors: rows of shape {self.shape} have no outputs and inputs; "
                 "only blocks of shape (O, I) do"
             )
-        values = self.values if on_inputs is None else on_inputs(self.values)
-        return DenseBlock(values if on_outputs is None else on_outputs(values.mT).mT)
+        values = _apply(on_inputs, self.values)
+        return DenseBlock(_apply(on_outputs, values.mT).mT)
 
     def scale(self, weights: Tensor) -> DenseBlock:
         """Multiply row b by ``weights[b]``."""
@@ -208,14 +209,18 @@ class OuterBlock:
     ) -> OuterBlock:
         """Apply linear functions of the last axis to the factors, None leaves one as it is.
 
-        The row stays factored.
+        The row stays factored. A matrix for the inputs of an embedding is read by columns: no
+        one-hot vector is made.
         """
-        outputs = self.outputs if on_outputs is None else on_outputs(self.outputs)
-        if on_inputs is None:
-            return OuterBlock(outputs, self.inputs)
-        inputs, dtype = self.inputs, self.outputs.dtype
-        vectors = inputs.dense(dtype) if isinstance(inputs, OneHot) else inputs
-        return OuterBlock(outputs, on_inputs(vectors))
+        return OuterBlock(_apply(on_outputs, self.outputs), self._mapped_inputs(on_inputs))
+
+    def _mapped_inputs(self, function: LinearFunction | None) -> Tensor | OneHot:
+        inputs = self.inputs
+        if function is None or not isinstance(inputs, OneHot):
+            return inputs if isinstance(inputs, OneHot) else _apply(function, inputs)
+        if isinstance(function, Tensor):
+            return function.mT[inputs.index]
+        return function(inputs.dense(self.outputs.dtype))
 
     def scale(self, weights: Tensor) -> OuterBlock:
         """Multiply row b by ``weights[b]``."""
@@ -281,6 +286,14 @@ def concatenate(blocks: Sequence[Block]) -> Block:
         b.inputs.dense(b.outputs.dtype) if isinstance(b.inputs, OneHot) else b.inputs for b in outer
     ]
     return OuterBlock(outputs, torch.cat([_pad(x, longest) for x in inputs]))
+
+
+def _apply(function: LinearFunction | None, vectors: Tensor) -> Tensor:
+    if function is None:
+        return vectors
+    if isinstance(function, Tensor):
+        return accumulate(vectors) @ function.mT
+    return function(vectors)
 
 
 def _column(weights: Tensor, values: Tensor) -> Tensor:

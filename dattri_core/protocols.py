@@ -62,23 +62,6 @@ class BoundSource(Protocol):
         ...
 
 
-@runtime_checkable
-class OutputSource(BoundSource, Protocol):
-    """A source that pulls any direction in the model's outputs back to the parameters.
-
-    Rows of drawn labels and of the GGN's factor are made with it.
-    """
-
-    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
-        """Hand each block of the rows J_b^T u_b to ``sink(name, block)``, as `stream` does.
-
-        J_b is the Jacobian of the outputs of ``task.loss.forward`` at example b, and
-        ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
-        of the criterion as u they are the rows of the loss.
-        """
-        ...
-
-
 # --- stages -------------------------------------------------------------------------------------
 @runtime_checkable
 class LinearMap(Protocol):
@@ -156,7 +139,7 @@ class InverseHessian(Protocol):
         ...
 
     def fit(self, problem: Problem) -> Inverse:
-        """Fit on the train set."""
+        """Fit on the train set. An inverse acts on test rows, an `InverseRoot` on both sides."""
         ...
 
 
@@ -257,7 +240,7 @@ class Curvature(Protocol):
         ...
 
     def gives(self, space: Space) -> frozenset[str]:
-        """Return what its operator answers: of ``{"apply", "dense", "spectral", "rows"}``.
+        """Return what its operator does, of {"apply", "dense", "spectral", "rows", "sampled"}.
 
         Raises `SpecError` when the space lacks what the curvature needs (factors, say).
         """
@@ -312,7 +295,7 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what it asks of the operator: of ``{"apply", "dense", "spectral", "rows"}``."""
+        """Return what it asks of the operator; see `Curvature.gives`."""
         ...
 
     @property
@@ -415,7 +398,13 @@ class Side:
 
     index: Tensor  # [B]
     aux: Mapping[str, Tensor]  # each [B]
-    norm: Tensor | None  # [B], only when the scorer needs "norm"
+    norm: Tensor | None  # [B], |A g| or |B h|, only when the scorer needs "norm"
+    self_influence: Tensor | None = None  # [B], <A g, B g> of train rows, for "self-influence"
+    inverse_norm: Tensor | None = None  # [B], |B g| of train rows, for "inverse-norm"
+
+
+MEASURED = frozenset({"norm", "self-influence", "inverse-norm"})
+"""What the engine computes for a scorer; all else that one needs, the source attaches to rows."""
 
 
 @frozen(eq=False)
@@ -432,7 +421,11 @@ class Scorer(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the auxiliary numbers it reads, and ``"norm"`` for the norms of both sides."""
+        """Return the auxiliary numbers it reads, and those of rows that the engine is to measure.
+
+        ``"norm"``: of both sides. ``"self-influence"`` and ``"inverse-norm"``: of train rows, which
+        then pass the stages of the test side too.
+        """
         ...
 
     @property

@@ -40,7 +40,7 @@ ORDER = [
     "moments",
     "rows",
     "protocols",
-    "operators",
+    "capabilities",
     "batch",
     "criteria",
     "losses",

@@ -11,6 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from dattri_core.capabilities import RootSolver
 from dattri_core.laws.inverses import require_blockwise
 from dattri_core.laws.law import (
     NotApplicable,
@@ -63,6 +64,12 @@ class SolverBench:
     def inverse(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
         """Return the inverse of an operator."""
         return self.solver(damping).solve_for(operator, CPU)
+
+    def root(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
+        """Return the root of the inverse of an operator, where the solver gives one."""
+        solver = self.solver(damping)
+        assert isinstance(solver, RootSolver)
+        return solver.root_for(operator, CPU)
 
 
 def exact_inverse(operator: ToyOperator, damping: float, flat: Tensor) -> Tensor:
@@ -163,6 +170,43 @@ def _blockwise(bench: SolverBench) -> str | None:
 def blockwise_is_true(bench: SolverBench) -> None:
     """Block k of apply(g) needs block k of g only: apply of a part is that part of apply(g)."""
     require_blockwise(bench.inverse(), toy_rows(4), "apply")
+
+
+def _rooted(bench: SolverBench) -> str | None:
+    return None if isinstance(bench.part, RootSolver) else "it gives no root of its inverse"
+
+
+@law("solver", _needs_given, _rooted)
+def root_squared_is_the_inverse(bench: SolverBench) -> None:
+    """<R g, R k> = <g, apply(k)> for R = root_for(H), with its space, index and aux."""
+    left, right = toy_rows(4), toy_rows(3, seed=9)
+    for damping in (DAMPING, Damping(1.0), Damping(0.3, relative=True)):
+        root, inverse = bench.root().with_damping(damping), bench.inverse(damping=damping)
+        got = root.apply(left).flat() @ root.apply(right).flat().T
+        want = left.flat() @ inverse.apply(right).flat().T
+        require_close(got, want, f"<R g, R k> at {damping}", 1e-8)
+    mapped = root.apply(left)
+    require_equal(mapped.space.fingerprint, left.space.fingerprint, "space after R")
+    require_identical(mapped.index, left.index, "index after R")
+    require_equal(set(mapped.aux), set(left.aux), "aux after R")
+
+
+@law("solver", _needs_given, _rooted)
+def root_is_symmetric(bench: SolverBench) -> None:
+    """<R g, k> = <g, R k>."""
+    root, left, right = bench.root(), toy_rows(4), toy_rows(3, seed=9)
+    one = root.apply(left).flat() @ right.flat().T
+    require_close(left.flat() @ root.apply(right).flat().T, one, "<g, R k>")
+
+
+@law("solver", _needs_given, _rooted)
+def indefinite_has_no_root(bench: SolverBench) -> None:
+    """A root of an H + damping I with an eigenvalue below zero is refused with a NumericsError."""
+    try:
+        bench.root(SADDLE).apply(toy_rows(2))
+    except ArithmeticError:
+        return
+    require(False, "the root of the inverse of an indefinite H was given without an error")
 
 
 @law("solver", _needs_given)

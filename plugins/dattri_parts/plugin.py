@@ -42,6 +42,12 @@ def register(registry: dattri.Registry) -> None:
         "No sketch",
     )
     registry.part(
+        "projector",
+        "kronecker",
+        "dattri_parts.projectors.kronecker:Kronecker",
+        "A small matrix on each side of a layer's gradient, which keeps its factors (LoGra)",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",
@@ -112,6 +118,12 @@ def register(registry: dattri.Registry) -> None:
         "cosine",
         "dattri_parts.scorers.cosine:Cosine",
         "Inner product of normalised rows",
+    )
+    registry.part(
+        "scorer",
+        "relatif",
+        "dattri_parts.scorers.relatif:RelatIF",
+        "Influence relative to the step that a train example takes by itself",
     )
     registry.part(
         "fold",
