@@ -18,14 +18,8 @@ from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
 from dattri_core.making import Variants, make_branches, pass_in_slabs, resident
-from dattri_core.pairing import (
-    WHOLE,
-    Paired,
-    join_sides,
-    pair_batch,
-    pair_rows,
-    require_finite,
-)
+from dattri_core.measures import join_sides
+from dattri_core.pairing import WHOLE, Paired, pair_batch, pair_rows, require_finite
 from dattri_core.plans import Plan
 from dattri_core.problem import collect
 from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot

@@ -12,9 +12,10 @@ from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block, DenseBlock, concatenate
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
+from dattri_core.measures import needs_inverse, root
 from dattri_core.plans import Plan, Route
 from dattri_core.problem import collect, require_complete
-from dattri_core.protocols import BEHIND, BoundSource, LinearMap, Scorer, Side
+from dattri_core.protocols import BoundSource, LinearMap, Scorer, Side
 from dattri_core.queries import Branch, Queries, require_finite_queries, rows_in
 from dattri_core.rows import Rows
 from dattri_core.stages import Chain, Step, is_inverse
@@ -198,7 +199,7 @@ class Making:
             made.append(queries)
             stats += [(v, _stats(self._chains.get(v, chain))) for v in mine]
         train_side = self._chains.get(self.group[0], self.variants.base)
-        measured = self.group if scorer.needs & BEHIND else ()
+        measured = self.group if needs_inverse(scorer) else ()
         behind = {k: self._chains.get(k) or self.variants.chain(k) for k in measured}
         return Branch(train_side, tuple(made), dict(stats), behind)
 
@@ -231,8 +232,7 @@ def sides_of(queries: Queries, scorer: Scorer, *, summed: bool = False) -> tuple
             part = block.pair_inner(block)
             held = squares.setdefault(variant, part.new_zeros(len(queries)))
             held[here] += part
-    norms = [squares[variant].clamp_min(0).sqrt() for variant in queries.variants]
-    return tuple(Side(index, aux, norm) for norm in norms)
+    return tuple(Side(index, aux, root(squares[variant])) for variant in queries.variants)
 
 
 def resident(rows: Rows, scorer: Scorer, device: torch.device, place: str) -> Queries:

@@ -12,11 +12,14 @@ from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError
+from dattri_core.measures import Measures
 from dattri_core.problem import require_complete
 from dattri_core.protocols import BoundSource, Role, Scorer, Side
 from dattri_core.queries import Branch, Queries
 from dattri_core.rows import Rows
 
+ALL = -1
+"""Stands for every variant at once."""
 WHOLE = ""
 """Stands for the sum over all blocks where a block's name would stand."""
 
@@ -33,8 +36,7 @@ class Paired:
 def pair_rows(ahead: Rows, behind: Rows, scorer: Scorer, queries: Queries) -> Paired:
     """Return the totals of whole train rows, given after the steps of either side."""
     pairing = Pairing(scorer, (queries,))
-    pairing.add(ahead)
-    pairing.measure(queries.variants[0], ahead, behind)
+    pairing.add(ahead, {queries.variants[0]: behind})
     (paired,) = pairing.paired(ahead.index, ahead.aux).values()
     return paired
 
@@ -57,11 +59,14 @@ def pair_batch(
 
     def pass_on(rows: Rows, wanted: bool) -> None:
         for branch, pairing, streams in zip(branches, pairings, streaming, strict=True):
-            if streams is wanted:
-                ahead = branch.chain.train(rows)
-                pairing.add(ahead)
-                for variant, chain in branch.chains.items():
-                    pairing.measure(variant, ahead, chain.test(rows))
+            if streams is not wanted:
+                continue
+            both = {variant: chain.both(rows) for variant, chain in branch.chains.items()}
+            ahead = next((one for one, _ in both.values()), None)
+            pairing.add(
+                branch.chain.train(rows) if ahead is None else ahead,
+                {variant: behind for variant, (_, behind) in both.items()},
+            )
 
     def sink(name: str, block: Block) -> None:
         names.append(name)
@@ -79,58 +84,40 @@ def pair_batch(
 
 @define(eq=False)
 class Pairing:
-    """Adds up, over blocks, what the scorer pairs and what it wants measured of train rows."""
+    """Adds up, over blocks, what the scorer pairs and what it needs to know of train rows."""
 
     scorer: Scorer
     queries: Sequence[Queries]
     by_block: bool = False
     _totals: dict[tuple[int, str], Tensor] = field(factory=dict)
     _own: set[tuple[int, str]] = field(factory=set)
-    _sums: dict[tuple[int | None, str], Tensor] = field(factory=dict)
+    _measures: dict[int, Measures] = field(factory=dict)
 
-    def add(self, rows: Rows) -> None:
-        """Add some blocks of the train rows, after all steps of their side."""
-        for name, block in rows.blocks.items():
-            if "norm" in self.scorer.needs:
-                self._sum(None, "norm", block.pair_inner(block))
+    def add(self, ahead: Rows, behind: Mapping[int, Rows]) -> None:
+        """Add some blocks of the train rows.
+
+        Args:
+            ahead: After the steps of the train side.
+            behind: After those of the test side of each variant, where they are measured there.
+        """
+        for variant, rows in behind.items() or ((ALL, None),):
+            self._measures.setdefault(variant, Measures(self.scorer.needs)).add(ahead, rows)
+        for name, block in ahead.blocks.items():
             for queries in self.queries:
                 here = queries.prepared(name, block)
                 for variant, columns, test in queries.meet(name, here):
                     key = (variant, name if self.by_block else WHOLE)
                     self._add(key, columns, self.scorer.pair(here, test), len(queries))
 
-    def measure(self, variant: int, ahead: Rows, behind: Rows) -> None:
-        """Add what the scorer wants to know of some blocks of the train rows on the test side.
-
-        Args:
-            variant: Whose test side.
-            ahead: After the steps of the train side.
-            behind: After those of the test side.
-        """
-        if "self-influence" in self.scorer.needs:
-            self._sum(variant, "self-influence", ahead.pair_inner(behind))
-        if "inverse-norm" in self.scorer.needs:
-            self._sum(variant, "inverse-norm", behind.pair_inner(behind))
-
     def paired(self, index: Tensor, aux: Mapping[str, Tensor]) -> dict[int, Paired]:
         """Return what has been added up, by variant."""
         found = {}
         for queries in self.queries:
             for variant, side in zip(queries.variants, queries.sides, strict=True):
-                train = Side(
-                    index,
-                    aux,
-                    _root(self._sums.get((None, "norm"))),
-                    self._sums.get((variant, "self-influence")),
-                    _root(self._sums.get((variant, "inverse-norm"))),
-                )
+                measures = self._measures.get(variant) or self._measures[ALL]
                 totals = {name: t for (of, name), t in self._totals.items() if of == variant}
-                found[variant] = Paired(totals, train, side)
+                found[variant] = Paired(totals, measures.side(index, aux), side)
         return found
-
-    def _sum(self, variant: int | None, what: str, part: Tensor) -> None:
-        held = self._sums.get((variant, what))
-        self._sums[variant, what] = part if held is None else held + part
 
     def _add(self, key: tuple[int, str], columns: slice, part: Tensor, width: int) -> None:
         held = self._totals.get(key)
@@ -146,26 +133,6 @@ class Pairing:
         else:
             self._totals[key] = held + part
             self._own.add(key)
-
-
-def _root(squares: Tensor | None) -> Tensor | None:
-    return None if squares is None else squares.clamp_min(0).sqrt()
-
-
-def join_sides(sides: Sequence[Side]) -> Side:
-    """Join the sides of consecutive batches."""
-
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-        there = [value for value in values if value is not None]
-        return torch.cat(there) if there else None
-
-    return Side(
-        torch.cat([side.index for side in sides]),
-        {key: torch.cat([side.aux[key] for side in sides]) for key in sides[0].aux},
-        joined([side.norm for side in sides]),
-        joined([side.self_influence for side in sides]),
-        joined([side.inverse_norm for side in sides]),
-    )
 
 
 def require_finite(values: Tensor, index: Tensor, checkpoint: Checkpoint) -> None:

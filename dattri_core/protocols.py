@@ -403,9 +403,7 @@ class Side:
     inverse_norm: Tensor | None = None  # [B], |B g| of train rows, for "inverse-norm"
 
 
-BEHIND = frozenset({"self-influence", "inverse-norm"})
-"""What train rows are measured for on the test side."""
-MEASURED = frozenset({"norm"}) | BEHIND
+MEASURED = frozenset({"norm", "self-influence", "inverse-norm"})
 """What the engine computes for a scorer; all else that one needs, the source attaches to rows."""
 
 

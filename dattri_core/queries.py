@@ -130,8 +130,7 @@ class Branch:
     @property
     def streams(self) -> bool:
         """Return whether train rows pass block by block, on every side that they pass."""
-        steps = (step for chain in self.chains.values() for step in chain.test_steps)
-        return self.chain.blockwise and all(step.blockwise for step in steps)
+        return self.chain.blockwise and all(c.test_blockwise for c in self.chains.values())
 
 
 def rows_in(slab: int, part: Rows) -> int:

@@ -42,6 +42,7 @@ ORDER = [
     "rows",
     "protocols",
     "capabilities",
+    "measures",
     "batch",
     "criteria",
     "losses",

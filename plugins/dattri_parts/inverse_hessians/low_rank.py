@@ -36,13 +36,13 @@ WIDTH = 4
 
 @frozen
 class LowRank:
-    """Each layer's block of (H + damping I)^-1 h, a matrix [O, I], cut to its r largest singular
-    values, so that a test row is kept as r (O + I) numbers instead of O I.
+    """Layer by layer, the best approximation of rank r of (H + damping I)^-1 h, a matrix [O, I].
 
-    The inner products that are lost are those with the smallest singular values; gradients of
-    sequences fall off fast. An approximation of test rows only, and not linear: rows of rank r or
-    less, and blocks that a rank r would not make smaller, stay as they are. The range is found from
-    products with r + 8 random vectors (the same for every row), never from the matrix.
+    A test row is then kept as r (O + I) numbers instead of O I for each layer. What is lost are the
+    smallest singular values; those of gradients of sequences fall off fast. An approximation of
+    test rows only, and not linear: rows of rank r or less, and blocks that a rank r would not make
+    smaller, stay as they are. The range is found from products with r + 8 random vectors, the same
+    for every row, never from the matrix.
 
     Source: Grosse et al. 2023, Studying Large Language Model Generalization with Influence
     Functions, section 3.2.2 (arXiv 2308.03296), with r = 32; Halko, Martinsson and Tropp 2011,
@@ -84,7 +84,9 @@ class LowRank:
         """Fit the inner part."""
         fitted = self.inner.fit(problem)
         assert not isinstance(fitted, InverseRoot)
-        return _LowRankInverse(fitted, self.rank, RandomStream(self.seed, "low-rank"), problem.memory)
+        return _LowRankInverse(
+            fitted, self.rank, RandomStream(self.seed, "low-rank"), problem.memory
+        )
 
 
 @define(eq=False)
@@ -189,7 +191,8 @@ def _coimage(block: Block, rows: Tensor) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def _gains(block: Block, rank: int) -> bool:
