@@ -28,7 +28,16 @@ from dattri_core.protocols import (
     Source,
 )
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
+from dattri_core.stages import (
+    Chain,
+    Stage,
+    Step,
+    all_blockwise,
+    check_stages,
+    is_two_sided,
+    needs_data,
+    space_after,
+)
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
@@ -83,7 +92,8 @@ def fit_checkpoint(
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
     A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
-    costs are those of all stages, but no inverse Hessian is fitted or in the chain.
+    costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
+    are fitted on a few examples.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -105,25 +115,20 @@ def fit_checkpoint(
     step: Step
     for stage in stages:
         before, space = space, space_after(stage, space)
-        if isinstance(stage, Projector):
-            stream = RandomStream(seed, "projector", checkpoint.position)
-            step = stage.build(before, stream=stream, device=task.device)
-        else:
+        if not isinstance(stage, Projector):
             widest = max(widest, before.dim) if stage.needs else widest
-            reduced = reduced or space != before
+            reduced = reduced or space != before or is_two_sided(stage)
             if plan_only:
                 continue
-            step = stage.fit(
-                TrainProblem(
-                    source=bound,
-                    examples=examples,
-                    maps=chain.maps,
-                    batch=batch,
-                    random=RandomStream(seed, "curvature", checkpoint.position),
-                    memory=memory,
-                    advance=advance,
-                )
-            )
+        role = "projector" if isinstance(stage, Projector) else "curvature"
+        stream = RandomStream(seed, role, checkpoint.position)
+        if isinstance(stage, Projector) and not needs_data(stage):
+            step = stage.build(before, stream=stream, device=task.device)
+        else:
+            # A plan only asks what comes out of a projector: a few examples tell.
+            data = Examples("train", SAMPLE, "tensors", sample) if plan_only else examples
+            problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
+            step = stage.fit(problem)
         chain = Chain(bound, (*chain.steps, step))
     query, notes = _query_bytes(rows, chain, item)
     costs = Costs(

@@ -16,6 +16,7 @@ from attrs import field, frozen, validators
 
 from dattri_core.blocks import Block
 from dattri_core.capabilities import (
+    DataProjector,
     InverseRoot,
     PreconditionedSolver,
     ReducedInverse,
@@ -287,6 +288,11 @@ def all_blockwise(stages: Sequence[Stage], space: Space) -> bool:
             return False
         space = after
     return True
+
+
+def needs_data(projector: Projector) -> TypeGuard[DataProjector]:
+    """Return whether a projector is fitted on the train set, instead of built."""
+    return isinstance(projector, DataProjector) and bool(projector.needs)
 
 
 def is_two_sided(stage: Stage) -> bool:

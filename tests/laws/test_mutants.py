@@ -1,9 +1,11 @@
 """Broken parts, one a law: each breaks that law, and no other unless the table says so."""
 
 import pytest
+from toy_roots import ToyRootHessian, ToyRootSolver
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
+    ToyDataProjector,
     ToyFitting,
     ToyFold,
     ToyProjector,
@@ -13,7 +15,6 @@ from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
-    ToyRootSolver,
     ToySolver,
     ToySource,
     ToySpectralSolver,
@@ -45,7 +46,7 @@ def registry():
 
 GOOD = {
     "source": [ToySource()],
-    "projector": [ToyProjector()],
+    "projector": [ToyProjector(), ToyDataProjector()],
     "curvature": [ToyGGN(), ToyFisher(), ToySpectrum()],
     "solver": [
         ToySolver(),
@@ -57,7 +58,7 @@ GOOD = {
     "inverse_hessian": [
         ToyInverseHessian(),
         ToyInverseHessian(blockwise=True),
-        ToyInverseHessian(two_sided=True),
+        ToyRootHessian(),
     ],
     "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
     "fold": [ToyFold()],
@@ -95,6 +96,7 @@ BROKEN = {
         "map-is-of-the-row": ToyProjector("formed"),
         "map-keeps-index-and-aux": ToyProjector("index"),
         "map-is-of-its-stream": ToyProjector("global"),
+        "fit-is-of-the-train-set": ToyDataProjector("first"),
         "float32-map-is-close": ToyProjector("coarse"),
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
@@ -140,7 +142,7 @@ BROKEN = {
         "inverse-is-linear": ToyInverseHessian("bend"),
         "apply-is-of-single-rows": ToyInverseHessian("alone"),
         "blockwise-is-true": ToyInverseHessian("leak", blockwise=True),
-        "two-sides-are-the-inverse": ToyInverseHessian("power", two_sided=True),
+        "two-sides-are-the-inverse": ToyRootHessian("power"),
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),

@@ -254,42 +254,6 @@ class ToySolver:
         return ToyReduced(made) if self.reduced else made
 
 
-@frozen
-class ToyRootSolver(ToySolver):
-    """A solver that knows the root of its inverse too."""
-
-    def root_for(self, operator, device):
-        values, vectors = torch.linalg.eigh(operator.dense())
-        if self.fault == "hide":
-            values = values.clamp_min(0)
-        return ToyRoot(self.fault, operator.space, values, vectors, self.damping)
-
-
-@frozen(eq=False)
-class ToyRoot:
-    fault: str
-    space: Space
-    values: torch.Tensor
-    vectors: torch.Tensor
-    damping: Damping
-    blockwise = False
-    stats = {}
-
-    def with_damping(self, damping):
-        return evolve(self, damping=damping)
-
-    def apply(self, rows):
-        shifted = self.values + self.damping.absolute(float(self.values.mean()))
-        if float(shifted.min()) <= 0:
-            raise NumericsError("no real root")
-        power = -0.6 if self.fault == "power" else -0.5
-        flat = rows.flat()
-        turned = flat.double() @ self.vectors * shifted**power
-        if self.fault != "turned":
-            turned = turned @ self.vectors.T
-        return Rows.from_flat(self.space, turned.to(flat.dtype), rows.index, rows.aux)
-
-
 def block_diagonal(space, matrix):
     """Return a matrix without the entries between two blocks of a space."""
     sizes = torch.tensor([spec.size for spec in space])
@@ -471,7 +435,6 @@ class ToyInverseHessian:
 
     fault: str = ""
     blockwise: bool = False
-    two_sided: bool = False
     needs = frozenset({"rows"})
 
     def check(self, space):
@@ -482,31 +445,4 @@ class ToyInverseHessian:
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
         values, vectors = torch.linalg.eigh(matrix)
-        parts = (self.fault, problem.space, values, vectors, Damping(0.1))
-        if self.two_sided:
-            return ToyTwoSided(ToyInverse(*parts), ToyRoot(*parts))
-        return ToyInverse(*parts, self.blockwise)
-
-
-@frozen(eq=False)
-class ToyTwoSided:
-    inverse: ToyInverse
-    root: ToyRoot
-    blockwise = False
-    stats = {}
-
-    @property
-    def out_space(self):
-        return self.root.space
-
-    def apply(self, rows):
-        return self.inverse.apply(rows)
-
-    def map(self, rows):
-        return self.root.apply(rows)
-
-    def adjoint(self, rows):
-        return self.root.apply(rows)
-
-    def with_damping(self, damping):
-        return evolve(self, inverse=self.inverse.with_damping(damping))
+        return ToyInverse(self.fault, problem.space, values, vectors, Damping(0.1), self.blockwise)
