@@ -1,7 +1,6 @@
 """Broken parts, one a law: each breaks that law, and no other unless the table says so."""
 
 import pytest
-from toy_roots import ToyRootHessian, ToyRootSolver
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
@@ -11,13 +10,12 @@ from toy_row_parts import (
     ToyProjector,
     ToyScorer,
 )
+from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
-    ToySolver,
     ToySource,
-    ToySpectralSolver,
     ToySpectrum,
 )
 
@@ -38,7 +36,7 @@ def registry():
     made = Registry.discovered()
     made.part("source", "toy", "toy_world_parts:ToySource")
     made.part("curvature", "toy", "toy_world_parts:ToyGGN")
-    made.part("solver", "toy", "toy_world_parts:ToySolver")
+    made.part("solver", "toy", "toy_solver_parts:ToySolver")
     made.part("scorer", "toy", "toy_row_parts:ToyScorer")
     made.part("scorer", "forgetful", "toy_row_parts:ForgetfulScorer")
     return made
@@ -58,7 +56,7 @@ GOOD = {
     "inverse_hessian": [
         ToyInverseHessian(),
         ToyInverseHessian(blockwise=True),
-        ToyRootHessian(),
+        ToyInverseHessian(two_sided=True),
     ],
     "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
     "fold": [ToyFold()],
@@ -142,7 +140,7 @@ BROKEN = {
         "inverse-is-linear": ToyInverseHessian("bend"),
         "apply-is-of-single-rows": ToyInverseHessian("alone"),
         "blockwise-is-true": ToyInverseHessian("leak", blockwise=True),
-        "two-sides-are-the-inverse": ToyRootHessian("power"),
+        "two-sides-are-the-inverse": ToyInverseHessian("power", two_sided=True),
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),
