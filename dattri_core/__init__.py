@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -80,7 +81,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
-    from dattri_core.protocols import SpectralOperator as SpectralOperator
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -153,7 +153,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
-    "SpectralOperator": "protocols",
+    "SpectralOperator": "capabilities",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",
