@@ -1,8 +1,8 @@
 """Runs kronfluence's EK-FAC on a saved world, in its own environment; prints one line of JSON.
 
 Usage: python peer_kronfluence.py JOB. JOB is JSON: ``world``, ``damping`` (null: a tenth of each
-layer's mean eigenvalue), ``fit_batch``, ``train_batch``, ``query_batch`` and optionally ``scores`` (a
-file for the matrix, [train, test]).
+layer's mean eigenvalue), ``fit_batch``, ``train_batch``, ``query_batch`` and optionally ``scores``
+(a file for the matrix, [train, test]).
 """
 
 import json

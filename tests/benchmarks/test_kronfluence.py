@@ -18,11 +18,11 @@ pytestmark = pytest.mark.timeout(0)
 THEME = Theme(
     "kronfluence",
     "EK-FAC against kronfluence",
-    "The empirical Fisher matrix of linear layers and convolutions, float32, damping a tenth of each "
-    "layer's mean eigenvalue in both. kronfluence 1.0.1 "
-    "gets large batches; its times hold the writing of its factors to disk, which it cannot leave "
-    "out. Ours are those of `fit` and `attribute`. `agreement` is the Pearson correlation of the "
-    "two matrices of scores. Goals: fitting at most its time, scoring at most 0.7 of it.",
+    "The empirical Fisher matrix of linear layers and convolutions, float32, damping a tenth of "
+    "each layer's mean eigenvalue in both. kronfluence 1.0.1 gets large batches; its times hold "
+    "the writing of its factors to disk, which it cannot leave out. Ours are those of `fit` and "
+    "`attribute`. `agreement` is the Pearson correlation of the two matrices of scores. Goals: "
+    "fitting at most its time, scoring at most 0.7 of it.",
 )
 LIMIT = 3600.0
 CASES: dict[str, dict[str, Any]] = {
