@@ -195,6 +195,11 @@ class Chain:
         """Return whether train rows can pass block by block."""
         return all(step.blockwise for step in self.maps)
 
+    @property
+    def test_blockwise(self) -> bool:
+        """Return whether rows can pass the stages of the test side block by block."""
+        return all(step.blockwise for step in self.steps)
+
     def train(self, rows: Rows) -> Rows:
         """Return A g for train rows, whole or (when `blockwise`) in parts."""
         for step in self.maps:
@@ -210,6 +215,19 @@ class Chain:
         for step in self.steps:
             rows = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
         return rows
+
+    def both(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Return A g and B g for rows g; steps that both sides begin with are taken once."""
+        train = test = rows
+        for step in self.steps:
+            across, shared = _train_map(step), train is test
+            if across is not None:
+                train = across.map(train)
+            if not isinstance(step, LinearMap):
+                test = step.apply(test)
+            else:
+                test = train if shared else step.map(test)
+        return train, test
 
     def with_damping(self, dampings: Sequence[Damping]) -> Chain:
         """Return the chain with each inverse Hessian at another damping, without a new fit."""

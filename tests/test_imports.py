@@ -41,6 +41,7 @@ ORDER = [
     "rows",
     "protocols",
     "capabilities",
+    "measures",
     "batch",
     "criteria",
     "losses",

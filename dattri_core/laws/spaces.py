@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from dattri_core.blocks import Block, DenseBlock, OneHot, OuterBlock
 from dattri_core.laws.worlds import integers, random
+from dattri_core.protocols import RandomStream
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -53,12 +56,12 @@ def flat_rows(space: Space, count: int, seed: int = 0) -> Rows:
     return Rows.from_flat(space, random(count, space.dim, seed=seed), torch.arange(count) + 100)
 
 
-def symmetric(size: int, low: float, high: float, zeros: int = 0) -> Tensor:
+def symmetric(size: int, low: float, high: float, zeros: int = 0, seed: int = 77) -> Tensor:
     """Return a dense symmetric float64 matrix with eigenvalues from ``low`` to ``high``.
 
     So many of its eigenvalues are ``zeros``, to rounding.
     """
-    basis, _ = torch.linalg.qr(random(size, size, seed=77))
+    basis, _ = torch.linalg.qr(random(size, size, seed=seed))
     values = torch.linspace(low, high, size, dtype=torch.float64)
     values[:zeros] = 0
     matrix: Tensor = (basis * values) @ basis.T
@@ -81,21 +84,32 @@ def places(space: Space) -> dict[str, slice]:
 
 @frozen(eq=False)
 class ToyOperator:
-    """An operator that is a matrix: it answers ``apply``, ``dense`` and ``spectral``.
+    """An operator that is a matrix: it answers all of `GIVEN`.
 
-    The spectrum is taken block by block when the matrix is block diagonal, and without the
-    eigenvalues that are zero.
+    As a mean over examples it is that of the matrices H + E, H - E, H + F, H - F. The spectrum is
+    taken block by block when the matrix is block diagonal, and without the eigenvalues that are
+    zero.
     """
 
     space: Space
     matrix: Tensor
     dtype: torch.dtype = torch.float64
     memory: int = 2**28
+    n_train: ClassVar[int] = 4
+    random: ClassVar[RandomStream] = RandomStream(0, "law")
 
     def apply(self, rows: Rows) -> Rows:
         """Return H g for every row g."""
         flat = rows.flat()
         return Rows.from_flat(self.space, flat @ self.matrix.to(flat.dtype), rows.index, rows.aux)
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H g for every row g, H the mean over some examples."""
+        size, flat = self.space.dim, rows.flat()
+        turns = [symmetric(size, -0.04, 0.04, seed=seed) for seed in (78, 79)]
+        signs = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[index].mean(0)
+        matrix = self.matrix + sum(float(s) * t for s, t in zip(signs, turns, strict=True))
+        return Rows.from_flat(self.space, flat @ matrix.to(flat.dtype), rows.index, rows.aux)
 
     def dense(self) -> Tensor:
         """Return the matrix."""
@@ -161,5 +175,5 @@ class ToyBasis:
         return Rows.from_flat(space, torch.cat(flat, 1), rows.index, rows.aux)
 
 
-GIVEN = frozenset({"apply", "dense", "spectral"})
+GIVEN = frozenset({"apply", "dense", "sampled", "spectral"})
 """What `ToyOperator` answers."""

@@ -108,6 +108,18 @@ def register(registry: dattri.Registry) -> None:
         "Conjugate gradients, all test rows at once",
     )
     registry.part(
+        "solver",
+        "lissa",
+        "dattri_parts.solvers.lissa:LiSSA",
+        "The Neumann series of products with samples of the train set",
+    )
+    registry.part(
+        "solver",
+        "arnoldi",
+        "dattri_parts.solvers.arnoldi:Arnoldi",
+        "The inverse in the eigenvectors of largest eigenvalue",
+    )
+    registry.part(
         "scorer",
         "dot",
         "dattri_parts.scorers.dot:Dot",

@@ -49,6 +49,7 @@ GOOD = {
     "curvature": [ToyGGN(), ToyFisher(), ToySpectrum()],
     "solver": [
         ToySolver(),
+        ToySolver(reduced=True),
         ToySolver(exact=False, blockwise=True),
         ToyRootSolver(),
         ToySpectralSolver(),
@@ -121,6 +122,7 @@ BROKEN = {
         "inverse-is-symmetric": ToySolver(fault="skew", exact=False),
         "apply-is-of-single-rows": ToySolver(fault="alone"),
         "apply-is-of-the-row": ToySolver(fault="formed"),
+        "reduced-sides-are-true": ToySolver(fault="sides", reduced=True),
         "blockwise-is-true": ToySolver(fault="leak", exact=False, blockwise=True),
         "root-squared-is-the-inverse": ToyRootSolver(fault="power"),
         "root-is-symmetric": ToyRootSolver(fault="turned"),

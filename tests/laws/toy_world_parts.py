@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from attrs import evolve, field, frozen
 
-from dattri_core import Damping, DenseBlock, Evaluator, NumericsError, Rows, Space, leaves
+from dattri_core import (
+    BlockSpec,
+    Damping,
+    DenseBlock,
+    Evaluator,
+    NumericsError,
+    Rows,
+    Space,
+    leaves,
+)
 from dattri_core.batch import batch_size, take
 from dattri_core.testing import ToyOperator, place, plain_space
 
@@ -224,11 +233,15 @@ class ToySolver:
     )
     fault: str = ""
     exact: bool = True
+    reduced: bool = False
     blockwise: bool = False
     needs = frozenset({"dense"})
 
     def check(self, space):
         pass
+
+    def out_space(self, space):
+        return _coordinates(space) if self.reduced else space
 
     def solve_for(self, operator, device):
         matrix = operator.dense()
@@ -237,7 +250,8 @@ class ToySolver:
         values, vectors = torch.linalg.eigh(matrix)
         if self.fault == "shift" and values[0] < -1e-9:
             raise NumericsError("indefinite")
-        return ToyInverse(self.fault, operator.space, values, vectors, self.damping, self.blockwise)
+        made = ToyInverse(self.fault, operator.space, values, vectors, self.damping, self.blockwise)
+        return ToyReduced(made) if self.reduced else made
 
 
 @frozen
@@ -281,6 +295,54 @@ def block_diagonal(space, matrix):
     sizes = torch.tensor([spec.size for spec in space])
     of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     return matrix * (of[:, None] == of[None])
+
+
+def _coordinates(space):
+    return Space((BlockSpec("eigenvectors", "dense", (space.dim,)),))
+
+
+@frozen(eq=False)
+class ToyReduced:
+    """The inverse in coordinates: Q^T g on the train side, Q^T A h on the test side."""
+
+    inner: object
+    blockwise = False
+
+    @property
+    def stats(self):
+        return self.inner.stats
+
+    @property
+    def train_map(self):
+        return ToyCoordinates(self.inner.space, self.inner.vectors, self.inner.fault)
+
+    def with_damping(self, damping):
+        return ToyReduced(self.inner.with_damping(damping))
+
+    def apply(self, rows):
+        sides = ToyCoordinates(self.inner.space, self.inner.vectors)
+        return sides.map(self.inner.apply(rows))
+
+
+@frozen(eq=False)
+class ToyCoordinates:
+    space: Space
+    vectors: torch.Tensor
+    fault: str = ""
+    blockwise = False
+
+    @property
+    def out_space(self):
+        return _coordinates(self.space)
+
+    def map(self, rows):
+        flat = rows.flat() @ self.vectors.to(rows.dtype)
+        index = torch.arange(len(rows)) if self.fault == "sides" else rows.index
+        return Rows.from_flat(self.out_space, flat, index, rows.aux)
+
+    def adjoint(self, rows):
+        flat = rows.flat() @ self.vectors.to(rows.dtype).T
+        return Rows.from_flat(self.space, flat, rows.index, rows.aux)
 
 
 @frozen(eq=False)
