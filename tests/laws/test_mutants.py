@@ -9,14 +9,12 @@ from toy_row_parts import (
     ToyProjector,
     ToyScorer,
 )
+from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
-    ToyRootSolver,
-    ToySolver,
     ToySource,
-    ToySpectralSolver,
     ToySpectrum,
 )
 
@@ -37,7 +35,7 @@ def registry():
     made = Registry.discovered()
     made.part("source", "toy", "toy_world_parts:ToySource")
     made.part("curvature", "toy", "toy_world_parts:ToyGGN")
-    made.part("solver", "toy", "toy_world_parts:ToySolver")
+    made.part("solver", "toy", "toy_solver_parts:ToySolver")
     made.part("scorer", "toy", "toy_row_parts:ToyScorer")
     made.part("scorer", "forgetful", "toy_row_parts:ForgetfulScorer")
     return made

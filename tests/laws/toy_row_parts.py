@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from torch.utils.data import DataLoader
-from toy_world_parts import noise
+from toy_solver_parts import noise
 
 from dattri_core import BlockSpec, DenseBlock, Rows, Scored, Space
 
