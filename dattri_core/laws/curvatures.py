@@ -33,6 +33,16 @@ NAMES: dict[str, CurvatureKind] = {
 """The curvature that each word of `Curvature.needs` is enough for; other words name none."""
 
 
+ANSWERS = {
+    "apply": ("apply",),
+    "dense": ("dense",),
+    "spectral": ("basis", "eigenvalues", "complete"),
+    "rows": ("rows", "weight", "blockwise"),
+    "sampled": ("apply_on", "n_train", "random"),
+}
+"""What `Curvature.gives` says -> the members of the operator that answer it."""
+
+
 @frozen(eq=False)
 class CurvatureBench:
     """A curvature on the toy worlds whose space it takes."""
@@ -104,11 +114,12 @@ def gives_is_pure(bench: CurvatureBench) -> None:
         with Operations() as seen:
             given = bench.part.gives(problem.space)
         require(not seen.names, f"gives ran {sorted(set(seen.names))}")
-        unknown = given - {"apply", "dense", "spectral", "rows"}
+        unknown = given - set(ANSWERS)
         require(not unknown, f"gives says {sorted(unknown)}, which no solver knows")
         operator = bench.part.fit(problem)
-        for name in given:
-            require(hasattr(operator, name), f"gives says {name!r}; the operator has none")
+        for word in given & set(ANSWERS):
+            for name in ANSWERS[word]:
+                require(hasattr(operator, name), f"gives says {word!r}; the operator has no {name}")
         same = operator.space.fingerprint
         require_equal(same, problem.space.fingerprint, f"space of the operator in {world.name}")
 
@@ -191,6 +202,21 @@ def dense_is_apply(bench: CurvatureBench) -> None:
         dense = operator.dense()
         require_equal(dense.dtype, torch.float64, "dtype of dense()")
         require_close(dense, applied(operator, problem), f"dense() in {world.name}")
+
+
+@law("curvature", _gives("apply", "sampled"))
+def samples_are_means(bench: CurvatureBench) -> None:
+    """H of the examples i, i, k is (2 H_i + H_k) / 3, and H of each once is H."""
+    for world, problem in bench.places():
+        operator: Any = bench.part.fit(problem)
+        require_equal(operator.n_train, problem.n_train, f"n_train in {world.name}")
+        rows = flat_rows(problem.space, 3)
+        each = [operator.apply_on(rows, torch.tensor([i])).flat() for i in range(problem.n_train)]
+        drawn = operator.apply_on(rows, torch.tensor([5, 1, 5]))
+        require_close(drawn.flat(), (2 * each[5] + each[1]) / 3, f"H of a sample in {world.name}")
+        require_identical(drawn.index, rows.index, f"index in {world.name}")
+        mean = torch.stack(each).mean(0)
+        require_close(mean, operator.apply(rows).flat(), f"mean of all H_i in {world.name}")
 
 
 @law("curvature")

@@ -101,6 +101,7 @@ BROKEN = {
         "operator-is-linear": ToyGGN("absolute"),
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
+        "samples-are-means": ToyGGN("once"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
     },

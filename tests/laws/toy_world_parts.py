@@ -122,16 +122,16 @@ class ToyGGN:
     exact = True
 
     def gives(self, space):
-        more = {"spectral"} if self.fault == "gives" else set()
-        return frozenset({"apply", "dense", *more})
+        more = {"": {"sampled"}, "once": {"sampled"}, "gives": {"spectral"}}
+        return frozenset({"apply", "dense", *more.get(self.fault, ())})
 
     def fit(self, problem):
         size = problem.space.dim
         eye = torch.eye(size, dtype=torch.float64)
         units = Rows.from_flat(problem.space, eye, torch.arange(size))
         matrix = problem.product(units, "ggn").flat()
-        return ToyMatrix(
-            self.fault, problem.space, 2 * matrix if self.fault == "double" else matrix
+        return ToySampled(
+            self.fault, problem.space, 2 * matrix if self.fault == "double" else matrix, problem
         )
 
 
@@ -192,6 +192,22 @@ class ToyMatrix:
 
     def dense(self):
         return 2 * self.matrix if self.fault == "dense" else self.matrix
+
+
+@frozen(eq=False)
+class ToySampled(ToyMatrix):
+    problem: object
+
+    @property
+    def n_train(self):
+        return self.problem.n_train
+
+    @property
+    def random(self):
+        return self.problem.random
+
+    def apply_on(self, rows, index):
+        return self.problem.product(rows, "ggn", index.unique() if self.fault == "once" else index)
 
 
 # --- solvers --------------------------------------------------------------------------------
