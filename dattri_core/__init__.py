@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import OutputSource as OutputSource
+    from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
+    from dattri_core.capabilities import ReducedInverse as ReducedInverse
+    from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -46,6 +54,10 @@ if TYPE_CHECKING:
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
     from dattri_core.methods import method as method
+    from dattri_core.moments import FactorSums as FactorSums
+    from dattri_core.moments import factor_entries as factor_entries
+    from dattri_core.moments import factor_sums as factor_sums
+    from dattri_core.moments import square_sum as square_sum
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -58,7 +70,6 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
-    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
@@ -69,6 +80,7 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
+    from dattri_core.protocols import SpectralOperator as SpectralOperator
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -93,11 +105,13 @@ _EXPORTS = {
     "CurvatureInverse": "stages",
     "CurvatureKind": "protocols",
     "Damping": "protocols",
+    "DataProjector": "capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
     "Evaluator": "evaluate",
     "Examples": "stream",
+    "FactorSums": "moments",
     "FittedMethod": "fitted",
     "Fold": "protocols",
     "FoldState": "protocols",
@@ -105,6 +119,7 @@ _EXPORTS = {
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
+    "InverseRoot": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
     "MemoryBudgetError": "errors",
@@ -113,16 +128,21 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
-    "OutputSource": "protocols",
+    "OutputSource": "capabilities",
     "ParameterView": "space",
     "Plan": "memory",
     "PluginError": "errors",
+    "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
     "Projector": "protocols",
     "RandomStream": "protocols",
+    "ReducedInverse": "capabilities",
+    "ReducingSolver": "capabilities",
     "Registry": "registry",
+    "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
+    "SampledOperator": "capabilities",
     "Scored": "protocols",
     "Scorer": "protocols",
     "Scores": "scores",
@@ -133,6 +153,7 @@ _EXPORTS = {
     "Source": "protocols",
     "Space": "space",
     "SpecError": "errors",
+    "SpectralOperator": "protocols",
     "StoreError": "errors",
     "Target": "losses",
     "Task": "task",
@@ -143,6 +164,8 @@ _EXPORTS = {
     "causal_lm": "losses",
     "cross_entropy": "losses",
     "default_registry": "registry",
+    "factor_entries": "moments",
+    "factor_sums": "moments",
     "format_bytes": "errors",
     "free_bytes": "memory",
     "functional": "losses",
@@ -155,6 +178,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "square_sum": "moments",
     "squared_error": "losses",
     "take": "batch",
     "write_text": "atomic",

@@ -24,7 +24,8 @@ from dattri_core.contract import (
 )
 from dattri_core.errors import SpecError
 
-LinearFunction: TypeAlias = Callable[[Tensor], Tensor]
+LinearFunction: TypeAlias = Callable[[Tensor], Tensor] | Tensor
+"""Of the last axis: a function, or a matrix ``[k, I]``."""
 
 
 def accumulate(values: Tensor) -> Tensor:
@@ -98,15 +99,17 @@ class DenseBlock:
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         return _pair_inner(self, other, order, limit)
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> DenseBlock:
-        """Apply linear functions of the last axis to the inputs and to the outputs of each row."""
+    def map(
+        self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None
+    ) -> DenseBlock:
+        """Apply linear functions of the last axis to inputs and outputs; None leaves a side."""
         if self.values.dim() != 3:
             raise SpecError(
                 f"map on factors: rows of shape {self.shape} have no outputs and inputs; "
                 "only blocks of shape (O, I) do"
             )
-        values = on_inputs(self.values)
-        return DenseBlock(on_outputs(values.mT).mT)
+        values = _apply(on_inputs, self.values)
+        return DenseBlock(_apply(on_outputs, values.mT).mT)
 
     def scale(self, weights: Tensor) -> DenseBlock:
         """Multiply row b by ``weights[b]``."""
@@ -201,11 +204,23 @@ class OuterBlock:
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         return _pair_inner(self, other, order, limit)
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> OuterBlock:
-        """Apply linear functions of the last axis to both factors; the row stays factored."""
-        inputs, dtype = self.inputs, self.outputs.dtype
-        vectors = inputs.dense(dtype) if isinstance(inputs, OneHot) else inputs
-        return OuterBlock(on_outputs(self.outputs), on_inputs(vectors))
+    def map(
+        self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None
+    ) -> OuterBlock:
+        """Apply linear functions of the last axis to the factors, None leaves one as it is.
+
+        The row stays factored. A matrix for the inputs of an embedding is read by columns: no
+        one-hot vector is made.
+        """
+        return OuterBlock(_apply(on_outputs, self.outputs), self._mapped_inputs(on_inputs))
+
+    def _mapped_inputs(self, function: LinearFunction | None) -> Tensor | OneHot:
+        inputs = self.inputs
+        if function is None or not isinstance(inputs, OneHot):
+            return inputs if isinstance(inputs, OneHot) else _apply(function, inputs)
+        if isinstance(function, Tensor):
+            return function.mT[inputs.index]
+        return function(inputs.dense(self.outputs.dtype))
 
     def scale(self, weights: Tensor) -> OuterBlock:
         """Multiply row b by ``weights[b]``."""
@@ -271,6 +286,14 @@ def concatenate(blocks: Sequence[Block]) -> Block:
         b.inputs.dense(b.outputs.dtype) if isinstance(b.inputs, OneHot) else b.inputs for b in outer
     ]
     return OuterBlock(outputs, torch.cat([_pad(x, longest) for x in inputs]))
+
+
+def _apply(function: LinearFunction | None, vectors: Tensor) -> Tensor:
+    if function is None:
+        return vectors
+    if isinstance(function, Tensor):
+        return accumulate(vectors) @ function.mT
+    return function(vectors)
 
 
 def _column(weights: Tensor, values: Tensor) -> Tensor:

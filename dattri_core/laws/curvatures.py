@@ -9,6 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from dattri_core.blocks import DenseBlock
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -25,14 +26,6 @@ from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Curvature, CurvatureKind, Operator
 from dattri_core.rows import Rows
 
-NAMES: dict[str, CurvatureKind] = {
-    "hessian-product": "hessian",
-    "ggn-product": "ggn",
-    "ggn-rows": "ggn",
-}
-"""The curvature that each word of `Curvature.needs` is enough for; other words name none."""
-
-
 ANSWERS = {
     "apply": ("apply",),
     "dense": ("dense",),
@@ -41,6 +34,13 @@ ANSWERS = {
     "sampled": ("apply_on", "n_train", "random"),
 }
 """What `Curvature.gives` says -> the members of the operator that answer it."""
+
+NAMES: dict[str, CurvatureKind] = {
+    "hessian-product": "hessian",
+    "ggn-product": "ggn",
+    "ggn-rows": "ggn",
+}
+"""The curvature that each word of `Curvature.needs` is enough for; other words name none."""
 
 
 @frozen(eq=False)
@@ -217,6 +217,28 @@ def samples_are_means(bench: CurvatureBench) -> None:
         require_identical(drawn.index, rows.index, f"index in {world.name}")
         mean = torch.stack(each).mean(0)
         require_close(mean, operator.apply(rows).flat(), f"mean of all H_i in {world.name}")
+
+
+@law("curvature", _gives("apply", "spectral"))
+def spectrum_is_of_the_operator(bench: CurvatureBench) -> None:
+    """Q^T Q = 1 and Q diag(L) Q^T g = H g; a blockwise Q takes blocks one at a time."""
+    for world, problem in bench.places():
+        operator: Any = bench.part.fit(problem)
+        basis, values = operator.basis, operator.eigenvalues
+        want = applied(operator, problem)
+        rows = flat_rows(problem.space, 3)
+        turned = basis.map(rows)
+        require_equal(turned.space.fingerprint, basis.out_space.fingerprint, "space of Q^T g")
+        scaled = turned.map_blocks(
+            lambda name, block, values=values: DenseBlock(block.dense().values * values[name])
+        )
+        got = basis.adjoint(scaled).flat()
+        require_close(got, rows.flat() @ want, f"Q diag(L) Q^T g in {world.name}")
+        back = basis.map(basis.adjoint(turned)).flat()
+        require_close(back, turned.flat(), f"Q^T Q Q^T g in {world.name}")
+        for spec in problem.space if basis.blockwise else ():
+            one = basis.map(rows.select([spec.name])).flat()
+            require_close(one, turned.blocks[spec.name].flat(), f"Q^T g of {spec.name} alone")
 
 
 @law("curvature")

@@ -12,13 +12,23 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from dattri_core.capabilities import ReducedInverse, ReducingSolver, RootSolver
 from dattri_core.laws.inverses import require_blockwise
-from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.law import (
+    NotApplicable,
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+)
 from dattri_core.laws.spaces import (
     GIVEN,
     SPACE,
     ToyOperator,
+    block_diagonal,
     formed,
+    places,
     symmetric,
     toy_rows,
 )
@@ -26,8 +36,6 @@ from dattri_core.protocols import (
     Damping,
     Inverse,
     LinearMap,
-    ReducedInverse,
-    ReducingSolver,
     Solver,
 )
 from dattri_core.rows import Rows
@@ -36,6 +44,12 @@ CPU = torch.device("cpu")
 DAMPING = Damping(0.1)
 POSITIVE = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0))
 SADDLE = ToyOperator(SPACE, symmetric(SPACE.dim, -1.03, 3.0))
+BLOCKS = ToyOperator(SPACE, block_diagonal(POSITIVE.matrix))
+NULL = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0, zeros=SPACE.dim // 2))
+NULL_BLOCKS = ToyOperator(SPACE, block_diagonal(POSITIVE.matrix))
+for _where in places(SPACE).values():
+    _size = _where.stop - _where.start
+    NULL_BLOCKS.matrix[_where, _where] = symmetric(_size, 0.1, 3.0, zeros=_size // 2)
 TIGHT = 1e-12
 
 
@@ -56,6 +70,12 @@ class SolverBench:
     def inverse(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
         """Return the inverse of an operator, on whole rows also where it reduces them."""
         return _whole(self.solver(damping).solve_for(operator, CPU))
+
+    def root(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
+        """Return the root of the inverse of an operator, where the solver gives one."""
+        solver = self.solver(damping)
+        assert isinstance(solver, RootSolver)
+        return solver.root_for(operator, CPU)
 
 
 def _whole(inverse: Inverse) -> Inverse:
@@ -104,6 +124,16 @@ def inverse_is_exact(bench: SolverBench) -> None:
     rows = toy_rows(5)
     got = bench.inverse().apply(rows).flat()
     require_close(got, exact_inverse(POSITIVE, 0.1, rows.flat()), "apply against a dense solve")
+
+
+@law("solver", _needs_given, _exact)
+def null_space_is_damped(bench: SolverBench) -> None:
+    """(H + damping I) apply(g) = g, where half of the eigenvalues of H are zero."""
+    rows = toy_rows(5)
+    for operator, name in ((NULL, "H"), (NULL_BLOCKS, "block diagonal H")):
+        got = bench.inverse(operator).apply(rows).flat()
+        want = exact_inverse(operator, 0.1, rows.flat())
+        require_close(got, want, f"apply on a singular {name} against a dense solve")
 
 
 @law("solver", _needs_given, _exact)
@@ -203,6 +233,43 @@ def blockwise_is_true(bench: SolverBench) -> None:
     require_blockwise(bench.inverse(), toy_rows(4), "apply")
 
 
+def _rooted(bench: SolverBench) -> str | None:
+    return None if isinstance(bench.part, RootSolver) else "it gives no root of its inverse"
+
+
+@law("solver", _needs_given, _rooted)
+def root_squared_is_the_inverse(bench: SolverBench) -> None:
+    """<R g, R k> = <g, apply(k)> for R = root_for(H), with its space, index and aux."""
+    left, right = toy_rows(4), toy_rows(3, seed=9)
+    for damping in (DAMPING, Damping(1.0), Damping(0.3, relative=True)):
+        root, inverse = bench.root().with_damping(damping), bench.inverse(damping=damping)
+        got = root.apply(left).flat() @ root.apply(right).flat().T
+        want = left.flat() @ inverse.apply(right).flat().T
+        require_close(got, want, f"<R g, R k> at {damping}", 1e-8)
+    mapped = root.apply(left)
+    require_equal(mapped.space.fingerprint, left.space.fingerprint, "space after R")
+    require_identical(mapped.index, left.index, "index after R")
+    require_equal(set(mapped.aux), set(left.aux), "aux after R")
+
+
+@law("solver", _needs_given, _rooted)
+def root_is_symmetric(bench: SolverBench) -> None:
+    """<R g, k> = <g, R k>."""
+    root, left, right = bench.root(), toy_rows(4), toy_rows(3, seed=9)
+    one = root.apply(left).flat() @ right.flat().T
+    require_close(left.flat() @ root.apply(right).flat().T, one, "<g, R k>")
+
+
+@law("solver", _needs_given, _rooted)
+def indefinite_has_no_root(bench: SolverBench) -> None:
+    """A root of an H + damping I with an eigenvalue below zero is refused with a NumericsError."""
+    try:
+        bench.root(SADDLE).apply(toy_rows(2))
+    except ArithmeticError:
+        return
+    require(False, "the root of the inverse of an indefinite H was given without an error")
+
+
 @law("solver", _needs_given)
 def zero_stays_zero(bench: SolverBench) -> None:
     """apply(0) = 0."""
@@ -248,6 +315,22 @@ def relative_damping_is_of_the_mean_eigenvalue(bench: SolverBench) -> None:
     )
     within = bool(((least <= size) & (size <= most)).all())
     require(within, f"|apply(g)| is {size.tolist()}, not from {least.tolist()} to {most.tolist()}")
+
+
+@law("solver", _needs_given, _exact)
+def relative_damping_is_of_the_block(bench: SolverBench) -> None:
+    """Damping(v, relative) = v trace(H_k) / d_k in block k, where the inverse is blockwise."""
+    inverse: Any = bench.inverse(BLOCKS, Damping(0.3, relative=True))
+    if not getattr(inverse, "blockwise", False):
+        raise NotApplicable("its inverse is not blockwise")
+    rows = toy_rows(4)
+    got = inverse.apply(rows)
+    for name, where in places(SPACE).items():
+        matrix = BLOCKS.matrix[where, where]
+        damping = 0.3 * float(matrix.trace()) / len(matrix)
+        damped = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+        want = torch.linalg.solve(damped, rows.blocks[name].flat().T).T
+        require_close(got.blocks[name].flat(), want, f"apply in block {name!r}", 1e-8)
 
 
 @law("solver", _needs_given)

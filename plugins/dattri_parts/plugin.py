@@ -42,6 +42,12 @@ def register(registry: dattri.Registry) -> None:
         "No sketch",
     )
     registry.part(
+        "projector",
+        "kronecker",
+        "dattri_parts.projectors.kronecker:Kronecker",
+        "A small matrix on each side of a layer's gradient, which keeps its factors (LoGra)",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",
@@ -66,10 +72,34 @@ def register(registry: dattri.Registry) -> None:
         "The generalised Gauss-Newton matrix of the mean train loss",
     )
     registry.part(
+        "curvature",
+        "diagonal",
+        "dattri_parts.curvatures.diagonal:Diagonal",
+        "The diagonal of the Fisher matrix",
+    )
+    registry.part(
+        "curvature",
+        "kfac",
+        "dattri_parts.curvatures.kfac:KFAC",
+        "The Fisher matrix of each layer as one Kronecker product",
+    )
+    registry.part(
+        "curvature",
+        "ekfac",
+        "dattri_parts.curvatures.ekfac:EKFAC",
+        "K-FAC with eigenvalues measured along its eigenvectors",
+    )
+    registry.part(
         "solver",
         "cholesky",
         "dattri_parts.solvers.cholesky:Cholesky",
         "Dense factorisation in float64: the explicit inverse",
+    )
+    registry.part(
+        "solver",
+        "spectral",
+        "dattri_parts.solvers.spectral:Spectral",
+        "From eigenvectors and eigenvalues; any damping without a new fit",
     )
     registry.part(
         "solver",
@@ -100,6 +130,12 @@ def register(registry: dattri.Registry) -> None:
         "cosine",
         "dattri_parts.scorers.cosine:Cosine",
         "Inner product of normalised rows",
+    )
+    registry.part(
+        "scorer",
+        "relatif",
+        "dattri_parts.scorers.relatif:RelatIF",
+        "Influence relative to the step that a train example takes by itself",
     )
     registry.part(
         "fold",
