@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dattri_core.blocks import DenseBlock as DenseBlock
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
+    from dattri_core.blocks import SpanBlock as SpanBlock
+    from dattri_core.blocks import SumBlock as SumBlock
+    from dattri_core.blocks import compact as compact
+    from dattri_core.blocks import interleave as interleave
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
@@ -128,8 +132,10 @@ _EXPORTS = {
     "Solver": "protocols",
     "Source": "protocols",
     "Space": "space",
+    "SpanBlock": "blocks",
     "SpecError": "errors",
     "StoreError": "errors",
+    "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
     "as_damping": "protocols",
@@ -137,12 +143,14 @@ _EXPORTS = {
     "attribute": "methods",
     "batch_size": "batch",
     "causal_lm": "losses",
+    "compact": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
     "format_bytes": "errors",
     "free_bytes": "memory",
     "functional": "losses",
     "hookimpl": "hookspecs",
+    "interleave": "blocks",
     "labels_of": "losses",
     "leaves": "evaluate",
     "logit": "losses",
