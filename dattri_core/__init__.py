@@ -62,9 +62,11 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
+    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
+    from dattri_core.protocols import RowKind as RowKind
     from dattri_core.protocols import Scored as Scored
     from dattri_core.protocols import Scorer as Scorer
     from dattri_core.protocols import Side as Side
@@ -115,6 +117,7 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
+    "OutputSource": "protocols",
     "ParameterView": "space",
     "Plan": "memory",
     "PluginError": "errors",
@@ -122,6 +125,7 @@ _EXPORTS = {
     "Projector": "protocols",
     "RandomStream": "protocols",
     "Registry": "registry",
+    "RowKind": "protocols",
     "Rows": "rows",
     "Scored": "protocols",
     "Scorer": "protocols",

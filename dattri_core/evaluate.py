@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from dattri_core.batch import Batch, batch_size, move, take
 from dattri_core.checkpoint import Checkpoint, state_fingerprint
+from dattri_core.criteria import hessian_factor
 from dattri_core.errors import InputError, NumericsError
-from dattri_core.losses import FunctionalLoss, Loss, Reduction
+from dattri_core.losses import Draw, FunctionalLoss, Loss, Reduction
 from dattri_core.protocols import Parameters, Role
 from dattri_core.task import Task
 
@@ -135,6 +136,47 @@ class Evaluator:
 
     def outputs(self, parameters: Parameters | None, batch: Batch) -> Tensor:
         """Return the model outputs that the loss's criterion takes, ``[B, ...]``."""
+        loss = self._split_loss()
+        return self.call(lambda model: loss.forward(model, batch), parameters)
+
+    def pulled_of(
+        self, model: nn.Module, batch: Batch, cotangent: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return sum_b <outputs_b, u_b> with u = cotangent(outputs) held constant; inside `call`.
+
+        Raises:
+            InputError: The loss is not split, or u is not shaped like the outputs.
+        """
+        outputs = self._split_loss().forward(model, batch)
+        return (outputs * self._like(cotangent(outputs.detach()), outputs, "cotangent")).sum()
+
+    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the train loss of given outputs, ``[B]``."""
+        return self._split_loss().criterion(outputs, batch)
+
+    def sampled_slope(self, outputs: Tensor, batch: Batch, draw: Draw) -> Tensor:
+        """Return the slope of the criterion in the outputs, for labels drawn from the model."""
+        sample = self._split_loss().sample
+        assert sample is not None  # `require_kind` refused it
+        with torch.no_grad():
+            slope = sample(outputs.detach(), batch, draw)
+        return self._like(slope, outputs, f"sample of the loss {self.task.loss_name!r}")
+
+    def output_factor(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return columns f_k, sum_k f_k f_k^T = C_b, the criterion's Hessian; ``[K, B, ...]``."""
+        loss = self._split_loss()
+        if loss.factor is None:
+            return hessian_factor(lambda out: loss.criterion(out, batch), outputs, loss.name)
+        with torch.no_grad():
+            factor = loss.factor(outputs.detach(), batch)
+        if factor.shape[1:] != outputs.shape:
+            raise InputError(
+                f"factor of the loss {loss.name!r}: returned shape {tuple(factor.shape)} for "
+                f"outputs {tuple(outputs.shape)}; expected [K, *outputs.shape], K columns"
+            )
+        return factor.to(outputs.dtype)
+
+    def _split_loss(self) -> Loss:
         loss = self.task.loss
         if not isinstance(loss, Loss):
             raise InputError(
@@ -142,13 +184,15 @@ class Evaluator:
                 "the criterion apart; give dattri.Loss(forward=..., criterion=...) or a shipped "
                 "loss by name, or use the curvature 'hessian'"
             )
-        return self.call(lambda model: loss.forward(model, batch), parameters)
+        return loss
 
-    def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the train loss of given outputs, ``[B]``."""
-        loss = self.task.loss
-        assert isinstance(loss, Loss)
-        return loss.criterion(outputs, batch)
+    def _like(self, values: Tensor, outputs: Tensor, what: str) -> Tensor:
+        if values.shape != outputs.shape:
+            raise InputError(
+                f"{what}: returned shape {tuple(values.shape)}, expected that of the outputs, "
+                f"{tuple(outputs.shape)}"
+            )
+        return values.detach().to(outputs.dtype)
 
     def _function(self, role: Role) -> FunctionalLoss | Callable[[nn.Module, Batch], Tensor]:
         target = self.task.target

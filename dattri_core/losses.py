@@ -14,10 +14,13 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from dattri_core.batch import Batch
+from dattri_core.criteria import identity_factor, normal_sample, softmax_factor, softmax_sample
 from dattri_core.errors import InputError, nearest
 
 LABEL_KEYS = ("labels", "label")
 IGNORED = -100
+Draw = Callable[..., Tensor]
+"""``draw(*shape)``: numbers in [0, 1), ``[B, *shape]``, other ones at each call."""
 
 
 @frozen
@@ -28,11 +31,19 @@ class Loss:
         forward: ``(model, batch) -> outputs [B, ...]``.
         criterion: ``(outputs, batch) -> [B]``, convex in the outputs for a GGN to be positive.
         name: How results call it.
+        sample: ``(outputs, batch, draw) -> [B, ...]``: the slope of the criterion at the outputs
+            for a label that is drawn from the model instead of the one in the batch. Rows of the
+            Fisher information need it; its second moment is that Fisher.
+        factor: ``(outputs, batch) -> [K, B, ...]``: columns f_k with sum_k f_k f_k^T = C_b, the
+            Hessian of the criterion in the outputs of example b; a column that example b does not
+            have is 0. Without it C_b is formed and decomposed (up to 1024 outputs an example).
     """
 
     forward: Callable[[nn.Module, Batch], Tensor]
     criterion: Callable[[Tensor, Batch], Tensor]
     name: str = "loss"
+    sample: Callable[[Tensor, Batch, Draw], Tensor] | None = field(default=None, kw_only=True)
+    factor: Callable[[Tensor, Batch], Tensor] | None = field(default=None, kw_only=True)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of each example, ``[B]``."""
@@ -109,15 +120,41 @@ def _tensor_of(answer: Any) -> Tensor:
     raise InputError(f"model output: a {type(answer).__name__} is neither a tensor nor has .logits")
 
 
+# --- cross entropy ------------------------------------------------------------------------------
 def _cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(outputs, labels_of(batch), reduction="none")
 
 
+def _cross_entropy_weight(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return w_b of C_b = w_b (diag(p) - p p^T): 0 for an ignored label, the sum of soft labels."""
+    labels = labels_of(batch)
+    weight = labels.sum(1) if labels.is_floating_point() else labels != IGNORED
+    return weight.to(outputs.device)
+
+
+def _cross_entropy_sample(outputs: Tensor, batch: Batch, draw: Draw) -> Tensor:
+    return softmax_sample(outputs, _cross_entropy_weight(outputs, batch), draw())
+
+
+def _cross_entropy_factor(outputs: Tensor, batch: Batch) -> Tensor:
+    return softmax_factor(outputs, _cross_entropy_weight(outputs, batch))
+
+
+# --- squared error ------------------------------------------------------------------------------
 def _squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     values = labels_of(batch).to(outputs.dtype).reshape(outputs.shape)
     return (outputs - values).square().flatten(1).sum(1) / 2
 
 
+def _squared_error_sample(outputs: Tensor, batch: Batch, draw: Draw) -> Tensor:
+    return normal_sample(outputs, draw(*outputs.shape[1:]))
+
+
+def _squared_error_factor(outputs: Tensor, batch: Batch) -> Tensor:
+    return identity_factor(outputs)
+
+
+# --- next token ---------------------------------------------------------------------------------
 def _next_token(outputs: Tensor, batch: Batch) -> Tensor:
     labels = labels_of(batch)[:, 1:]
     logits = outputs[:, :-1]
@@ -127,13 +164,48 @@ def _next_token(outputs: Tensor, batch: Batch) -> Tensor:
     return tokens.reshape(labels.shape).sum(1)
 
 
-cross_entropy = Loss(forward_of, _cross_entropy, "cross-entropy")
+def _next_token_weight(outputs: Tensor, batch: Batch) -> Tensor:
+    return (labels_of(batch)[:, 1:] != IGNORED).to(outputs.device)
+
+
+def _next_token_sample(outputs: Tensor, batch: Batch, draw: Draw) -> Tensor:
+    weight = _next_token_weight(outputs, batch)
+    slope = torch.zeros_like(outputs)
+    slope[:, :-1] = softmax_sample(outputs[:, :-1], weight, draw(weight.shape[1]))
+    return slope
+
+
+def _next_token_factor(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return V - 1 columns for each position that predicts, 0 at the others."""
+    each = softmax_factor(outputs[:, :-1], _next_token_weight(outputs, batch))
+    columns, _, positions, _ = each.shape
+    factor = outputs.new_zeros(positions, columns, *outputs.shape)
+    for t in range(positions):
+        factor[t, :, :, t] = each[:, :, t]
+    return factor.flatten(0, 1)
+
+
+cross_entropy = Loss(
+    forward_of,
+    _cross_entropy,
+    "cross-entropy",
+    sample=_cross_entropy_sample,
+    factor=_cross_entropy_factor,
+)
 """Classification: ``-log p(label)``; batch ``(inputs..., labels)`` or a dict with ``labels``."""
 
-squared_error = Loss(forward_of, _squared_error, "squared-error")
+squared_error = Loss(
+    forward_of,
+    _squared_error,
+    "squared-error",
+    sample=_squared_error_sample,
+    factor=_squared_error_factor,
+)
 """Regression: half the squared error, summed over the outputs of an example."""
 
-causal_lm = Loss(forward_of, _next_token, "causal-lm")
+causal_lm = Loss(
+    forward_of, _next_token, "causal-lm", sample=_next_token_sample, factor=_next_token_factor
+)
 """Language modelling: ``-log p(next token)`` summed over a sequence; -100 is ignored."""
 
 

@@ -13,6 +13,7 @@ from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.memory import Plan
 from dattri_core.protocols import Fold, InverseHessian, Projector, Scorer, Source
+from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
 from dattri_core.space import Space
 from dattri_core.stages import Stage, check_stages, example_space
@@ -135,6 +136,8 @@ class Method:
                 f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) "
                 "or a shipped loss by name, or use the curvature 'hessian'"
             )
+        for need in sorted(needs & KIND_OF_NEED.keys()):
+            require_kind(KIND_OF_NEED[need], task)
 
     def fit(
         self,

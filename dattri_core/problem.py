@@ -12,10 +12,12 @@ from dattri_core.batch import Batch, batch_size, move
 from dattri_core.blocks import Block
 from dattri_core.errors import MemoryBudgetError, SpecError
 from dattri_core.evaluate import Evaluator
+from dattri_core.halving import halved, halving
 from dattri_core.lift import empty_rows, to_parameters
 from dattri_core.memory import is_out_of_memory
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
-from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream
+from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, RowKind
+from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
 from dattri_core.stream import Examples
@@ -75,48 +77,140 @@ class TrainProblem:
         """Return the dtype of the rows."""
         return self.evaluator.dtype
 
-    def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
-        """Stream train rows after the maps: all in order, or those at the given positions."""
-        if index is None:
-            pairs: Iterator[tuple[Tensor, Batch]] = self.examples.batches(self.batch)
-        else:
-            pieces = torch.split(index, self.batch)
-            pairs = ((piece, self.examples.take(piece)) for piece in pieces)
-        for positions, batch in pairs:
-            rows = collect(self.source, batch, positions, "train", self.device)
-            for step in self.maps:
-                rows = step.map(rows)
-            yield rows
+    def rows(
+        self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
+    ) -> Iterator[Rows]:
+        """Read train rows after the maps: all in order, or those at the given positions.
 
-    def product(self, vectors: Rows, kind: CurvatureKind) -> Rows:
+        Args:
+            index: Positions of examples.
+            kind: Of the rows; see `row_kinds`. Rows of kind ``"ggn"`` come example by example, in
+                batches of as many rows as of the other kinds.
+            draw: Of the labels of kind ``"fisher"``; numbers are keyed by the position of the
+                example and the draw, so that neither batches nor order change them.
+
+        Raises:
+            SpecError: The loss or the source cannot give the kind; before anything is read.
+            MemoryBudgetError: One example is too much; a batch that is too much is halved.
+        """
+        return self._rows(self._reader(kind, draw), index)
+
+    def stream(
+        self,
+        sink: Callable[[str, Block, Tensor], None],
+        *,
+        kind: RowKind = "loss",
+        draw: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        """Hand the rows of `rows` to ``sink(name, block, index)``, a block at a time.
+
+        Raises:
+            SpecError, MemoryBudgetError: As in `rows`; a batch is halved only while none of its
+                blocks was handed over.
+        """
+        reader = self._reader(kind, draw)
+        if not all(step.blockwise for step in self.maps):
+            for rows in self._rows(reader, index):
+                for name, block in rows.blocks.items():
+                    sink(name, block, rows.index)
+            return
+
+        def work(positions: Tensor, nest: Batch) -> None:
+            names: list[str] = []
+
+            def hand_over(name: str, block: Block) -> None:
+                names.append(name)
+                part = Rows(self.source.space.select([name]), {name: block}, positions)
+                for after, mapped in self._map(part).blocks.items():
+                    sink(after, mapped, positions)
+
+            try:
+                reader.stream(positions, nest, hand_over)
+            except (RuntimeError, MemoryError) as error:
+                if not names or not is_out_of_memory(error):
+                    raise
+                raise MemoryBudgetError(
+                    f"train rows: out of memory after the blocks {names} of {len(positions)} rows "
+                    f"were handed over ({error}); give a smaller memory=, so that batches are "
+                    "smaller"
+                ) from error
+            require_complete(self.source.space, names)
+
+        for positions, nest in self._parts(reader, index):
+            halving(work, positions, nest, "train rows")
+
+    def _reader(self, kind: RowKind, draw: int) -> RowReader:
+        return RowReader(self.source, self.evaluator, kind, draw, self.random, self.memory)
+
+    def _rows(self, reader: RowReader, index: Tensor | None) -> Iterator[Rows]:
+        space = self.source.space
+
+        def whole(positions: Tensor, nest: Batch) -> Rows:
+            blocks: dict[str, Block] = {}
+            aux = reader.stream(positions, nest, blocks.__setitem__)
+            require_complete(space, blocks)
+            return self._map(Rows(space, blocks, positions, aux))
+
+        for positions, nest in self._parts(reader, index):
+            yield from halved(whole, positions, nest, "train rows")
+
+    def _parts(self, reader: RowReader, index: Tensor | None) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield positions and what a reader takes, at most a batch of rows at a time."""
+        size = reader.examples(self.batch, move(self.examples.sample(1), self.device))
+        for positions, batch in self._batches(size, index):
+            yield from reader.parts(positions, move(batch, self.device), self.batch)
+
+    def _batches(self, size: int, index: Tensor | None) -> Iterator[tuple[Tensor, Batch]]:
+        if index is None:
+            yield from self.examples.batches(size)
+            return
+        for piece in torch.split(index.cpu(), size):
+            if len(piece):
+                yield piece, self.examples.take(piece)
+
+    def _map(self, rows: Rows) -> Rows:
+        for step in self.maps:
+            rows = step.map(rows)
+        return rows
+
+    def product(self, vectors: Rows, kind: CurvatureKind, index: Tensor | None = None) -> Rows:
         """Return the mean curvature of the train loss times every vector.
 
         After projectors P the operator is P H P^T: vectors go down through the adjoints, the
         product is taken in parameters, and comes back through the maps.
+
+        Args:
+            vectors: In the space of the problem.
+            kind: Which curvature.
+            index: Positions of the examples to take the mean over, an example as often as it is
+                named; None: the whole train set.
         """
         self.space.require_same(vectors.space, "curvature product")
+        count = self.n_train if index is None else len(index)
+        if count == 0:
+            raise SpecError("curvature product: index names no example, so there is no mean")
         lowered = vectors
         for step in reversed(self.maps):
             lowered = step.adjoint(lowered)
         directions = to_parameters(lowered)
         lifted = empty_rows(self.source.space, directions, vectors.index)
         total = to_parameters(lifted)  # views: what is added to them lands in the rows
+        first = True
         with self.evaluator.session():
-            for index, batch in self.examples.batches(self.batch):
-                first = int(index[0]) == 0
+            for _, batch in self._batches(self.batch, index):
                 part = self._batch_product(
                     move(batch, self.device), directions, kind, total if first else None
                 )
                 if not first:
                     for name, value in part.items():
                         total[name] += value
+                first = False
                 if self.advance is not None:
                     self.advance(batch_size(batch))
         for block in lifted.blocks.values():
-            block.dense().values.div_(self.n_train)
-        for step in self.maps:
-            lifted = step.map(lifted)
-        return lifted
+            block.dense().values.div_(count)
+        return self._map(lifted)
 
     def _batch_product(
         self,

@@ -26,6 +26,7 @@ Role = Literal["train", "test"]
 Sink = Callable[[str, Block], None]
 Parameters = Mapping[str, Tensor]
 CurvatureKind = Literal["hessian", "ggn"]
+RowKind = Literal["loss", "fisher", "ggn"]
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -57,6 +58,23 @@ class BoundSource(Protocol):
 
         Rows of role ``"train"`` belong to the loss, those of ``"test"`` to the target. Returns the
         auxiliary numbers of the batch, each ``[B]``.
+        """
+        ...
+
+
+@runtime_checkable
+class OutputSource(BoundSource, Protocol):
+    """A source that pulls any direction in the model's outputs back to the parameters.
+
+    Rows of drawn labels and of the GGN's factor are made with it.
+    """
+
+    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
+        """Hand each block of the rows J_b^T u_b to ``sink(name, block)``, as `stream` does.
+
+        J_b is the Jacobian of the outputs of ``task.loss.forward`` at example b, and
+        ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
+        of the criterion as u they are the rows of the loss.
         """
         ...
 
@@ -151,6 +169,15 @@ class Inverse(Protocol):
         """Return what the last work reported: iterations, residual, damping, eigenvalues..."""
         ...
 
+    @property
+    def blockwise(self) -> bool:
+        """Return whether block k of `apply` needs block k of the rows only.
+
+        A blockwise inverse is also given rows that hold a part of the blocks, so that test rows can
+        be kept as the source gives them and inverted a layer at a time.
+        """
+        ...
+
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g."""
         ...
@@ -217,7 +244,11 @@ class Curvature(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what it asks of `Problem`: of ``{"hessian-product", "ggn-product", "rows"}``."""
+        """Return what it asks of the `Problem`.
+
+        Of ``{"hessian-product", "ggn-product", "rows", "fisher-rows", "ggn-rows"}``: products of
+        a kind, and rows of the kinds ``"loss"``, ``"fisher"`` and ``"ggn"``.
+        """
         ...
 
     @property
@@ -332,12 +363,48 @@ class Problem(Protocol):
         """Return the bytes that the fit may use."""
         ...
 
-    def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
-        """Stream the train rows after the stages so far, all or those of the given positions."""
+    def rows(
+        self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
+    ) -> Iterator[Rows]:
+        """Read train rows after the stages so far, a few whole rows at a time.
+
+        Args:
+            index: Positions of the examples to read, in that order; None reads all, in order.
+            kind: ``"loss"``: the gradient of each example's train loss. ``"fisher"``: of its loss
+                at a label drawn from the model. ``"ggn"``: J_b^T f_k for each column of
+                C_b = sum_k f_k f_k^T, the Hessian of the criterion in the outputs, so that the mean
+                curvature is ``1/n_train`` times the sum of r r^T over all rows exactly. An example
+                has as many such rows as C_b has columns that are not 0, maybe none; they come one
+                after another, and ``Rows.index`` repeats the example.
+            draw: Of the labels: the same number gives the same labels whatever is read in between,
+                other numbers independent ones.
+        """
         ...
 
-    def product(self, vectors: Rows, kind: CurvatureKind) -> Rows:
-        """Return the mean curvature times every vector; after a projector, P H P^T times it."""
+    def stream(
+        self,
+        sink: Callable[[str, Block, Tensor], None],
+        *,
+        kind: RowKind = "loss",
+        draw: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        """Hand the rows of `rows` to ``sink(name, block, index)`` block by block.
+
+        A block comes as the backward pass makes it, so that one is alive at a time; each block of
+        each batch comes once, in an order of the model's. Only where a stage so far is not
+        blockwise whole rows are made first.
+        """
+        ...
+
+    def product(self, vectors: Rows, kind: CurvatureKind, index: Tensor | None = None) -> Rows:
+        """Return the mean curvature times every vector; after a projector, P H P^T times it.
+
+        Args:
+            vectors: In the space of the problem.
+            kind: Which curvature.
+            index: Positions of the examples to take the mean over; None: the whole train set.
+        """
         ...
 
 

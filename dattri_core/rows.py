@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from attrs import evolve, field, frozen
@@ -110,6 +110,11 @@ class Rows:
     def scale(self, weights: Tensor) -> Rows:
         """Multiply row b by ``weights[b]``."""
         return self.map_blocks(lambda _, block: block.scale(weights))
+
+    def select(self, names: Iterable[str]) -> Rows:
+        """Return the rows' part in the named blocks, in the space of these alone."""
+        space = self.space.select(names)
+        return evolve(self, space=space, blocks={n: self.blocks[n] for n in space.names})
 
     def take(self, index: Tensor | slice) -> Rows:
         """Return the chosen rows with their positions and auxiliary numbers."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from attrs import define, frozen
 from torch import Tensor
 
 from dattri_core.activations import activation_bytes
-from dattri_core.batch import Batch, batch_size, move, take
+from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block, explain_inner
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import MemoryBudgetError, NumericsError
+from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator
-from dattri_core.memory import Costs, is_out_of_memory
+from dattri_core.halving import halving
+from dattri_core.memory import Costs
 from dattri_core.problem import TrainProblem, collect, require_complete
 from dattri_core.protocols import (
     BoundSource,
@@ -32,7 +32,6 @@ from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
-T = TypeVar("T")
 
 
 @frozen(eq=False)
@@ -84,7 +83,7 @@ def fit_checkpoint(
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
-    check_stages(stages, bound.space)
+    check_stages(stages, bound.space, bound)
     if test is not None:
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
     evaluator = getattr(bound, "evaluator", None)
@@ -258,33 +257,6 @@ class _Pairing:
 
     def norm(self) -> Tensor | None:
         return None if self._square is None else self._square.clamp_min(0).sqrt()
-
-
-def halving(work: Callable[[Tensor, Batch], None], index: Tensor, batch: Batch, what: str) -> None:
-    """Do work on a batch; when memory runs out, on its halves, down to single examples.
-
-    Raises:
-        MemoryBudgetError: One example alone is too much.
-    """
-    failed: BaseException | None = None
-    try:
-        work(index, batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = error.with_traceback(None)  # its frames hold the memory that ran out
-    if failed is None:
-        return
-    count = batch_size(batch)
-    if count == 1:
-        raise MemoryBudgetError(
-            f"{what}: out of memory with a single example ({failed}); give a smaller memory=, "
-            "attribute fewer parameters, or use a projector"
-        ) from failed
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    for part in (slice(0, count // 2), slice(count // 2, count)):
-        halving(work, index[part], take(batch, part), what)
 
 
 def join_sides(sides: Sequence[Side]) -> Side:

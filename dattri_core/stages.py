@@ -25,6 +25,7 @@ from dattri_core.protocols import (
     Projector,
     Solver,
 )
+from dattri_core.row_kinds import KIND_OF_NEED, require_outputs
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -120,8 +121,13 @@ class Chain:
         return attrs.evolve(self, steps=steps)
 
 
-def check_stages(stages: Sequence[Stage], space: Space) -> Space:
+def check_stages(stages: Sequence[Stage], space: Space, source: BoundSource | None = None) -> Space:
     """Walk a space through stages without a tensor and return the space at the end.
+
+    Args:
+        stages: In the order in which rows pass them.
+        space: Of the source.
+        source: The source itself, once it is bound, for what it must be able to do.
 
     Raises:
         SpecError: A stage cannot take what the stages before it give; says which and why.
@@ -133,6 +139,9 @@ def check_stages(stages: Sequence[Stage], space: Space) -> Space:
             if "adjoint" not in stage.gives:
                 lacking.append(_name(stage))
             continue
+        for need in sorted(stage.needs & KIND_OF_NEED.keys()):
+            if source is not None:
+                require_outputs(KIND_OF_NEED[need], source)
         products = sorted(need for need in stage.needs if need.endswith("-product"))
         if products and lacking:
             raise SpecError(

@@ -25,6 +25,13 @@ from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Curvature, CurvatureKind, Operator
 from dattri_core.rows import Rows
 
+NAMES: dict[str, CurvatureKind] = {
+    "hessian-product": "hessian",
+    "ggn-product": "ggn",
+    "ggn-rows": "ggn",
+}
+"""The curvature that each word of `Curvature.needs` is enough for; other words name none."""
+
 
 @frozen(eq=False)
 class CurvatureBench:
@@ -80,10 +87,8 @@ def _exact(bench: CurvatureBench) -> str | None:
 
 
 def _named(bench: CurvatureBench) -> CurvatureKind | None:
-    needs = bench.part.needs
-    kinds: tuple[CurvatureKind, ...] = ("hessian", "ggn")
-    found = [kind for kind in kinds if f"{kind}-product" in needs]
-    return found[0] if len(found) == 1 and "rows" not in needs else None
+    found = {NAMES.get(need) for need in bench.part.needs}
+    return found.pop() if len(found) == 1 else None
 
 
 def _of_squares(bench: CurvatureBench) -> str | None:

@@ -20,7 +20,7 @@ from dattri_core.laws.law import (
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
 from dattri_core.laws.spaces import formed
 from dattri_core.laws.worlds import N_TRAIN, World
-from dattri_core.protocols import InverseHessian
+from dattri_core.protocols import Inverse, InverseHessian
 from dattri_core.rows import Rows
 
 
@@ -74,6 +74,38 @@ def apply_is_of_single_rows(bench: InverseBench) -> None:
         require_equal(whole.space.fingerprint, rows.space.fingerprint, "space after A")
         require_identical(whole.index, rows.index, "index after A")
         require_equal(set(whole.aux), set(rows.aux), "aux after A")
+
+
+def _blockwise(bench: InverseBench) -> str | None:
+    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    return None if any(i.blockwise for i in inverses) else "its inverse is not blockwise"
+
+
+@law("inverse_hessian", _blockwise)
+def blockwise_is_true(bench: InverseBench) -> None:
+    """Block k of A g needs block k of g only: A of a part is that part of A g."""
+    for world, problem in bench.places():
+        inverse = bench.part.fit(problem)
+        if inverse.blockwise:
+            require_blockwise(inverse, problem.train_rows, f"A in {world.name}")
+
+
+def require_blockwise(inverse: Inverse, rows: Rows, what: str) -> None:
+    """Raise `LawBroken` unless apply of any block alone, and of all but one, is that part of all.
+
+    Args:
+        inverse: Declares that it is blockwise.
+        rows: Of the space that it was fitted on.
+        what: How messages call it.
+    """
+    whole, names = inverse.apply(rows), rows.space.names
+    parts: list[tuple[str, ...]] = [(name,) for name in names]
+    if len(names) > 1:
+        parts += [tuple(n for n in names if n != name) for name in names]
+    for part in parts:
+        got, want = inverse.apply(rows.select(part)), whole.select(part)
+        require_equal(got.space.names, want.space.names, f"{what}: blocks of a part")
+        require_close(got.flat(), want.flat(), f"{what} of the blocks {part} alone", 1e-7)
 
 
 @law("inverse_hessian")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from dattri_core.protocols import Role
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 from dattri_core.task import Task
+
+Value: TypeAlias = Callable[[], Tensor]
 
 
 def singles(batch: Batch) -> list[Batch]:
@@ -37,14 +41,34 @@ def selected(task: Task) -> dict[str, nn.Parameter]:
     return {name: named[name] for name in task.parameter_names}
 
 
+def values_of(task: Task, batch: Batch, role: Role) -> list[Value]:
+    """Return for each example a function that computes its loss, or its signed target."""
+    return [partial(value, task, example, role) for example in singles(batch)]
+
+
+def pulls_of(task: Task, batch: Batch, directions: Tensor) -> list[Value]:
+    """Return for each example a function that computes <outputs, direction>, both ``[B, ...]``."""
+    loss = task.loss
+    assert isinstance(loss, Loss)
+
+    def pulled(example: Batch, direction: Tensor) -> Tensor:
+        return (loss.forward(task.model, example)[0] * direction).sum()
+
+    pairs = zip(singles(batch), directions, strict=True)
+    return [partial(pulled, example, direction) for example, direction in pairs]
+
+
 def gradients(task: Task, batch: Batch, role: Role = "train") -> dict[str, Tensor]:
     """Return each example's gradient by parameter, ``[B, *shape]``: one backward pass each."""
+    return gradients_of(task, values_of(task, batch, role))
+
+
+def gradients_of(task: Task, values: Sequence[Value]) -> dict[str, Tensor]:
+    """Return each value's gradient by parameter, ``[B, *shape]``: one backward pass each."""
     weights = selected(task)
     found: dict[str, list[Tensor]] = {name: [] for name in weights}
-    for example in singles(batch):
-        grads = torch.autograd.grad(
-            value(task, example, role), list(weights.values()), allow_unused=True
-        )
+    for one in values:
+        grads = torch.autograd.grad(one(), list(weights.values()), allow_unused=True)
         for (name, weight), grad in zip(weights.items(), grads, strict=True):
             found[name].append(torch.zeros_like(weight) if grad is None else grad)
     return {name: torch.stack(parts).detach() for name, parts in found.items()}
@@ -85,6 +109,39 @@ def hessian(task: Task, space: Space, batch: Batch) -> Tensor:
     return _both_sides(task, space, {k: torch.stack(v).detach() for k, v in columns.items()})
 
 
+def output_hessian(task: Task, outputs: Tensor, example: Batch) -> Tensor:
+    """Return the Hessian of the criterion in the outputs of one example, ``[K, K]``."""
+    loss = task.loss
+    assert isinstance(loss, Loss)
+    free = outputs.detach().requires_grad_()
+    slope = torch.autograd.grad(loss.criterion(free, example).sum(), free, create_graph=True)
+    rows = [
+        torch.autograd.grad(entry, free, retain_graph=True)[0].flatten()
+        for entry in slope[0].flatten()
+    ]
+    return torch.stack(rows)
+
+
+def output_columns(task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return columns f with sum f f^T the criterion's Hessian in the outputs, by eigenvectors.
+
+    Returns:
+        The example of each column ``[N]``, example after example, and the columns ``[N, ...]``.
+    """
+    loss = task.loss
+    assert isinstance(loss, Loss)
+    owners: list[int] = []
+    columns: list[Tensor] = []
+    for position, example in enumerate(singles(batch)):
+        outputs = loss.forward(task.model, example).detach()
+        values, vectors = torch.linalg.eigh(output_hessian(task, outputs, example).double())
+        for entry, vector in zip(values, vectors.T, strict=True):
+            if entry > 1e-13 * values[-1]:
+                owners.append(position)
+                columns.append(entry.sqrt() * vector.reshape(outputs.shape[1:]))
+    return torch.tensor(owners), torch.stack(columns)
+
+
 def ggn(task: Task, space: Space, batch: Batch) -> Tensor:
     """Return mean_b J_b^T (d2 criterion / d outputs2) J_b, ``[d, d]``, one pass an output."""
     loss = task.loss
@@ -101,15 +158,7 @@ def ggn(task: Task, space: Space, batch: Batch) -> Tensor:
             for (name, weight), grad in zip(weights.items(), grads, strict=True):
                 jacobian[name].append(torch.zeros_like(weight) if grad is None else grad)
         rows = place(space, {k: torch.stack(v).detach() for k, v in jacobian.items()})
-        free = outputs.detach().requires_grad_()
-        slope = torch.autograd.grad(loss.criterion(free, example).sum(), free, create_graph=True)
-        curve = torch.stack(
-            [
-                torch.autograd.grad(entry, free, retain_graph=True)[0].flatten()
-                for entry in slope[0].flatten()
-            ]
-        )
-        part = rows.T @ curve.double() @ rows
+        part = rows.T @ output_hessian(task, outputs, example).double() @ rows
         total = part if total is None else total + part
     assert total is not None
     return total / batch_size(batch)
@@ -156,15 +205,23 @@ def plain_space(task: Task) -> Space:
 
 def plain_rows(task: Task, space: Space, batch: Batch, role: Role = "train") -> Rows:
     """Return the rows of `plain_space`, linear layers as the factors of single examples."""
-    formed = Rows.from_flat(
-        space, row_matrix(task, space, batch, role), torch.arange(batch_size(batch))
-    )
+    return _plain_rows(task, space, values_of(task, batch, role))
+
+
+def pulled_rows(task: Task, space: Space, batch: Batch, directions: Tensor) -> Rows:
+    """Return the rows J_b^T u_b of `plain_space` for directions u in the outputs, ``[B, ...]``."""
+    return _plain_rows(task, space, pulls_of(task, batch, directions))
+
+
+def _plain_rows(task: Task, space: Space, values: Sequence[Value]) -> Rows:
+    matrix = place(space, gradients_of(task, values))
+    formed = Rows.from_flat(space, matrix, torch.arange(len(values)))
     blocks: dict[str, Block] = dict(formed.blocks)
     modules = dict(task.model.named_modules())
     for spec in space:
         if spec.kind == "outer":
             layer = modules[spec.name if spec.name in modules else ""]
-            parts = [_factors(task, layer, example, role) for example in singles(batch)]
+            parts = [_factors(layer, one) for one in values]
             outputs = torch.stack([output for output, _ in parts])
             inputs = torch.stack([x for _, x in parts])
             views = {view.parameter.rpartition(".")[2] for view in spec.parameters}
@@ -180,7 +237,7 @@ def plain_rows(task: Task, space: Space, batch: Batch, role: Role = "train") -> 
     return Rows(space, blocks, formed.index)
 
 
-def _factors(task: Task, layer: nn.Module, example: Batch, role: Role) -> tuple[Tensor, Tensor]:
+def _factors(layer: nn.Module, one: Value) -> tuple[Tensor, Tensor]:
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -188,7 +245,7 @@ def _factors(task: Task, layer: nn.Module, example: Batch, role: Role) -> tuple[
 
     handle = layer.register_forward_hook(keep)
     try:
-        total = value(task, example, role)
+        total = one()
     finally:
         handle.remove()
     [(inputs, output)] = kept

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.batch import batch_size, join, take
-from dattri_core.laws.oracles import ggn, hessian, plain_rows, plain_space
+from dattri_core.batch import Batch, batch_size, take
+from dattri_core.blocks import Block
+from dattri_core.laws.oracles import (
+    ggn,
+    hessian,
+    output_columns,
+    plain_rows,
+    plain_space,
+    pulled_rows,
+)
 from dattri_core.laws.worlds import World, language, logistic, network
-from dattri_core.protocols import CurvatureKind, RandomStream
+from dattri_core.losses import Loss
+from dattri_core.protocols import CurvatureKind, RandomStream, RowKind
 from dattri_core.rows import Rows
 from dattri_core.space import Space
+from dattri_core.task import Task
 
 
 @frozen(eq=False)
 class DenseProblem:
-    """The train set of a world, all of it computed once in float64.
+    """The train set of a world in float64, by loops of single examples.
+
+    Labels are drawn by the place of an example in the world, not in this train set, so that what is
+    made of them obeys the laws about other orders and copies of the train set exactly.
 
     Args:
         name: Of the world.
+        task: The world's task.
+        train: The train set.
+        origin: Which example of the world each train example is, ``[n]``.
         train_rows: Gradients of single examples.
+        ggn_rows: Those of the columns of the GGN's factor, example after example.
         matrices: Mean Hessian and mean GGN, ``[d, d]``.
         convex: Whether the loss is convex in the parameters.
         batch: Rows at a time.
@@ -31,7 +48,11 @@ class DenseProblem:
     """
 
     name: str
+    task: Task
+    train: Batch
+    origin: Tensor
     train_rows: Rows
+    ggn_rows: Rows
     matrices: dict[CurvatureKind, Tensor]
     convex: bool = False
     batch: int = 4
@@ -67,33 +88,83 @@ class DenseProblem:
         """Return 256 MiB."""
         return 2**28
 
-    def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
-        """Stream the rows, all in order or those of the given positions."""
+    def rows(
+        self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
+    ) -> Iterator[Rows]:
+        """Read the rows of a kind, all in order or those of the given positions."""
         chosen = torch.arange(self.n_train) if index is None else index
-        for start in range(0, len(chosen), self.batch):
-            yield self.train_rows.take(chosen[start : start + self.batch])
+        if kind == "ggn":
+            owners = self.ggn_rows.index
+            places = [(owners == at).nonzero().flatten() for at in chosen]
+            found = self.ggn_rows.take(torch.cat([*places, owners[:0]]))
+        else:
+            found = (self.train_rows if kind == "loss" else self._fisher(draw)).take(chosen)
+        for start in range(0, len(found), self.batch):
+            yield found.take(slice(start, start + self.batch))
 
-    def product(self, vectors: Rows, kind: CurvatureKind) -> Rows:
+    def stream(
+        self,
+        sink: Callable[[str, Block, Tensor], None],
+        *,
+        kind: RowKind = "loss",
+        draw: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        """Hand the rows of `rows` over block by block, the last block first."""
+        for rows in self.rows(index, kind=kind, draw=draw):
+            for name in reversed(rows.space.names):
+                sink(name, rows.blocks[name], rows.index)
+
+    def product(self, vectors: Rows, kind: CurvatureKind, index: Tensor | None = None) -> Rows:
         """Return the mean curvature times every vector."""
         self.space.require_same(vectors.space, "curvature product")
-        flat = vectors.flat().double() @ self.matrices[kind]
+        matrix = self.matrices[kind]
+        if index is not None:
+            oracle = {"hessian": hessian, "ggn": ggn}[kind]
+            matrix = oracle(self.task, self.space, take(self.train, index))
+        flat = vectors.flat().double() @ matrix
         return Rows.from_flat(self.space, flat.to(vectors.dtype), vectors.index, vectors.aux)
+
+    def _fisher(self, draw: int) -> Rows:
+        """Return the gradients at labels drawn from the model, one a train example."""
+        loss = self.task.loss
+        assert isinstance(loss, Loss)
+        assert loss.sample is not None
+        generators = [self.random.generator("fisher", int(at), draw) for at in self.origin]
+        with torch.no_grad():
+            outputs = loss.forward(self.task.model, self.train)
+
+        def uniforms(*shape: int) -> Tensor:
+            numbers = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
+            return torch.stack(numbers)
+
+        directions = loss.sample(outputs, self.train, uniforms)
+        return pulled_rows(self.task, self.space, self.train, directions)
 
 
 @cache
 def problem_of(world: World, order: tuple[int, ...] | None = None, copies: int = 1) -> DenseProblem:
     """Return the problem of a world, its train set in another order or several times over."""
-    train = world.train if order is None else take(world.train, torch.tensor(order))
-    train = join([train] * copies)
+    origin = torch.arange(batch_size(world.train)) if order is None else torch.tensor(order)
+    origin = origin.repeat(copies)
+    train = take(world.train, origin)
     task = world.task()
     space = plain_space(task)
-    rows = plain_rows(task, space, train)
-    rows = evolve(rows, index=torch.arange(batch_size(train)))
+    owners, columns = output_columns(task, train)
     matrices: dict[CurvatureKind, Tensor] = {
         "hessian": hessian(task, space, train),
         "ggn": ggn(task, space, train),
     }
-    return DenseProblem(world.name, rows, matrices, world.convex)
+    return DenseProblem(
+        name=world.name,
+        task=task,
+        train=train,
+        origin=origin,
+        train_rows=plain_rows(task, space, train),
+        ggn_rows=evolve(pulled_rows(task, space, take(train, owners), columns), index=owners),
+        matrices=matrices,
+        convex=world.convex,
+    )
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from dattri_core.laws.inverses import require_blockwise
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.spaces import (
     GIVEN,
@@ -127,6 +128,16 @@ def apply_is_of_the_row(bench: SolverBench) -> None:
     require_equal(got.space.fingerprint, rows.space.fingerprint, "space after apply")
     require_identical(got.index, rows.index, "index after apply")
     require_equal(set(got.aux), set(rows.aux), "aux after apply")
+
+
+def _blockwise(bench: SolverBench) -> str | None:
+    return None if bench.inverse().blockwise else "its inverse is not blockwise"
+
+
+@law("solver", _needs_given, _blockwise)
+def blockwise_is_true(bench: SolverBench) -> None:
+    """Block k of apply(g) needs block k of g only: apply of a part is that part of apply(g)."""
+    require_blockwise(bench.inverse(), toy_rows(4), "apply")
 
 
 @law("solver", _needs_given)

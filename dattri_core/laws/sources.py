@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from dattri_core.laws.oracles import row_matrix, singles
 from dattri_core.laws.worlds import World, cast, first_logit, scaled, worlds
 from dattri_core.losses import Target
 from dattri_core.problem import collect
-from dattri_core.protocols import BoundSource, Role, Source
+from dattri_core.protocols import BoundSource, OutputSource, Role, Source
 from dattri_core.rows import Rows
 from dattri_core.task import Task
 
 CPU = torch.device("cpu")
+Direction = Callable[[Tensor], Tensor]
 
 
 @frozen(eq=False)
@@ -66,6 +67,16 @@ class SourceBench:
         if not found:
             raise NotApplicable("its space covers no parameters, so rows need not be gradients")
 
+    def pulling(self) -> Iterator[tuple[World, Task, OutputSource]]:
+        """Yield the worlds where the source pulls directions in the outputs back."""
+        found = False
+        for world, task, bound in self.places():
+            if isinstance(bound, OutputSource):
+                found = True
+                yield world, task, bound
+        if not found:
+            raise NotApplicable("it gives rows of the loss only: it has no pull")
+
 
 def rows_of(bound: BoundSource, batch: Batch, role: Role = "train") -> Rows:
     """Return the whole rows of a batch."""
@@ -80,6 +91,19 @@ def flat_of(bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
 def alone(bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
     """Return the rows of the examples, each in a batch of its own, ``[B, d]``."""
     return torch.cat([flat_of(bound, example, role) for example in singles(batch)])
+
+
+def pulled(bound: OutputSource, batch: Batch, direction: Direction) -> Tensor:
+    """Return the rows J_b^T u_b of a batch, formed, ``[B, d]``."""
+    blocks: dict[str, Block] = {}
+
+    def sink(name: str, block: Block) -> None:
+        require(name not in blocks, f"pull handed block {name!r} over twice")
+        blocks[name] = block
+
+    bound.pull(batch, direction, sink)
+    require_equal(set(blocks), set(bound.space.names), "blocks that pull handed over")
+    return Rows(bound.space, blocks, torch.arange(batch_size(batch))).flat().double()
 
 
 @law("source")
@@ -184,6 +208,46 @@ def rows_cover_the_selection(bench: SourceBench) -> None:
         some = world.task(parameters="*weight")
         names = set(bench.bind(some, world).space.parameter_names)
         require_equal(names, set(some.parameter_names), f"selected parameters in {world.name}")
+
+
+@law("source")
+def pull_of_the_slope_is_the_loss_row(bench: SourceBench) -> None:
+    """J_b^T u_b = row_train(z_b) for u the slope of the criterion at the outputs."""
+    for world, _, bound in bench.pulling():
+
+        def slope(outputs: Tensor, world: World = world) -> Tensor:
+            require(not outputs.requires_grad, "the outputs given to the cotangent need gradients")
+            free = outputs.clone().requires_grad_()
+            values = world.loss.criterion(free, world.train)
+            return torch.autograd.grad(values.sum(), free)[0]
+
+        want = flat_of(bound, world.train)
+        require_close(pulled(bound, world.train, slope), want, f"pulled rows in {world.name}")
+
+
+@law("source")
+def pull_is_linear(bench: SourceBench) -> None:
+    """J^T (1000 u - 3 v) = 1000 J^T u - 3 J^T v, whatever the size of the directions."""
+    for world, _, bound in bench.pulling():
+        once = pulled(bound, world.train, torch.cos)
+        other = pulled(bound, world.train, torch.ones_like)
+        both = pulled(bound, world.train, lambda o: 1e3 * o.cos() - 3)
+        want = 1e3 * once - 3 * other
+        require_close(both, want, f"pull of a sum in {world.name}")
+        require(bool(once.any() and other.any()), f"pull gives zeros in {world.name}")
+
+
+@law("source")
+def pull_is_of_single_rows(bench: SourceBench) -> None:
+    """J_b^T u_b depends on example b and u_b alone, for any batch, order and repetition."""
+    order = torch.tensor([4, 0, 7, 0, 4, 2])
+    for world, _, bound in bench.pulling():
+        whole = pulled(bound, world.train, torch.cos)
+        mixed = pulled(bound, take(world.train, order), torch.cos)
+        require_close(mixed, whole[order], f"pull of a reordered batch in {world.name}")
+        three = singles(take(world.train, slice(0, 3)))
+        alike = torch.cat([pulled(bound, example, torch.cos) for example in three])
+        require_close(alike, whole[:3], f"pull of single examples in {world.name}")
 
 
 @law("source")

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dattri_core as dattri
+from dattri_core import losses as dattri_losses
+from dattri_core.criteria import hessian_factor, softmax_factor
 from dattri_core.losses import as_loss, as_target, forward_of
 
 
@@ -138,3 +140,166 @@ def test_names_of_losses_and_targets():
         as_target(lambda model, batch: 0)
     with pytest.raises(dattri.InputError, match="takes outputs and labels"):
         as_loss(nn.CrossEntropyLoss())
+
+
+# --- in the outputs: drawn labels and factors ---------------------------------------------------
+def output_hessian(loss, outputs, batch):
+    """Return the Hessian of each example's criterion in its outputs, ``[B, K, K]``."""
+    found = []
+    for b in range(len(outputs)):
+        one = dattri.take(batch, slice(b, b + 1))
+        whole = torch.autograd.functional.hessian(
+            lambda out, one=one: loss.criterion(out, one).sum(), outputs[b : b + 1]
+        )
+        size = outputs[b].numel()
+        found.append(whole.reshape(size, size))
+    return torch.stack(found)
+
+
+def squares(factor):
+    flat = factor.flatten(2)
+    return torch.einsum("kbi,kbj->bij", flat, flat)
+
+
+def case(name, n=4, seed=0):
+    """Return outputs and a batch of a shipped loss, some labels ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "cross-entropy":
+        labels = torch.randint(5, (n,), generator=generator)
+        labels[1] = -100
+        return 2 * seeded(n, 5, seed=seed), (torch.zeros(n), labels)
+    if name == "squared-error":
+        return seeded(n, 2, 3, seed=seed), (torch.zeros(n), seeded(n, 6, seed=seed + 1))
+    labels = torch.randint(3, (n, 4), generator=generator)
+    labels[0, 2:] = -100
+    labels[2] = -100
+    return 2 * seeded(n, 4, 3, seed=seed), {"labels": labels}
+
+
+SHIPPED = sorted(dattri_losses.LOSSES)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("generic", [False, True])
+def test_a_factor_is_a_root_of_the_hessian_in_the_outputs(name, generic):
+    loss = as_loss(name)
+    outputs, batch = case(name)
+    if generic:
+        factor = hessian_factor(lambda out: loss.criterion(out, batch), outputs, name)
+    else:
+        factor = loss.factor(outputs, batch)
+    assert factor.shape[1:] == outputs.shape
+    torch.testing.assert_close(
+        squares(factor), output_hessian(loss, outputs, batch), rtol=0, atol=1e-13
+    )
+    sizes = {"cross-entropy": 4, "squared-error": 6, "causal-lm": 3 * 2}
+    assert generic or len(factor) == sizes[name]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_columns_that_an_example_does_not_have_are_exactly_zero(name):
+    loss = as_loss(name)
+    outputs, batch = case(name)
+    generic = hessian_factor(lambda out: loss.criterion(out, batch), outputs, name)
+    rank = torch.linalg.matrix_rank(output_hessian(loss, outputs, batch), hermitian=True)
+    for factor in (generic, loss.factor(outputs, batch)):
+        assert torch.equal(factor.flatten(2).any(-1).sum(0), rank)
+
+
+def test_the_softmax_factor_holds_for_sure_models_and_masked_classes():
+    inf = float("inf")
+    logits = torch.tensor(
+        [
+            [800.0, 0.0, 1.0, -700.0],
+            [-700.0, 1.0, 0.0, 800.0],
+            [0.0, -inf, 2.0, 1.0],
+            [1.0, 0.0, 2.0, -inf],
+            [3.0, -inf, -inf, -inf],
+            [-inf, -inf, -inf, 3.0],
+        ],
+        dtype=torch.float64,
+    )
+    p = logits.softmax(1)
+    factor = softmax_factor(logits, torch.ones(6))
+    want = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    assert factor.shape == (3, 6, 4)
+    torch.testing.assert_close(squares(factor), want, rtol=0, atol=1e-15)
+    sure = softmax_factor(torch.tensor([[40.0, 0.0]], dtype=torch.float64), torch.ones(1))
+    assert squares(sure)[0, 1, 1].item() == pytest.approx(math.exp(-40), rel=1e-12)
+
+
+def test_a_factor_in_half_precision_is_computed_in_more():
+    logits = 2 * seeded(3, 6)
+    low = softmax_factor(logits.bfloat16(), torch.ones(3))
+    assert low.dtype == torch.bfloat16
+    want = softmax_factor(logits.bfloat16().double(), torch.ones(3))
+    torch.testing.assert_close(low.double(), want, rtol=2**-8, atol=1e-6)
+
+
+def test_soft_labels_weigh_the_curvature_by_their_sum():
+    outputs, labels = seeded(3, 4), torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [2, 0, 1, 0]])
+    batch = (outputs, labels.double())
+    factor = dattri.cross_entropy.factor(outputs, batch)
+    want = output_hessian(dattri.cross_entropy, outputs, batch)
+    torch.testing.assert_close(squares(factor), want, rtol=0, atol=1e-13)
+
+
+def test_a_criterion_that_is_not_convex_has_no_factor():
+    with pytest.raises(dattri.NumericsError, match=r"'bent'.*eigenvalue -.*at example 1.*convex"):
+        hessian_factor(
+            lambda out: (out[:, 0] ** 3).sin() + out.square().sum(1),
+            torch.tensor([[0.0, 1.0], [1.2, 1.0]], dtype=torch.float64),
+            "bent",
+        )
+
+
+def test_a_linear_criterion_has_an_empty_factor():
+    factor = hessian_factor(lambda out: out.sum(1), seeded(2, 3), "linear")
+    assert not factor.any()
+
+
+def test_a_hessian_in_many_outputs_is_refused():
+    with pytest.raises(dattri.InputError, match=r"1025 outputs.*factor="):
+        hessian_factor(lambda out: out.square().sum(1), torch.zeros(1, 1025), "wide")
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "causal-lm"])
+def test_a_sample_is_the_slope_for_the_label_that_its_number_picks(name):
+    """Midpoints between the steps of the distribution function enumerate all labels exactly."""
+    loss = as_loss(name)
+    outputs, batch = case(name)
+    logits = outputs if name == "cross-entropy" else outputs[:, :-1]
+    p = logits.softmax(-1)
+    upper = p.cumsum(-1)
+    for label in range(p.shape[-1]):
+        numbers = upper[..., label] - p[..., label] / 2
+        slope = loss.sample(outputs, batch, lambda *shape, n=numbers: n.reshape(len(n), *shape))
+        labels = dattri.labels_of(batch).clone()
+        if name == "cross-entropy":
+            labels[labels != -100] = label
+        else:
+            labels[:, 1:][labels[:, 1:] != -100] = label
+        free = outputs.clone().requires_grad_()
+        loss.criterion(free, {"labels": labels}).sum().backward()
+        torch.testing.assert_close(slope, free.grad, rtol=0, atol=1e-14)
+
+
+def test_uniform_numbers_at_the_ends_pick_a_label():
+    logits = seeded(2, 3)
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    slope = dattri.cross_entropy.sample(logits, (logits, torch.zeros(2).long()), lambda: ends)
+    want = logits.softmax(1) - torch.eye(3, dtype=torch.float64)[[0, 2]]
+    torch.testing.assert_close(slope, want)
+    flat = dattri.squared_error.sample(logits[:, :1], (logits, logits), lambda _: ends[:, None])
+    assert torch.isfinite(flat).all()
+    assert flat[0] < -8 < 8 < flat[1]
+
+
+def test_squared_error_draws_standard_normal_numbers():
+    n = 20000
+    uniform = torch.rand(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slope = dattri.squared_error.sample(
+        torch.zeros(n, 2, dtype=torch.float64), (None, torch.zeros(n, 2)), lambda _: uniform
+    )
+    assert slope.mean(0).abs().max() < 4 / n**0.5
+    assert (slope.T @ slope / n - torch.eye(2)).abs().max() < 6 / n**0.5

@@ -9,6 +9,7 @@ from oracles.toy_parts import (
     FlatSketch,
     GGNColumns,
     Gram,
+    GramOf,
     HessianColumns,
     LastOnly,
     OneWaySketch,
@@ -20,6 +21,7 @@ from oracles.toy_tasks import examples, mlp, states, world
 
 import dattri_core as dattri
 from dattri_core import CurvatureInverse, Loss, Method, SpecError, Task
+from dattri_core.assemble import build_part
 
 
 @pytest.fixture
@@ -141,6 +143,59 @@ def test_a_ggn_needs_outputs_and_criterion_apart(no_tensors, call):
     method = Method(inverse_hessian=inverse(GGNColumns()))
     with pytest.raises(SpecError, match=r"loss 'plain_loss'.*dattri\.Loss\(forward="):
         call(method, Task(mlp(), plain_loss))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["fisher", "ggn"])
+def test_rows_of_outputs_need_outputs_and_criterion_apart(no_tensors, call, kind):
+    method = Method(inverse_hessian=inverse(GramOf(kind)))
+    with pytest.raises(SpecError, match=rf"kind '{kind}'.*loss 'plain_loss'.*dattri\.Loss\("):
+        call(method, Task(mlp(), plain_loss))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_rows_of_drawn_labels_need_a_loss_that_draws(no_tensors, call):
+    loss = Loss(lambda m, b: m(b[0]), lambda o, b: o.square().sum(1))
+    method = Method(inverse_hessian=inverse(GramOf("fisher")))
+    with pytest.raises(SpecError, match=r"how a label is drawn.*sample=.*kind 'ggn'"):
+        call(method, Task(mlp(), loss))
+
+
+def test_rows_of_outputs_need_a_source_that_pulls():
+    """Known once the source is bound: before any pass over the train set."""
+
+    @attrs.frozen
+    class Plain:
+        provides = frozenset()
+
+        def bind(self, task, checkpoint, sample):
+            bound = build_part("source", "per-example").bind(task, checkpoint, sample)
+            return BoundPlain(bound.space, bound.evaluator, bound.stream)
+
+    @attrs.frozen
+    class BoundPlain:
+        space: object
+        evaluator: object
+        stream: object
+
+    task, train, test = world()
+    gram = Gram()
+    Method(source=Plain(), inverse_hessian=inverse(gram)).attribute(task, train, test)
+    method = Method(source=Plain(), stages=[inverse(gram), inverse(GramOf("ggn"))])
+    with pytest.raises(SpecError, match=r"source BoundPlain gives rows of the loss only"):
+        method.attribute(task, train, test)
+    assert gram.counts["fit"] == 1
+
+
+@pytest.mark.parametrize("sketches", [[], [FlatSketch(9)]])
+def test_a_curvature_of_ggn_rows_gives_the_scores_of_ggn_products(sketches):
+    task, train, test = world()
+    made = [
+        Method(stages=[*sketches, inverse(curvature)]).attribute(task, train, test)
+        for curvature in (GramOf("ggn"), GGNColumns())
+    ]
+    one, two = (torch.as_tensor(scores.values) for scores in made)
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 def test_a_hessian_takes_a_plain_loss_and_a_ggn_a_split_one():

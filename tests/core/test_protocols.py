@@ -62,6 +62,7 @@ def fitted() -> dict[str, Any]:
     stream, device = dattri.RandomStream(0, "test"), torch.device("cpu")
     return {
         "BoundSource": bound,
+        "OutputSource": bound,
         "LinearMap": method.projector.build(bound.space, stream=stream, device=device),
         "Problem": problem,
         "Operator": operator,
@@ -82,7 +83,16 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["BoundSource", "LinearMap", "Problem", "Operator", "DenseOperator", "Inverse", "Attributor"],
+    [
+        "BoundSource",
+        "OutputSource",
+        "LinearMap",
+        "Problem",
+        "Operator",
+        "DenseOperator",
+        "Inverse",
+        "Attributor",
+    ],
 )
 def test_what_parts_become_answers_its_protocol(name: str, fitted: dict[str, Any]) -> None:
     assert isinstance(fitted[name], getattr(protocols, name))

@@ -43,6 +43,11 @@ def test_rows_are_their_flat_rows(seed):
     same(picked.flat(), flat_left[[3, 0]])
     assert picked.index.tolist() == [103, 100]
     assert picked.aux["label"].tolist() == [30, 0]
+    part = left.select(["c", "a"])
+    assert part.space.names == ("a", "c")
+    same(part.flat(), torch.cat([flat_left[:, :12], flat_left[:, 17:]], 1))
+    assert part.index is left.index
+    assert part.aux is left.aux
     joined = Rows.concatenate([left, right])
     same(joined.flat(), torch.cat([flat_left, flat_right]))
     assert joined.index.tolist() == [*range(100, 105), *range(100, 104)]
@@ -67,3 +72,5 @@ def test_rows_refuse_what_does_not_fit():
             meet()
     with pytest.raises(SpecError, match="concatenate rows"):
         Rows.concatenate([rows, other])
+    with pytest.raises(SpecError, match=r"no block \['z'\]"):
+        rows.select(["a", "z"])

@@ -44,8 +44,8 @@ GOOD = {
     "source": [ToySource()],
     "projector": [ToyProjector()],
     "curvature": [ToyGGN(), ToyFisher()],
-    "solver": [ToySolver()],
-    "inverse_hessian": [ToyInverseHessian()],
+    "solver": [ToySolver(), ToySolver(exact=False, blockwise=True)],
+    "inverse_hessian": [ToyInverseHessian(), ToyInverseHessian(blockwise=True)],
     "scorer": [ToyScorer()],
     "fold": [ToyFold()],
     "method": [
@@ -67,6 +67,9 @@ BROKEN = {
         "target-rows-carry-the-sign": ToySource("sign"),
         "rows-scale-with-the-loss": ToySource("clip"),
         "rows-cover-the-selection": ToySource("everything"),
+        "pull-of-the-slope-is-the-loss-row": ToySource("pull scale"),
+        "pull-is-linear": ToySource("pull bend"),
+        "pull-is-of-single-rows": ToySource("pull place"),
         "rows-are-at-the-checkpoint": ToySource("live"),
         "float32-rows-are-close": ToySource("coarse"),
         "model-is-untouched": ToySource("eval"),
@@ -104,6 +107,7 @@ BROKEN = {
         "inverse-is-symmetric": ToySolver(fault="skew", exact=False),
         "apply-is-of-single-rows": ToySolver(fault="alone"),
         "apply-is-of-the-row": ToySolver(fault="formed"),
+        "blockwise-is-true": ToySolver(fault="leak", exact=False, blockwise=True),
         "zero-stays-zero": ToySolver(fault="zero"),
         "damping-can-change": ToySolver(fault="keep"),
         "damping-wins-in-the-end": ToySolver(fault="floor"),
@@ -115,6 +119,7 @@ BROKEN = {
     "inverse_hessian": {
         "inverse-is-linear": ToyInverseHessian("bend"),
         "apply-is-of-single-rows": ToyInverseHessian("alone"),
+        "blockwise-is-true": ToyInverseHessian("leak", blockwise=True),
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),
@@ -166,6 +171,9 @@ BROKEN = {
 
 # Laws that a mutant breaks besides its own, because it must.
 ALSO = {
+    # Rows of the loss that are wrong are not those that a right pull gives.
+    ("source", "rows-are-their-own"): {"pull-of-the-slope-is-the-loss-row"},
+    ("source", "rows-are-gradients"): {"pull-of-the-slope-is-the-loss-row"},
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
     # The global random state is something that a fold keeps beside its state.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from attrs import evolve, field, frozen
 
-from dattri_core import Damping, Evaluator, NumericsError, Rows, Space, leaves
+from dattri_core import Damping, DenseBlock, Evaluator, NumericsError, Rows, Space, leaves
 from dattri_core.batch import batch_size, take
 from dattri_core.testing import place, plain_space
 
@@ -39,22 +39,18 @@ class BoundToySource:
     space: Space
 
     def stream(self, batch, role, sink):
-        evaluator, count = self.evaluator, batch_size(batch)
-        chosen = self.space.parameter_names
-        weights = {name: evaluator.parameters[name] for name in chosen}
+        count = batch_size(batch)
+        weights = {n: self.evaluator.parameters[n] for n in self.space.parameter_names}
         if self.fault == "live":
-            weights = {n: p for n, p in evaluator.task.model.named_parameters() if n in chosen}
-        rows = []
+            model = self.evaluator.task.model
+            weights = {n: p for n, p in model.named_parameters() if n in weights}
         if self.fault == "eval":
-            evaluator.task.model.eval()
-        with evaluator.session():
-            for i in range(count):
-                leaf = leaves(weights)
-                total = evaluator.total(leaf, take(batch, slice(i, i + 1)), role)
-                grads = torch.autograd.grad(total, list(leaf.values()))
-                one = {n: g.unsqueeze(0) for n, g in zip(leaf, grads, strict=True)}
-                rows.append(place(self.space, one))
-        flat = torch.cat(rows).to(evaluator.dtype)
+            self.evaluator.task.model.eval()
+
+        def total(leaf, i):
+            return self.evaluator.total(leaf, take(batch, slice(i, i + 1)), role)
+
+        flat = self._gradients(total, weights, count)
         if self.fault == "centre" and count > 1:
             flat = flat - flat.mean(0)
         if self.fault == "noise":
@@ -74,6 +70,37 @@ class BoundToySource:
             sink(name, block)
         aux = {"place": torch.arange(count)}
         return {**aux, "more": torch.arange(count)} if self.fault == "aux" else aux
+
+    def pull(self, batch, cotangent, sink):
+        evaluator, count = self.evaluator, batch_size(batch)
+        weights = {n: evaluator.parameters[n] for n in self.space.parameter_names}
+        with evaluator.session(), torch.no_grad():
+            outputs = evaluator.outputs(None, batch)
+        directions = cotangent(outputs)
+        if self.fault == "pull scale":
+            directions = 1.001 * directions
+        if self.fault == "pull bend":  # slopes in the toy worlds are smaller
+            directions = directions.clamp(-100, 100)
+        if self.fault == "pull place":
+            directions = directions * (1 if count == 9 else 1.01)
+
+        def total(leaf, i):
+            own = evaluator.outputs(leaf, take(batch, slice(i, i + 1)))
+            return (own * directions[i : i + 1]).sum()
+
+        flat = self._gradients(total, weights, count)
+        for name, block in Rows.from_flat(self.space, flat, torch.arange(count)).blocks.items():
+            sink(name, block)
+
+    def _gradients(self, total, weights, count):
+        rows = []
+        with self.evaluator.session():
+            for i in range(count):
+                leaf = leaves(weights)
+                grads = torch.autograd.grad(total(leaf, i), list(leaf.values()))
+                one = {n: g.unsqueeze(0) for n, g in zip(leaf, grads, strict=True)}
+                rows.append(place(self.space, one))
+        return torch.cat(rows).to(self.evaluator.dtype)
 
 
 # --- curvatures -----------------------------------------------------------------------------
@@ -168,16 +195,27 @@ class ToySolver:
     )
     fault: str = ""
     exact: bool = True
+    blockwise: bool = False
     needs = frozenset({"dense"})
 
     def check(self, space):
         pass
 
     def solve_for(self, operator, device):
-        values, vectors = torch.linalg.eigh(operator.dense())
+        matrix = operator.dense()
+        if self.blockwise:
+            matrix = block_diagonal(operator.space, matrix)
+        values, vectors = torch.linalg.eigh(matrix)
         if self.fault == "shift" and values[0] < 0:
             raise NumericsError("indefinite")
-        return ToyInverse(self.fault, operator.space, values, vectors, self.damping)
+        return ToyInverse(self.fault, operator.space, values, vectors, self.damping, self.blockwise)
+
+
+def block_diagonal(space, matrix):
+    """Return a matrix without the entries between two blocks of a space."""
+    sizes = torch.tensor([spec.size for spec in space])
+    of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    return matrix * (of[:, None] == of[None])
 
 
 @frozen(eq=False)
@@ -187,10 +225,12 @@ class ToyInverse:
     values: torch.Tensor
     vectors: torch.Tensor
     damping: Damping
+    blockwise: bool = False
 
     @property
     def stats(self):
-        return {"residual": 1e-13} if self.fault in ("", "early") else {}
+        told = self.fault in ("", "early") and not self.blockwise
+        return {"residual": 1e-13} if told else {}
 
     def with_damping(self, damping):
         return self if self.fault == "keep" else evolve(self, damping=damping)
@@ -205,6 +245,15 @@ class ToyInverse:
         return ((flat @ self.vectors) / values) @ self.vectors.T
 
     def apply(self, rows):
+        if self.blockwise and len(rows.space) < len(self.space):
+            blocks = {
+                spec.name: rows.blocks.get(spec.name)
+                or DenseBlock(torch.zeros(len(rows), *spec.shape, dtype=rows.dtype))
+                for spec in self.space
+            }
+            whole = self.apply(Rows(self.space, blocks, rows.index, rows.aux))
+            part = whole.select(rows.space.names)
+            return part.scale(torch.full((len(rows),), 1.001 if self.fault == "leak" else 1.0))
         given = rows.flat()
         flat = given.double()
         if self.fault == "zero":
@@ -237,11 +286,15 @@ class ToyInverseHessian:
     """The damped inverse of the mean of g g^T, in one part."""
 
     fault: str = ""
+    blockwise: bool = False
     needs = frozenset({"rows"})
 
     def check(self, space):
         pass
 
     def fit(self, problem):
-        values, vectors = torch.linalg.eigh(fisher(self.fault, problem))
-        return ToyInverse(self.fault, problem.space, values, vectors, Damping(0.1))
+        matrix = fisher(self.fault, problem)
+        if self.blockwise:
+            matrix = block_diagonal(problem.space, matrix)
+        values, vectors = torch.linalg.eigh(matrix)
+        return ToyInverse(self.fault, problem.space, values, vectors, Damping(0.1), self.blockwise)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import frozen
 from dattri_parts.sources.per_example import PerExample
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,21 +19,27 @@ TOLERANCE = 1e-10
 WORDS, WIDTH, LENGTH = 7, 6, 5
 
 
-def vector_loss(model: nn.Module, batch: Any) -> Tensor:
-    x, y = batch
-    out = model(x)
-    return ((out.flatten(1) * y[:, None]).sin() * weights_like(out)).sum(1)
+def _vector_criterion(out: Tensor, batch: Any) -> Tensor:
+    return ((out.flatten(1) * batch[1][:, None]).sin() * weights_like(out)).sum(1)
 
 
 def weights_like(out: Tensor) -> Tensor:
     return torch.linspace(0.3, 1.7, out[0].numel(), dtype=out.dtype, device=out.device)
 
 
-def token_loss(model: nn.Module, batch: Any) -> Tensor:
-    tokens, labels = batch
-    logits = model(tokens)
+def _token_criterion(logits: Tensor, batch: Any) -> Tensor:
+    labels = batch[1]
     losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.reshape(labels.shape).sum(1)
+
+
+def _outputs(model: nn.Module, batch: Any) -> Tensor:
+    answer: Tensor = model(batch[0])
+    return answer
+
+
+vector_loss = dattri.Loss(_outputs, _vector_criterion, "vector")
+token_loss = dattri.Loss(_outputs, _token_criterion, "token")
 
 
 def vectors(count: int = 5, *shape: int) -> Any:
@@ -67,7 +74,35 @@ def check(model: nn.Module, loss: Any, batch: Any, patterns: Any = "*", device: 
     for part in (slice(None), slice(1, 2), slice(3, 5)):
         mine = {name: grads[part] for name, grads in expected.items()}
         assert worst_difference(bound, mine, dattri.take(batch, part)) <= TOLERANCE
+        if isinstance(loss, dattri.Loss):
+            pulled = Pulled(bound, loss)
+            assert worst_difference(pulled, mine, dattri.take(batch, part)) <= TOLERANCE
     return bound
+
+
+@frozen(eq=False)
+class Pulled:
+    """A source whose rows are the slopes of the criterion, pulled back: those of the loss."""
+
+    bound: Any
+    loss: dattri.Loss
+
+    @property
+    def space(self) -> Any:
+        return self.bound.space
+
+    @property
+    def evaluator(self) -> Any:
+        return self.bound.evaluator
+
+    def stream(self, batch: Any, role: str, sink: Any) -> Any:
+        def slope(outputs: Tensor) -> Tensor:
+            free = outputs.clone().requires_grad_()
+            return torch.autograd.grad(self.loss.criterion(free, batch).sum(), free)[0]
+
+        assert role == "train"
+        self.bound.pull(batch, slope, sink)
+        return {}
 
 
 class Model(nn.Module):

@@ -119,6 +119,28 @@ class Gram:
 
 
 @frozen
+class GramOf:
+    """H = (1/n) sum r r^T over rows of another kind, dense in float64."""
+
+    kind: str
+    exact: ClassVar[bool] = False
+
+    @property
+    def needs(self):
+        return frozenset({f"{self.kind}-rows"})
+
+    def gives(self, space):
+        return frozenset({"dense"})
+
+    def fit(self, problem):
+        total = torch.zeros(problem.space.dim, problem.space.dim, dtype=torch.float64)
+        for rows in problem.rows(kind=self.kind):
+            flat = rows.flat().double()
+            total += flat.T @ flat
+        return _Dense(problem.space, total / problem.n_train)
+
+
+@frozen
 class Factored:
     """Stands for K-FAC: takes nothing but blocks that have factors."""
 
@@ -205,6 +227,7 @@ class SpectralSolve(DenseSolve):
 class _Solved:
     operator: _Dense
     damping: Damping
+    blockwise: ClassVar[bool] = False
 
     @property
     def stats(self):
@@ -290,6 +313,7 @@ class DividesByZero:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     stats: ClassVar[dict] = {}
+    blockwise: ClassVar[bool] = True
 
     def check(self, space):
         pass

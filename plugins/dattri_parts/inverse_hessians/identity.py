@@ -27,6 +27,7 @@ class Identity:
 @frozen
 class _IdentityInverse:
     stats: ClassVar[Mapping[str, float]] = {}
+    blockwise: ClassVar[bool] = True
 
     def apply(self, rows: Rows) -> Rows:
         return rows

@@ -71,6 +71,7 @@ class _CGInverse:
     damping: Damping
     mean_eigenvalue: float | None = None
     stats: Mapping[str, float] = field(factory=dict)
+    blockwise: ClassVar[bool] = False
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, in the rows' dtype."""

@@ -149,6 +149,7 @@ class _DenseInverse:
     factor: Triangular | Spectrum | None
     damping: float
     stats: Mapping[str, float]
+    blockwise: ClassVar[bool] = False
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, in the rows' dtype."""

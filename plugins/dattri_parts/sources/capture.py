@@ -16,7 +16,7 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
-from dattri_core import Block, Evaluator, InputError, batch_size
+from dattri_core import Block, Evaluator, InputError
 from dattri_parts.sources.axes import CallLayout, Shape
 from dattri_parts.sources.blocks import fold_calls, join_calls, turn, zero_block
 from dattri_parts.sources.fallback import Fallback, ModuleCall
@@ -72,7 +72,7 @@ class Pass:
     evaluator: Evaluator
     plan: SourcePlan
     habits: Habits
-    role: Any
+    role: Any  # whose habits hold
     count: int
     sink: Sink
     hold: bool = False  # keep all blocks to the end, while it is not known which calls report
@@ -92,12 +92,17 @@ class Pass:
     _anchor: Tensor = field(init=False)
     _views: list[tuple[nn.Module, Tensor, int]] = field(factory=list, init=False)
 
-    def run(self, batch: Any) -> None:
-        """Stream the blocks of a batch to the sink."""
+    def run(self, objective: Callable[[nn.Module], Tensor]) -> None:
+        """Stream the blocks of a batch to the sink.
+
+        Args:
+            objective: The model, its weights swapped, to the sum over the batch of what is
+                differentiated; it calls the modules as the loss or target of the role does.
+        """
         self._anchor = torch.zeros((), device=self.evaluator.device, requires_grad=True)
 
         def both_ways(model: nn.Module) -> None:
-            total = self.evaluator.total_of(model, batch, self.role)
+            total = objective(model)
             self._expect()
             self._require_unwritten()
             self._backward = True
@@ -326,13 +331,6 @@ class Pass:
     def _expected_of(self, module: nn.Module) -> int:
         again = module in self.habits.recomputed[self.role]
         return self.calls.get(module, 0) + (self.silent.get(module, 0) if again else 0)
-
-
-def stream_blocks(
-    evaluator: Evaluator, plan: SourcePlan, habits: Habits, batch: Any, role: Any, sink: Sink
-) -> None:
-    """Hand the blocks of a batch to the sink, last module first."""
-    Pass(evaluator, plan, habits, role, batch_size(batch), sink).run(batch)
 
 
 def _start(module: nn.Module, args: Any, output: Any) -> Any:

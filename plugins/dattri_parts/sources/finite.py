@@ -38,7 +38,7 @@ class FiniteSink:
 
 
 def require_finite(
-    stream: Callable[[Sink], Any], sink: Sink, checkpoint: Checkpoint, role: str
+    stream: Callable[[Sink], Any], sink: Sink, checkpoint: Checkpoint, what: str
 ) -> None:
     """Run ``stream(sink)`` and raise `NumericsError` if a block is not finite.
 
@@ -60,7 +60,7 @@ def require_finite(
     stream(look)
     if found:  # a sum may overflow where no number of the block does
         raise NumericsError(
-            f"rows of role {role!r}: gradients are not finite at checkpoint {checkpoint.name!r}: "
+            f"{what}: gradients are not finite at checkpoint {checkpoint.name!r}: "
             f"{'; '.join(found[:4])} of the batch; look for a diverged checkpoint, a log or "
             "division by zero in the loss, or numbers that overflow half precision"
         )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import define, field, frozen
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from dattri_core import (
@@ -27,6 +27,7 @@ from dattri_parts.sources.finite import plain, require_finite
 
 Role = Literal["train", "test"]
 Sink = Callable[[str, Block], None]
+Named = dict[str, Tensor]
 
 
 @frozen
@@ -83,36 +84,87 @@ class BoundFunctional:
         """
         batch = plain(batch)
 
+        def total(parameters: Named, single: Any) -> Tensor:
+            value: Tensor = self.evaluator.total(parameters, single, role)
+            return value
+
+        what = "loss" if role == "train" else "target"
+        self._run(total, batch, sink, (what, f"rows of role {role!r}"))
+        return {}
+
+    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
+        """Hand one block for each parameter of the rows J_b^T u_b to the sink.
+
+        The outputs are computed once more beforehand, since u is a function of all of them.
+
+        Args:
+            batch: Examples.
+            cotangent: Outputs of the loss's forward pass ``[B, ...]`` to u of the same shape, which
+                is held constant.
+            sink: Takes each block once.
+
+        Raises:
+            InputError: The loss is not split in outputs and criterion, or an operation refuses
+                vmap; it is named.
+            NumericsError: A gradient is not finite; checkpoint, block and example are named.
+        """
+        batch = plain(batch)
+        with self.evaluator.session(), torch.inference_mode(False), torch.no_grad():
+            outputs = self.evaluator.outputs(None, batch)
+        with torch.enable_grad():
+            direction = cotangent(outputs)
+
+        def total(parameters: Named, single: Any) -> Tensor:
+            example, u = single
+
+            def pulled(model: nn.Module) -> Tensor:
+                found: Tensor = self.evaluator.pulled_of(model, example, lambda _: u)
+                return found
+
+            value: Tensor = self.evaluator.call(pulled, parameters)
+            return value
+
+        self._run(total, (batch, direction.detach()), sink, ("forward pass", "rows of outputs"))
+
+    def _run(
+        self,
+        total: Callable[[Named, Any], Tensor],
+        examples: Any,
+        sink: Sink,
+        names: tuple[str, str],
+    ) -> None:
+        """Hand over the gradient of ``total(parameters, one example)`` for each example."""
+        what, rows = names
+
         def once(watched: Sink) -> None:
-            found = self._gradients(batch, role)
+            found = self._gradients(total, examples, what)
             for name in self.space.names:
                 watched(name, DenseBlock(found.pop(name)))
 
-        require_finite(once, sink, self.evaluator.checkpoint, role)
-        return {}
+        require_finite(once, sink, self.evaluator.checkpoint, rows)
 
-    def _gradients(self, batch: Any, role: Role) -> dict[str, Tensor]:
+    def _gradients(
+        self, total: Callable[[Named, Any], Tensor], examples: Any, what: str
+    ) -> dict[str, Tensor]:
         tensors: list[Tensor] = []
-        map_tensors(tensors.append, batch)
+        map_tensors(tensors.append, examples)
 
-        def one(parameters: dict[str, Tensor], example: list[Tensor]) -> Tensor:
+        def one(parameters: Named, example: list[Tensor]) -> Tensor:
             rest = iter(example)
-            single = map_tensors(lambda _: next(rest).unsqueeze(0), batch)
-            total: Tensor = self.evaluator.total(parameters, single, role)
-            return total
+            return total(parameters, map_tensors(lambda _: next(rest).unsqueeze(0), examples))
 
         rows = vmap(grad(one), in_dims=(None, 0), chunk_size=self.chunk)
         try:
             with self.evaluator.session(), torch.inference_mode(False), torch.enable_grad():
-                found: dict[str, Tensor] = rows(dict(self.evaluator.selected), tensors)
+                found: Named = rows(dict(self.evaluator.selected), tensors)
         except DattriError:
             raise
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if "memory" in str(error):  # the engine halves the batch and tries again
                 raise
             raise InputError(
-                f"functional: the {'loss' if role == 'train' else 'target'} cannot be "
-                f"differentiated under torch.func.vmap: {str(error).strip().splitlines()[0]}; use "
+                f"functional: the {what} cannot be differentiated under torch.func.vmap: "
+                f"{str(error).strip().splitlines()[0]}; use "
                 "the source 'per-example', or write the operation without data-dependent control "
                 "flow, .item() and writes in place"
             ) from error

@@ -20,7 +20,7 @@ from dattri_core import (
     take,
 )
 from dattri_parts.sources.axes import LARGE
-from dattri_parts.sources.capture import stream_blocks
+from dattri_parts.sources.capture import Pass
 from dattri_parts.sources.finite import plain, require_finite
 from dattri_parts.sources.habits import Habits, WrittenInputError
 from dattri_parts.sources.plan import SourcePlan, make_plan
@@ -85,10 +85,48 @@ class BoundPerExample:
             NumericsError: A gradient is not finite; checkpoint, block and example are named.
         """
         batch = plain(batch)
+        self._run(
+            lambda model: self.evaluator.total_of(model, batch, role),
+            (batch, role),
+            sink,
+            f"rows of role {role!r}",
+        )
+        return {}
+
+    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
+        """Hand the blocks of the rows J_b^T u_b to the sink, J_b the Jacobian of the outputs.
+
+        Args:
+            batch: Examples.
+            cotangent: Outputs of the loss's forward pass ``[B, ...]`` to u of the same shape, which
+                is held constant.
+            sink: Takes each block once, last module first.
+
+        Raises:
+            InputError: The loss is not split in outputs and criterion, and as in `stream`.
+            NumericsError: A gradient is not finite; checkpoint, block and example are named.
+        """
+        batch = plain(batch)
+        self._run(
+            lambda model: self.evaluator.pulled_of(model, batch, cotangent),
+            (batch, "train"),
+            sink,
+            "rows of outputs",
+        )
+
+    def _run(
+        self,
+        objective: Callable[[nn.Module], Tensor],
+        given: tuple[Any, Role],
+        sink: Sink,
+        what: str,
+    ) -> None:
+        batch, role = given
 
         def once(watched: Sink) -> None:
+            made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), watched)
             try:
-                stream_blocks(self.evaluator, self.plan, self.habits, batch, role, watched)
+                made.run(objective)
             except WrittenInputError as error:
                 path = paths_of(self.evaluator.task.model)[error.module]
                 raise InputError(
@@ -96,8 +134,7 @@ class BoundPerExample:
                     f"changed in place after the module ran, which it was not on the sample; {CURE}"
                 ) from error
 
-        require_finite(once, sink, self.evaluator.checkpoint, role)
-        return {}
+        require_finite(once, sink, self.evaluator.checkpoint, what)
 
     def mismatches(self, sample: Any, examples: int, roles: tuple[str, ...]) -> dict[str, float]:
         """Return the parameters whose rows differ from autograd on a sample, and by how much."""

@@ -21,7 +21,7 @@ def rehearse(
         while True:
             once = Pass(evaluator, plan, habits, role, batch_size(sample), _drop, hold=True)
             try:
-                once.run(sample)
+                once.run(lambda model: evaluator.total_of(model, sample, role))
             except WrittenInputError as error:
                 if error.module in habits.copied:
                     raise

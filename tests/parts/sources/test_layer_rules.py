@@ -13,6 +13,7 @@ from dattri_parts.sources.per_example import PerExample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles.loops import loop_gradients, stream_rows, worst_difference
+from oracles.models import Pulled
 from torch import Tensor, nn
 
 import dattri_core as dattri
@@ -41,14 +42,19 @@ class Conv1D(nn.Module):
 Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
-def smooth_loss(model: nn.Module, batch: Any) -> Tensor:
-    """A loss with another weight for every output entry, so that no transpose goes unseen."""
-    x, y = batch
-    out = model(x)
-    out = out[0] if isinstance(out, tuple) else out
+def _first(model: nn.Module, batch: Any) -> Tensor:
+    out = model(batch[0])
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _smooth(out: Tensor, batch: Any) -> Tensor:
+    """Another weight for every output entry, so that no transpose goes unseen."""
     size = out[0].numel()
     weights = torch.linspace(0.3, 1.7, size, dtype=out.dtype, device=out.device)
-    return ((out.flatten(1) * y[:, None]).sin() * weights).sum(1)
+    return ((out.flatten(1) * batch[1][:, None]).sin() * weights).sum(1)
+
+
+smooth_loss = dattri.Loss(_first, _smooth, "smooth")
 
 
 def check(
@@ -72,6 +78,7 @@ def check(
     task = dattri.Task(model, loss=smooth_loss)
     bound = PerExample().bind(task, task.checkpoints[0], dattri.take(batch, slice(0, 3)))
     assert worst_difference(bound, expected, batch) <= TOLERANCE
+    assert worst_difference(Pulled(bound, smooth_loss), expected, batch) <= TOLERANCE
     one = {name: values[1:2] for name, values in expected.items()}
     assert worst_difference(bound, one, dattri.take(batch, slice(1, 2))) <= TOLERANCE
     if kinds:
@@ -316,4 +323,6 @@ def test_functional_equals_the_loop(data: st.DataObject) -> None:
     batch = (x, torch.rand(len(x)).double() + 0.5)
     task = dattri.Task(model, loss=smooth_loss)
     bound = Functional(chunk=chunk).bind(task, task.checkpoints[0], dattri.take(batch, slice(0, 3)))
-    assert worst_difference(bound, loop_gradients(model, smooth_loss, batch), batch) <= TOLERANCE
+    expected = loop_gradients(model, smooth_loss, batch)
+    assert worst_difference(bound, expected, batch) <= TOLERANCE
+    assert worst_difference(Pulled(bound, smooth_loss), expected, batch) <= TOLERANCE

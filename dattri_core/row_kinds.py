@@ -1,0 +1,161 @@
+"""The kinds of train rows: of the loss, of labels drawn from the model, and of the GGN's factor.
+
+All are rows of one example's outputs pulled back to the parameters, r = J_b^T u, with another u:
+
+- ``"loss"``: the slope of the criterion; the mean of r r^T is the empirical Fisher.
+- ``"fisher"``: that slope at a label drawn from the model; its expected r r^T is the Fisher
+  information, which is the GGN for a criterion that is a negative log likelihood.
+- ``"ggn"``: each column f_k of a factor of the criterion's Hessian C_b = sum_k f_k f_k^T; then
+  1/n sum r r^T over all rows of all examples is the GGN exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core.batch import Batch, take
+from dattri_core.errors import MemoryBudgetError, SpecError, format_bytes
+from dattri_core.evaluate import Evaluator
+from dattri_core.losses import Draw, Loss
+from dattri_core.protocols import BoundSource, OutputSource, RandomStream, RowKind, Sink
+from dattri_core.task import Task
+
+KINDS: tuple[RowKind, ...] = ("loss", "fisher", "ggn")
+KIND_OF_NEED: dict[str, RowKind] = {"fisher-rows": "fisher", "ggn-rows": "ggn"}
+"""The kind of rows that a word of `Curvature.needs` asks for, where it asks more than the loss."""
+FACTOR_BYTES = 8  # of one number of a factor: it may be made in float64
+
+
+def require_kind(kind: RowKind, task: Task) -> None:
+    """Raise `SpecError` when the loss of a task cannot give a kind of rows; says what would."""
+    if kind not in KINDS:
+        raise SpecError(f"rows: no kind {kind!r}; expected one of {list(KINDS)}")
+    loss, name = task.loss, task.loss_name
+    if kind == "loss":
+        return
+    if not isinstance(loss, Loss):
+        raise SpecError(
+            f"rows of kind {kind!r}: they need the model's outputs and the criterion apart, and "
+            f"the loss {name!r} gives neither; give dattri.Loss(forward=..., criterion=...) or a "
+            "shipped loss by name, or use a curvature of the rows of the loss (the empirical "
+            "Fisher) or of its Hessian"
+        )
+    if kind == "fisher" and loss.sample is None:
+        raise SpecError(
+            f"rows of kind 'fisher': the loss {name!r} does not say how a label is drawn from the "
+            "model; give dattri.Loss(..., sample=lambda outputs, batch, draw: slope of the "
+            "criterion at a drawn label), a shipped loss by name, or use rows of kind 'ggn' or a "
+            "curvature of GGN products"
+        )
+
+
+def require_outputs(kind: RowKind, source: BoundSource) -> OutputSource:
+    """Return a source that pulls back any u; raise `SpecError` where it gives loss rows only."""
+    if isinstance(source, OutputSource):
+        return source
+    raise SpecError(
+        f"rows of kind {kind!r}: the source {type(source).__name__} gives rows of the loss only; "
+        "use the source 'per-example' or 'functional' (any with pull(batch, cotangent, sink)), or "
+        "a curvature of the rows of the loss"
+    )
+
+
+@frozen(eq=False)
+class RowReader:
+    """One kind of rows of one source.
+
+    Args:
+        source: At a checkpoint.
+        evaluator: Of that checkpoint.
+        kind: Of the rows.
+        draw: Which draw of labels; other draws are independent.
+        random: Keys of random numbers.
+        memory: Bytes of the fit; an eighth of it for the columns of a factor.
+    """
+
+    source: BoundSource
+    evaluator: Evaluator
+    kind: RowKind
+    draw: int
+    random: RandomStream
+    memory: int
+
+    def __attrs_post_init__(self) -> None:
+        require_kind(self.kind, self.evaluator.task)
+        if self.kind != "loss":
+            require_outputs(self.kind, self.source)
+
+    def examples(self, batch: int, sample: Batch) -> int:
+        """Return how many examples to read at once for at most ``batch`` rows at a time.
+
+        Args:
+            batch: Rows at a time.
+            sample: One example, on the device.
+
+        Raises:
+            MemoryBudgetError: The factor of one example is more than the budget.
+        """
+        if self.kind != "ggn":
+            return batch
+        size = self._outputs(sample)[0].numel()
+        each = size * size * FACTOR_BYTES
+        if each > self.memory:
+            raise MemoryBudgetError(
+                f"rows of kind 'ggn': an example has {size} outputs, so its columns take "
+                f"{format_bytes(each)} of a budget of {format_bytes(self.memory)}; use a curvature "
+                "of GGN products or of drawn labels ('fisher' rows), or a larger memory="
+            )
+        return max(1, min(batch, self.memory // 8 // each))
+
+    def parts(self, index: Tensor, batch: Batch, most: int) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield positions and a nest for `stream`, of at most ``most`` rows each.
+
+        Args:
+            index: Positions of the examples, ``[B]``.
+            batch: Examples on the device, as many as `examples` says.
+            most: Rows at a time.
+        """
+        if self.kind != "ggn":
+            yield index, (batch,)
+            return
+        with torch.inference_mode(False):
+            factor = self.evaluator.output_factor(self._outputs(batch), batch)
+        # Example by example, its own columns only: which rows come does not depend on the batch.
+        there = factor.flatten(2).ne(0).any(-1).T.nonzero()  # pairs (example, column)
+        for pairs in torch.split(there, most):
+            example, column = pairs.unbind(1)
+            yield index[example.cpu()], (take(batch, example), factor[column, example])
+
+    def stream(self, index: Tensor, nest: Batch, sink: Sink) -> dict[str, Tensor]:
+        """Hand the blocks of one of `parts`, or of a part of it, to the sink."""
+        batch = nest[0]
+        if self.kind == "loss":
+            return dict(self.source.stream(batch, "train", sink))
+        source = require_outputs(self.kind, self.source)
+        if self.kind == "ggn":
+            source.pull(batch, lambda _: nest[1], sink)
+            return {}
+
+        def slope(outputs: Tensor) -> Tensor:
+            return self.evaluator.sampled_slope(outputs, batch, self._uniforms(index, outputs))
+
+        source.pull(batch, slope, sink)
+        return {}
+
+    def _uniforms(self, index: Tensor, outputs: Tensor) -> Draw:
+        """Return uniform numbers keyed by the position of each example, never by its batch."""
+        generators = [self.random.generator("fisher", int(at), self.draw) for at in index]
+
+        def draw(*shape: int) -> Tensor:
+            numbers = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
+            return torch.stack(numbers).to(outputs.device)
+
+        return draw
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        with self.evaluator.session(), torch.no_grad():
+            return self.evaluator.outputs(None, batch)
