@@ -271,7 +271,7 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
     # A part inside a part is replaced before fields are sought: the field may be the new part's.
     for wants_part in (True, False):
         for key in list(waiting):
-            found = [(path, kind) for path, kind in _paths(parts) if _ends_with(path, key)]
+            found = _nearest(parts, key)
             if len(found) > 1:
                 spellings = ", ".join(repr(_dotted(path)) for path, _ in found)
                 raise SpecError(
@@ -280,8 +280,8 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
             if found and bool(found[0][1]) is wants_part:
                 parts = _replace(parts, found[0][0], waiting.pop(key))
     for key in waiting:
-        valid = {_dotted(path) for path, _ in _paths(parts)}
-        bare = {path[-1] for path, _ in _paths(parts)}
+        valid = {_dotted(path) for path, *_ in _paths(parts)}
+        bare = {path[-1] for path, *_ in _paths(parts)}
         slots = {slot for slot in parts if slot}
         guess = nearest(key, valid | bare | slots).split("valid:")[0]
         raise SpecError(
@@ -291,24 +291,38 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
     return parts
 
 
-def _paths(parts: Mapping[str, Any]) -> Iterator[tuple[Path, str | None]]:
-    """Yield the path of every field of every part, with the kind of part it holds or None."""
+def _nearest(parts: Mapping[str, Any], key: str) -> list[tuple[Path, str | None]]:
+    """Return the fields of a name; those of a stage inside a stage only where no other has it.
+
+    ``damping`` means ``solver.damping``, not ``preconditioner.solver.damping``.
+    """
+    found = [(p, kind, nested) for p, kind, nested in _paths(parts) if _ends_with(p, key)]
+    least = min((nested for *_, nested in found), default=0)
+    return [(path, kind) for path, kind, nested in found if nested == least]
+
+
+def _paths(parts: Mapping[str, Any]) -> Iterator[tuple[Path, str | None, int]]:
+    """Yield the path of every field of every part, the kind of part it holds or None, its depth.
+
+    The depth counts stages inside stages.
+    """
     for slot, part in parts.items():
         prefix = (slot,) if slot else ()
         if isinstance(part, tuple):
             for position, item in enumerate(part):
-                yield from _paths_in(item, (*prefix, str(position)))
+                yield from _paths_in(item, (*prefix, str(position)), 0)
         else:
-            yield from _paths_in(part, prefix)
+            yield from _paths_in(part, prefix, 0)
 
 
-def _paths_in(part: Any, prefix: Path) -> Iterator[tuple[Path, str | None]]:
+def _paths_in(part: Any, prefix: Path, nested: int) -> Iterator[tuple[Path, str | None, int]]:
     cls: Any = type(part)
     for name, attribute in fields.public_fields(cls).items():
         kind = fields.part_kind(fields.hints(cls).get(attribute.name))
-        yield (*prefix, name), kind
+        yield (*prefix, name), kind, nested
         if kind is not None:
-            yield from _paths_in(getattr(part, attribute.name), (*prefix, name))
+            depth = nested + (kind in STAGE_KINDS)
+            yield from _paths_in(getattr(part, attribute.name), (*prefix, name), depth)
 
 
 def _replace(parts: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:

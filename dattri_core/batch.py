@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from torch import Tensor
 from dattri_core.errors import InputError
 
 Batch = Any
+HASH_PIECE = 2**20
+"""Bytes that one core hashes at a time; part of what a hash is, so not to be tuned."""
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
@@ -98,8 +102,18 @@ def digest(batch: Batch) -> str:
     state = hashlib.sha256()
     for tensor in tensors_of(batch):
         state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        state.update(raw_bytes(tensor))
+        state.update(_digest_of_pieces(raw_bytes(tensor)))
     return state.hexdigest()
+
+
+def _digest_of_pieces(data: memoryview) -> bytes:
+    """Return a hash over the hashes of pieces, which are made on all cores at once."""
+    pieces = [data[start : start + HASH_PIECE] for start in range(0, len(data), HASH_PIECE)]
+    if len(pieces) <= 1:
+        return hashlib.sha256(data).digest()
+    with ThreadPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool:
+        hashes = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
+        return hashlib.sha256(b"".join(hashes)).digest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -26,7 +26,7 @@ from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
 from dattri_core.scores_writer import ScoresWriter
 from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
-from dattri_core.stages import CurvatureInverse, Stage
+from dattri_core.stages import CurvatureInverse
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import MemoryTiles, Tiles, budget_of, open_tiles
@@ -82,18 +82,16 @@ class FittedMethod:
     ) -> Plan:
         """Return how the work would be cut to fit the memory; only a few examples are evaluated."""
         fitted = FittedMethod.fit(method, task, train, memory=memory, progress=False, lazy=True)
-        projectors = [stage for stage in method.chain if isinstance(stage, Projector)]
         probe = fit_checkpoint(
             method.source,
-            projectors,
+            method.chain,
             method.seed,
             task,
             fitted._first(),
             fitted.train,
             fitted.budget,
+            plan_only=True,
         )
-        if len(projectors) < len(method.chain):
-            probe = attrs.evolve(probe, costs=_with_inverse(probe, method.chain))
         return fitted._plan(probe, Examples.of(test, "test"), out)
 
     @property
@@ -219,7 +217,7 @@ class FittedMethod:
             if isinstance(old, CurvatureInverse) and isinstance(new, CurvatureInverse):
                 solver: Any = new.solver
                 as_old = attrs.evolve(solver, damping=old.solver.damping)
-                if (old.curvature, old.solver) != (new.curvature, as_old):
+                if old != attrs.evolve(new, solver=as_old):
                     return None
                 dampings.append(new.solver.damping)
             elif old != new:
@@ -363,10 +361,3 @@ def _contractions(budget: int) -> int:
 
 def _run_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.run")
-
-
-def _with_inverse(probe: Fitted, stages: tuple[Stage, ...]) -> Any:
-    dense = probe.chain.space.dim * probe.dtype.itemsize
-    if not any(not isinstance(stage, Projector) and stage.needs for stage in stages):
-        return probe.costs
-    return attrs.evolve(probe.costs, query=dense, query_work=3 * dense)

@@ -187,6 +187,16 @@ class Inverse(Protocol):
         ...
 
 
+@runtime_checkable
+class ReducedInverse(Inverse, Protocol):
+    """A fitted inverse of low rank, as two sides: <g, A h> = <train_map g, apply(h)>."""
+
+    @property
+    def train_map(self) -> LinearMap | None:
+        """Return the map of the train side, whatever the damping; None where rows stay whole."""
+        ...
+
+
 # --- curvature x solver -------------------------------------------------------------------------
 @frozen
 class Damping:
@@ -257,7 +267,7 @@ class Curvature(Protocol):
         ...
 
     def gives(self, space: Space) -> frozenset[str]:
-        """Return what its operator answers: of ``{"apply", "dense", "spectral", "rows"}``.
+        """Return what its operator does, of {"apply", "dense", "spectral", "rows", "sampled"}.
 
         Raises `SpecError` when the space lacks what the curvature needs (factors, say).
         """
@@ -302,6 +312,28 @@ class DenseOperator(Operator, Protocol):
 
 
 @runtime_checkable
+class SampledOperator(Operator, Protocol):
+    """An operator that is a mean over the train examples, and can be taken over some of them."""
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        ...
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers that choose examples."""
+        ...
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return the mean over the examples at positions ``index [m]`` of H_i g, for every row g.
+
+        A position that comes twice counts twice.
+        """
+        ...
+
+
+@runtime_checkable
 class Solver(Protocol):
     """Turns an operator into its damped inverse; owns the damping."""
 
@@ -312,7 +344,7 @@ class Solver(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what it asks of the operator: of ``{"apply", "dense", "spectral", "rows"}``."""
+        """Return what it asks of the operator; see `Curvature.gives`."""
         ...
 
     @property
@@ -326,6 +358,24 @@ class Solver(Protocol):
 
     def solve_for(self, operator: Any, device: torch.device) -> Inverse:
         """Return the inverse of an operator that answers `needs`."""
+        ...
+
+
+@runtime_checkable
+class PreconditionedSolver(Solver, Protocol):
+    """An iterative solver that another inverse can speed up, without a change of its answer."""
+
+    def precondition(self, operator: Any, device: torch.device, inverse: Inverse) -> Inverse:
+        """Return the inverse of an operator, given a positive definite one that is near to it."""
+        ...
+
+
+@runtime_checkable
+class ReducingSolver(Solver, Protocol):
+    """A solver whose inverse may leave k numbers of a row, on both sides: a `ReducedInverse`."""
+
+    def out_space(self, space: Space) -> Space:
+        """Return the space after it, the same one where it reduces nothing; without a tensor."""
         ...
 
 

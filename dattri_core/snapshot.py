@@ -27,11 +27,12 @@ from dattri_core.protocols import (
     Source,
 )
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Stage, Step, check_stages
+from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
+FLAT = ("inner products   of flat rows",)
 
 
 @frozen(eq=False)
@@ -76,10 +77,12 @@ def fit_checkpoint(
     memory: int,
     test: Examples | None = None,
     advance: Callable[[int], None] | None = None,
+    plan_only: bool = False,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
-    A few test examples, where given, are tried before any stage is fitted.
+    A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
+    costs are those of all stages, but no inverse Hessian is fitted or in the chain.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -93,16 +96,22 @@ def fit_checkpoint(
     item = max(4, rows.dtype.itemsize)
     # A map that is not blockwise takes whole rows; most form them block by block, then join them.
     whole = sum(row_bytes) + 2 * bound.space.dim * item
-    largest = max(row_bytes) if all_blockwise(stages) else whole
+    largest = max(row_bytes) if all_blockwise(stages, bound.space) else whole
     per_example = activations + largest
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
     chain = Chain(bound)
+    space, widest, reduced = bound.space, 0, False  # widest: numbers that an inverse takes
     step: Step
     for stage in stages:
+        before, space = space, space_after(stage, space)
         if isinstance(stage, Projector):
             stream = RandomStream(seed, "projector", checkpoint.position)
-            step = stage.build(chain.space, stream=stream, device=task.device)
+            step = stage.build(before, stream=stream, device=task.device)
         else:
+            widest = max(widest, before.dim) if stage.needs else widest
+            reduced = reduced or space != before
+            if plan_only:
+                continue
             step = stage.fit(
                 TrainProblem(
                     source=bound,
@@ -115,22 +124,17 @@ def fit_checkpoint(
                 )
             )
         chain = Chain(bound, (*chain.steps, step))
-    dense_query = chain.space.dim * item
-    inverted = any(not isinstance(stage, Projector) and stage.needs for stage in stages)
     query, notes = _query_bytes(rows, chain, item)
     costs = Costs(
         activations=activations,
         train_row=largest,
-        query=dense_query if inverted else query,
-        query_work=3 * dense_query if inverted else activations,
+        query=space.dim * item if widest else query,
+        query_work=3 * widest * item if widest else activations,
     )
+    if reduced:
+        notes = FLAT
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return Fitted(checkpoint, chain, costs, weights_of(bound), dtype, notes)
-
-
-def all_blockwise(stages: Sequence[Stage]) -> bool:
-    """Return whether only stages that certainly act block by block come before the scorer."""
-    return all(not isinstance(s, Projector) or "keeps-factors" in s.gives for s in stages)
 
 
 def weights_of(source: BoundSource) -> str | None:
@@ -142,7 +146,7 @@ def weights_of(source: BoundSource) -> str | None:
 def _query_bytes(rows: Rows, chain: Chain, item: int) -> tuple[int, tuple[str, ...]]:
     """Return the bytes of one query without an inverse, and how each block will be contracted."""
     if not chain.blockwise:
-        return chain.space.dim * item, ("inner products   of flat rows",)
+        return chain.space.dim * item, FLAT
     total, notes = 0, []
     after = chain.train(rows)
     for spec in chain.space:

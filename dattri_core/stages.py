@@ -1,12 +1,14 @@
 """Stages: projectors and inverse Hessians in any order, as pairs of maps (train side, test side).
 
 For train row g_i and test row g_j a chain of stages computes ``<A g_i, B g_j>``. A projector P adds
-(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1).
+(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1), or, where it is of low rank
+V D V^T and reduces rows, (V^T, D V^T).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -21,8 +23,11 @@ from dattri_core.protocols import (
     Inverse,
     InverseHessian,
     LinearMap,
+    PreconditionedSolver,
     Problem,
     Projector,
+    ReducedInverse,
+    ReducingSolver,
     Solver,
 )
 from dattri_core.row_kinds import KIND_OF_NEED, require_outputs
@@ -40,15 +45,23 @@ class CurvatureInverse:
     Args:
         curvature: What H is.
         solver: How its damped inverse is applied; owns the damping.
+        preconditioner: Another inverse Hessian, fitted on the same train set and handed to an
+            iterative solver: fewer iterations to the same answer. Its damping is its own.
     """
 
     curvature: Curvature
     solver: Solver
+    preconditioner: InverseHessian | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the curvature asks of the problem."""
-        return self.curvature.needs
+        """Return what the curvature and the preconditioner ask of the problem."""
+        more = self.preconditioner.needs if self.preconditioner is not None else frozenset()
+        return self.curvature.needs | more
+
+    def out_space(self, space: Space) -> Space:
+        """Return the space of rows after it: another one for a solver that reduces them."""
+        return self.solver.out_space(space) if isinstance(self.solver, ReducingSolver) else space
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""
@@ -61,10 +74,28 @@ class CurvatureInverse:
                 "choose another solver or curvature: see 'dattri parts'"
             )
         self.solver.check(space)
+        if self.preconditioner is None:
+            return
+        if not isinstance(self.solver, PreconditionedSolver):
+            raise SpecError(
+                f"inverse Hessian: the solver {_name(self.solver)} takes no preconditioner; use "
+                "the solver 'cg', or leave preconditioner= out"
+            )
+        self.preconditioner.check(space)
+        if space_after(self.preconditioner, space) != space:
+            raise SpecError(
+                f"inverse Hessian: the preconditioner {_name(self.preconditioner)} leaves fewer "
+                "numbers of a row; a preconditioner gives whole rows"
+            )
 
     def fit(self, problem: Problem) -> Inverse:
         """Fit the curvature on the whole train set and hand its operator to the solver."""
-        return self.solver.solve_for(self.curvature.fit(problem), problem.device)
+        operator = self.curvature.fit(problem)
+        if self.preconditioner is None:
+            return self.solver.solve_for(operator, problem.device)
+        assert isinstance(self.solver, PreconditionedSolver)
+        inverse = self.preconditioner.fit(problem)
+        return self.solver.precondition(operator, problem.device, inverse)
 
 
 @frozen(eq=False)
@@ -74,12 +105,12 @@ class Chain:
     source: BoundSource
     steps: tuple[Step, ...] = ()
 
-    @property
+    @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
         """Return the steps of the train side."""
-        return tuple(step for step in self.steps if isinstance(step, LinearMap))
+        return tuple(step for step in map(_train_map, self.steps) if step is not None)
 
-    @property
+    @cached_property
     def inverses(self) -> tuple[Inverse, ...]:
         """Return the inverse Hessians."""
         return tuple(step for step in self.steps if not isinstance(step, LinearMap))
@@ -151,7 +182,31 @@ def check_stages(stages: Sequence[Stage], space: Space, source: BoundSource | No
                 "'adjoint' or a curvature made from rows"
             )
         stage.check(space)
+        space = space_after(stage, space)
     return space
+
+
+def space_after(stage: Stage, space: Space) -> Space:
+    """Return the space of rows after one stage."""
+    return stage.out_space(space) if isinstance(stage, (Projector, CurvatureInverse)) else space
+
+
+def all_blockwise(stages: Sequence[Stage], space: Space) -> bool:
+    """Return whether train rows of a space certainly pass all stages block by block."""
+    for stage in stages:
+        after = space_after(stage, space)
+        if isinstance(stage, Projector) and "keeps-factors" not in stage.gives:
+            return False
+        if not isinstance(stage, Projector) and after != space:
+            return False
+        space = after
+    return True
+
+
+def _train_map(step: Step) -> LinearMap | None:
+    if isinstance(step, LinearMap):
+        return step
+    return step.train_map if isinstance(step, ReducedInverse) else None
 
 
 def example_space() -> Space:

@@ -20,17 +20,20 @@ SECONDS = 30  # without an answer
 
 @frozen
 class Download:
-    """A gzip file on the web.
+    """A file on the web.
 
     Args:
-        name: Its name, also below the folder of data.
-        urls: Where it lies; the next is tried when one fails.
-        sha256: Of the decompressed content.
+        name: Its name below the folder of data.
+        urls: Where it lies, plain or as gzip; the next is tried when one fails.
+        sha256: Of what `fetch` returns.
+        unpack: Whether the content is what a gzip file holds, kept as gzip in the folder; False
+            for an archive, which is returned and kept as it is.
     """
 
     name: str
     urls: Sequence[str]
     sha256: str
+    unpack: bool = True
 
 
 def data_folder() -> Path:
@@ -47,7 +50,7 @@ def data_folder() -> Path:
 
 
 def fetch(download: Download, folder: Path) -> bytes:
-    """Return the decompressed content of a file, downloading it when the folder lacks it.
+    """Return the content of a file, downloading it when the folder lacks it.
 
     Raises:
         StoreError: The file in the folder is truncated or another one.
@@ -71,7 +74,7 @@ def fetch(download: Download, folder: Path) -> bytes:
             failures.append(f"{url}: {error}")
             continue
         with atomic_file(path) as handle:
-            handle.write(packed)
+            handle.write(packed if not download.unpack or _is_gzip(packed) else _pack(content))
         return content
     raise InputError(
         f"data file {download.name!r}: not in {str(folder)!r} and not downloaded "
@@ -82,11 +85,21 @@ def fetch(download: Download, folder: Path) -> bytes:
 
 def _checked(packed: bytes, download: Download) -> bytes:
     """Return the content; raise ValueError when it is not the expected one."""
-    try:
-        content = gzip.decompress(packed)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"is not a whole gzip file ({error})") from error
+    content = packed
+    if download.unpack and _is_gzip(packed):
+        try:
+            content = gzip.decompress(packed)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"is not a whole gzip file ({error})") from error
     found = hashlib.sha256(content).hexdigest()
     if found != download.sha256:
         raise ValueError(f"its content has the SHA-256 {found}, expected {download.sha256}")
     return content
+
+
+def _is_gzip(packed: bytes) -> bool:
+    return packed.startswith(b"\x1f\x8b")
+
+
+def _pack(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)

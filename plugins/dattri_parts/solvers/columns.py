@@ -8,7 +8,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from dattri_core import DenseBlock, NumericsError, Rows, Space
+from dattri_core import DenseBlock, Inverse, NumericsError, Rows, Space
 
 SLICE_BYTES = 2 * 2**20
 """Bytes of one tensor of a slice of systems: four of them stay in a processor's cache."""
@@ -31,9 +31,11 @@ class Columns:
     length: Tensor  # [C], |g| in float64
     stopped: Tensor  # [C], met negative curvature
     reach: Tensor  # [C], largest |A p| / |p| so far: at most the norm of A = H + damping I
+    slope: Tensor  # [C], <r, M r> in float64: |r|^2 without a preconditioner
+    preconditioner: Inverse | None = None  # M
 
     @staticmethod
-    def start(rows: Rows, tolerance: float) -> Columns:
+    def start(rows: Rows, tolerance: float, preconditioner: Inverse | None = None) -> Columns:
         """Return the state at x = 0 for right-hand sides g / |g|, in float32 or better.
 
         At unit length no square underflows, however small the gradient of a well-fitted example is.
@@ -59,8 +61,11 @@ class Columns:
             length=length,
             stopped=torch.zeros_like(length, dtype=torch.bool),
             reach=torch.zeros_like(length),
+            slope=(length > 0).to(torch.float64),
+            preconditioner=preconditioner,
         )
         columns._drop()
+        columns._turn(first=True)
         return columns
 
     @property
@@ -85,8 +90,7 @@ class Columns:
 
     def directions(self, dtype: torch.dtype) -> Rows:
         """Return the directions p of the systems at work, as rows."""
-        blocks = {name: DenseBlock(value.to(dtype)) for name, value in self.direction.items()}
-        return Rows(self.space, blocks, self.live.cpu())
+        return self._rows(self.direction).to(dtype=dtype)
 
     def step(self, products: Rows, damping: float, *, first: bool) -> None:
         """Take one step, given H p; systems that are solved or stopped leave the work."""
@@ -97,6 +101,7 @@ class Columns:
         for where in self._slices():
             self._step_slice(where, {n: v[where] for n, v in formed.items()}, damping, first)
         self._drop()
+        self._turn()
 
     def _step_slice(
         self, where: slice, product: dict[str, Tensor], damping: float, first: bool
@@ -117,18 +122,42 @@ class Columns:
         precision = torch.finfo(next(iter(direction.values())).dtype).eps
         # Not positive, up to the rounding of a product with A.
         stop = curve <= precision * self.reach[live] * length
-        rate = (self.squared[live] / curve.where(~stop, curve.new_ones(()))).where(~stop, 0.0)
+        rate = (self.slope[live] / curve.where(~stop, curve.new_ones(()))).where(~stop, 0.0)
         move = rate.where(~stop, 1.0 if first else 0.0)
         for name, value in direction.items():
             _add(self.solution[name], live, value, move)
             residual[name].addcmul_(product[name], _column(-rate, value))
             residual[name].addcmul_(value, _column(-damping * rate, value))
         squared = _squares(residual)
-        turn = squared / self.squared[live]
-        for name, value in direction.items():
-            torch.addcmul(residual[name], value, _column(turn, value), out=value)
+        if self.preconditioner is None:
+            turn = squared / self.slope[live]
+            for name, value in direction.items():
+                torch.addcmul(residual[name], value, _column(turn, value), out=value)
+            self.slope[live] = squared
         self.squared[live] = squared
         self.stopped[live] = stop
+
+    def _turn(self, *, first: bool = False) -> None:
+        """Replace p by M r + (<r, M r> / its last value) p, given a preconditioner M."""
+        if self.preconditioner is None or not self.working:
+            return
+        found = self.preconditioner.apply(self._rows(self.residuals))
+        moved = {n: found.blocks[n].dense().values.to(v.dtype) for n, v in self.residuals.items()}
+        slope = _dots(self.residuals, moved)
+        if not bool((slope > 0).all()):
+            raise NumericsError(
+                f"solver 'cg': the preconditioner M is not positive definite: <r, M r> is "
+                f"{float(slope.min()):.3g} for a residual r; give its solver more damping, or take "
+                "a curvature without negative eigenvalues ('ggn') for it"
+            )
+        turn = slope * 0 if first else slope / self.slope[self.live]
+        for name, value in self.direction.items():
+            torch.addcmul(moved[name], value, _column(turn, value), out=value)
+        self.slope[self.live] = slope
+
+    def _rows(self, values: dict[str, Tensor]) -> Rows:
+        blocks = {name: DenseBlock(value) for name, value in values.items()}
+        return Rows(self.space, blocks, self.live.cpu())
 
     def answer(self, rows: Rows) -> Rows:
         """Return the iterates as rows like those that were given."""

@@ -25,7 +25,7 @@ from dattri_parts.sources.finite import plain, require_finite
 from dattri_parts.sources.habits import Habits, WrittenInputError
 from dattri_parts.sources.plan import SourcePlan, make_plan
 from dattri_parts.sources.rehearse import rehearse
-from dattri_parts.sources.resolve import CURE, ROLES, paths_of, resolve, slots_of
+from dattri_parts.sources.resolve import CURE, paths_of, resolve, slots_of
 from dattri_parts.sources.verify import mismatches
 
 Role = Literal["train", "test"]
@@ -85,9 +85,10 @@ class BoundPerExample:
             NumericsError: A gradient is not finite; checkpoint, block and example are named.
         """
         batch = plain(batch)
+        learnt = self._learnt(role)
         self._run(
-            lambda model: self.evaluator.total_of(model, batch, role),
-            (batch, role),
+            lambda model: self.evaluator.total_of(model, batch, learnt),
+            (batch, learnt),
             sink,
             f"rows of role {role!r}",
         )
@@ -136,15 +137,17 @@ class BoundPerExample:
 
         require_finite(once, sink, self.evaluator.checkpoint, what)
 
-    def mismatches(self, sample: Any, examples: int, roles: tuple[str, ...]) -> dict[str, float]:
+    def _learnt(self, role: Role) -> Role:
+        """Return the role whose habits hold: a test side without target is the train loss."""
+        return role if self.evaluator.task.target is not None else "train"
+
+    def mismatches(self, sample: Any, examples: int, roles: tuple[Role, ...]) -> dict[str, float]:
         """Return the parameters whose rows differ from autograd on a sample, and by how much."""
         wrong: dict[str, float] = {}
         for role in roles:
-
-            def stream(sink: Sink, role: Any = role) -> None:
-                self.stream(sample, role, sink)
-
-            found = mismatches(self.evaluator, self.space, stream, sample, role, examples)
+            rows: dict[str, Block] = {}
+            self.stream(sample, role, rows.__setitem__)
+            found = mismatches(self.evaluator, self.space, rows, sample, role, examples)
             wrong.update({k: max(v, wrong.get(k, 0.0)) for k, v in found.items()})
         return wrong
 
@@ -154,12 +157,12 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
     size = min(batch_size(sample), LARGE)
     trio = take(sample, torch.arange(LARGE) % size)
     slots = slots_of(task.model, evaluator.selected)
-    roles = ROLES if task.target is not None else ROLES[:1]
+    roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
     while True:
-        resolved = resolve(evaluator, slots, trio, refused)
+        resolved = resolve(evaluator, slots, trio, refused, roles)
         bound = BoundPerExample(evaluator, make_plan(evaluator, resolved), Habits(resolved.layouts))
-        for role in ROLES:
+        for role in roles:
             rehearse(evaluator, bound.plan, bound.habits, trio, role)
         wrong = bound.mismatches(trio, size, roles)
         if wrong and _try_strided(bound, set(wrong)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from dattri_core import Evaluator, InputError, take
 from dattri_parts.sources.axes import LARGE, SMALL, CallLayout, Spread, spreads_of
 from dattri_parts.sources.observe import Observation, is_shared, layouts_of, observe
 
-ROLES = ("train", "test")
 Call = tuple[nn.Module, int]
 CURE = "use the source 'functional', which differentiates any function of the parameters"
 
@@ -59,14 +58,19 @@ def parents_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def resolve(
-    evaluator: Evaluator, slots: list[Slot], sample: Any, refused: set[nn.Module]
+    evaluator: Evaluator,
+    slots: list[Slot],
+    sample: Any,
+    refused: set[nn.Module],
+    roles: Sequence[str],
 ) -> Resolved:
     """Find for each slot a module whose calls tell examples apart.
 
     A parameter's own module is tried first. When nobody calls it (``out_proj`` of an attention, a
     ``ParameterList``), or its calls do not show which axis counts examples, the module around it
     answers. An output that all examples share is repeated for each of them where it meets them by
-    broadcasting, except those of the modules ``refused``.
+    broadcasting, except those of the modules ``refused``. The functions of all ``roles`` are looked
+    at.
 
     Raises:
         InputError: No module around a parameter can answer for it.
@@ -75,14 +79,14 @@ def resolve(
     paths, parents = paths_of(model), parents_of(model)
     watched = _around({slot.owner for slot in slots}, parents)
     handlers = {slot: slot.owner for slot in slots}
-    spreads: dict[str, dict[tuple[nn.Module, int], Spread]] = {role: {} for role in ROLES}
+    spreads: dict[str, dict[tuple[nn.Module, int], Spread]] = {role: {} for role in roles}
     batches = [take(sample, torch.arange(size)) for size in (SMALL, LARGE)]
 
     while True:
         answering = set(handlers.values())
         seen = {
             role: [observe(evaluator, watched, batch, role, spreads[role]) for batch in batches]
-            for role in ROLES
+            for role in roles
         }
         layouts, stuck = _layouts(seen, answering, spreads)
         shared = None if stuck else _first_shared(seen, layouts, answering)
@@ -100,7 +104,7 @@ def resolve(
         for slot, module in list(handlers.items()):
             if module in stuck:
                 handlers[slot] = _parent(slot, module, parents, paths)
-        for role in ROLES:
+        for role in roles:
             spreads[role] = {k: s for k, s in spreads[role].items() if k[0] not in stuck}
 
 
@@ -109,15 +113,15 @@ def _layouts(
     answering: set[nn.Module],
     spreads: Mapping[str, Mapping[tuple[nn.Module, int], Spread]],
 ) -> tuple[dict[str, dict[nn.Module, list[CallLayout]]], set[nn.Module]]:
-    layouts: dict[str, dict[nn.Module, list[CallLayout]]] = {role: {} for role in ROLES}
+    layouts: dict[str, dict[nn.Module, list[CallLayout]]] = {role: {} for role in seen}
     stuck: set[nn.Module] = set()
     for module in answering:
-        for role in ROLES:
+        for role in seen:
             found = layouts_of(seen[role], module, spreads[role])
             layouts[role][module] = found or []
             if found is None:
                 stuck.add(module)
-        if not any(layouts[role][module] for role in ROLES):
+        if not any(layouts[role][module] for role in seen):
             stuck.add(module)
     return layouts, stuck
 
@@ -128,7 +132,7 @@ def _first_shared(
     answering: set[nn.Module],
 ) -> tuple[str, Call] | None:
     """Return the first call, in the order of the model, whose output all examples share."""
-    for role in ROLES:
+    for role in seen:
         for module, at in seen[role][0].order:
             if module in answering and is_shared(
                 layouts[role][module][at], seen[role][0].calls[module][at]

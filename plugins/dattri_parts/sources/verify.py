@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dattri_core import Block, Evaluator, Space, leaves, take
 from dattri_parts.sources.blocks import parameter_values
 
-Sink = Callable[[str, Block], None]
 # The allowed difference, relative to a parameter's gradient; plus a share of the whole gradient,
 # for parameters whose own nearly cancels; plus a floor, where all of it is rounding.
 LOOSE = {torch.float64: (1e-8, 1e-2, 1e-12), torch.float32: (1e-2, 5e-2, 1e-6)}
@@ -21,7 +20,7 @@ LOOSE_HALF = (0.2, 0.1, 1e-4)
 def mismatches(
     evaluator: Evaluator,
     space: Space,
-    stream: Callable[[Sink], Any],
+    rows: Mapping[str, Block],
     sample: Any,
     role: Any,
     examples: int,
@@ -31,36 +30,26 @@ def mismatches(
     Args:
         evaluator: The losses.
         space: The space of the rows.
-        stream: Gives the blocks of ``sample`` to a sink.
+        rows: The blocks of ``sample``, as few examples as a fit holds at once anyway.
         sample: A few examples.
         role: Of the loss or target.
         examples: How many of them to compare; one gradient of the model is alive at a time.
     """
     wrong: dict[str, float] = {}
+    loose, share, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
     for b in range(examples):
         expected = single_gradient(evaluator, take(sample, slice(b, b + 1)), role)
         whole = torch.stack([g.norm() for g in expected.values()]).norm()
-
-        def compare(
-            name: str,
-            block: Block,
-            b: int = b,
-            expected: Mapping[str, Tensor] = expected,
-            whole: Tensor = whole,
-        ) -> None:
+        for name, block in rows.items():
             spec = space[name]
             values = block.take(slice(b, b + 1)).dense().values
             for view in spec.parameters:
                 true = expected[view.parameter]
                 got = parameter_values(spec, view, values)[0].to(true.dtype)
-                loose, share, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
-                allowed = loose * (true.norm() + share * whole) + floor
-                difference = (got - true).norm()
-                if not bool(difference <= allowed):
-                    relative = float(difference / true.norm().clamp_min(1e-30))
+                length, difference = true.norm(), (got - true).norm()
+                if not bool(difference <= loose * (length + share * whole) + floor):
+                    relative = float(difference / length.clamp_min(1e-30))
                     wrong[view.parameter] = max(relative, wrong.get(view.parameter, 0.0))
-
-        stream(compare)
     return wrong
 
 

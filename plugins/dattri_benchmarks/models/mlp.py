@@ -1,4 +1,4 @@
-"""The small models that settings train."""
+"""Multi-layer perceptrons, logistic regression among them."""
 
 from __future__ import annotations
 
