@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
-    from dattri_core.blocks import interleave as interleave
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.blocks import share as share
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -154,7 +154,6 @@ _EXPORTS = {
     "free_bytes": "memory",
     "functional": "losses",
     "hookimpl": "hookspecs",
-    "interleave": "blocks",
     "labels_of": "losses",
     "leaves": "evaluate",
     "logit": "losses",
@@ -163,6 +162,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "share": "blocks",
     "squared_error": "losses",
     "take": "batch",
     "write_text": "atomic",

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dattri_core.blocks.block import Block, LinearFunction, explain_inner
 from dattri_core.blocks.dense import DenseBlock
-from dattri_core.blocks.inputs import OneHot, Shared, accumulate, held_by
+from dattri_core.blocks.inputs import OneHot, Shared, accumulate, held_by, take_own
 from dattri_core.blocks.outer import OuterBlock, join_outer, low_rank
 from dattri_core.blocks.span import SpanBlock, SumBlock
 from dattri_core.contract import Shape
@@ -31,10 +32,13 @@ __all__ = [
     "compact",
     "concatenate",
     "explain_inner",
-    "interleave",
     "low_rank",
     "shape_of",
+    "share",
 ]
+
+SAME = 16
+"""Roundings of the largest input by which equal inputs of a layer may differ."""
 
 
 def shape_of(block: Block) -> Shape:
@@ -62,24 +66,30 @@ def concatenate(blocks: Sequence[Block]) -> Block:
     return DenseBlock(torch.cat([block.dense().values for block in blocks]))
 
 
-def interleave(blocks: Sequence[Block]) -> Block:
-    """Return row 0 of every block, then row 1 of every block...: row ``b K + k`` is block k's b.
+def share(block: Block, group: Tensor) -> Block:
+    """Return the same rows; inputs that rows of one group have in common are kept once.
 
-    Factored rows whose inputs are one and the same tensor in every block keep them once.
+    The rows of an example for each of its outputs have the same inputs in every layer. Inputs are
+    taken to be the same where they agree to the rounding of a matrix product.
+
+    Args:
+        block: B rows.
+        group: Rows of one number may have the same inputs, ``[B]``.
     """
-    outer = [block for block in blocks if isinstance(block, OuterBlock)]
-    if len(blocks) == 1:
-        return blocks[0]
-    if len(outer) < len(blocks):
-        return DenseBlock(torch.stack([b.dense().values for b in blocks], 1).flatten(0, 1))
-    rows, held = len(outer[0]), held_by(outer[0].inputs)
-    outputs = torch.stack([block.outputs for block in outer], 1).flatten(0, 1)
-    if all(held_by(block.inputs) is held for block in outer):
-        inputs = outer[0].own_inputs
-        return OuterBlock(outputs, Shared(inputs, torch.arange(rows).repeat_interleave(len(outer))))
-    joined = join_outer(outer)
-    order = torch.arange(rows * len(outer)).reshape(len(outer), rows).T.flatten()
-    return joined.take(order.to(joined.device))
+    groups, place = torch.unique(group.cpu(), return_inverse=True)
+    if not isinstance(block, OuterBlock) or len(groups) == len(block):
+        return block
+    inputs = block.own_inputs
+    first = torch.full_like(groups, len(block))
+    first.scatter_reduce_(0, place, torch.arange(len(block)), "amin")
+    kept = take_own(inputs, first)
+    held, apart = held_by(inputs), held_by(take_own(kept, place))
+    if isinstance(inputs, OneHot) or held.numel() == 0:
+        same = torch.equal(apart, held)
+    else:
+        allowed = SAME * torch.finfo(held.dtype).eps * held.abs().amax()
+        same = bool((apart - held).abs().amax() <= allowed)
+    return OuterBlock(block.outputs, Shared(kept, place)) if same else block
 
 
 def compact(block: Block) -> Block:

@@ -70,7 +70,7 @@ def own(inputs: Inputs) -> Tensor | OneHot:
     """Return the inputs of each row apart, ``[B, T, I]``."""
     if not isinstance(inputs, Shared):
         return inputs
-    return _choose(inputs.values, inputs.index)
+    return take_own(inputs.values, inputs.index)
 
 
 def vectors(inputs: Inputs, dtype: torch.dtype) -> Tensor | Shared:
@@ -80,18 +80,25 @@ def vectors(inputs: Inputs, dtype: torch.dtype) -> Tensor | Shared:
     return _written(inputs, dtype)
 
 
+def take_own(inputs: Tensor | OneHot, index: Tensor | slice) -> Tensor | OneHot:
+    """Return the inputs of chosen rows, which share nothing."""
+    held = held_by(inputs)
+    picked = held[index if isinstance(index, slice) else index.to(held.device)]
+    return evolve(inputs, index=picked) if isinstance(inputs, OneHot) else picked
+
+
 def take_inputs(inputs: Inputs, index: Tensor | slice) -> Inputs:
     """Return the inputs of chosen rows; of shared ones, only those that are still in use."""
     if not isinstance(inputs, Shared):
-        return _choose(inputs, index)
+        return take_own(inputs, index)
     chosen = inputs.index[index if isinstance(index, slice) else index.cpu()]
     used, place = torch.unique(chosen, return_inverse=True)
     count = len(held_by(inputs.values))
     if len(used) == count:
         return evolve(inputs, index=chosen)
     if len(used) and int(used[-1]) - int(used[0]) == len(used) - 1:  # a view, not a copy
-        return Shared(_choose(inputs.values, slice(int(used[0]), int(used[-1]) + 1)), place)
-    return Shared(_choose(inputs.values, used), place)
+        return Shared(take_own(inputs.values, slice(int(used[0]), int(used[-1]) + 1)), place)
+    return Shared(take_own(inputs.values, used), place)
 
 
 def move_inputs(
@@ -136,12 +143,6 @@ def pad(values: Tensor, positions: int) -> Tensor:
 
 def _written(inputs: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
     return inputs.dense(dtype) if isinstance(inputs, OneHot) else inputs
-
-
-def _choose(inputs: Tensor | OneHot, index: Tensor | slice) -> Tensor | OneHot:
-    held = held_by(inputs)
-    picked = held[index if isinstance(index, slice) else index.to(held.device)]
-    return evolve(inputs, index=picked) if isinstance(inputs, OneHot) else picked
 
 
 # --- products -----------------------------------------------------------------------------------

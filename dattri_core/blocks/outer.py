@@ -47,7 +47,7 @@ class OuterBlock:
 
     A row of low rank r (left ``[B,O,r]`` times right ``[B,r,I]``) is the same with r positions;
     see `low_rank`. Rows that have their inputs in common keep them once: `Shared`, made by
-    `interleave`.
+    `share`.
     """
 
     outputs: Tensor  # [B, T, O]

@@ -14,7 +14,7 @@ from dattri_core.blocks import (
     compact,
     concatenate,
     explain_inner,
-    interleave,
+    share,
 )
 from dattri_core.contract import contraction_limit
 
@@ -177,23 +177,34 @@ def test_spans_of_one_base_and_sums_of_them_stay_spans_and_sums():
     same(twice.dense().values, (formed_own + formed_span)[[0, 1, 2, 1]])
 
 
-@pytest.mark.parametrize("kind", [*FORMED, *FACTORED, "span of outer"])
+@pytest.mark.parametrize("kind", KINDS)
 @given(b=counts, t=positions, k=st.integers(1, 3), seed=st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
-def test_interleave_goes_around_the_blocks_and_shares_their_inputs(kind, b, t, k, seed):
+def test_share_keeps_the_rows_whatever_they_have_in_common(kind, b, t, k, seed):
     generator = torch.Generator().manual_seed(seed)
-    made = [make(kind, b, t, 3, 4, generator) for _ in range(k)]
-    want = torch.stack([formed for _, formed in made], 1).flatten(0, 1)
-    same(interleave([block for block, _ in made]).dense().values, want)
-    if kind in FACTORED:
-        first = made[0][0]
-        blocks = [OuterBlock(torch.randn_like(first.outputs), first.inputs) for _ in range(k)]
-        joined = interleave(blocks)
-        want = torch.stack([block.dense().values for block in blocks], 1).flatten(0, 1)
-        same(joined.dense().values, want)
+    block, formed = make(kind, b, t, 3, 4, generator)
+    group = torch.randint(2, (b,), generator=generator)
+    same(share(block, group).dense().values, formed)
+    if kind in FACTORED and b:
+        place = torch.arange(b).repeat_interleave(k)[torch.randperm(b * k, generator=generator)]
+        outputs = torch.randn(b * k, t, 3, generator=generator, dtype=torch.float64)
+        apart = OuterBlock(outputs, OuterBlock(outputs, block.take(place).own_inputs).inputs)
+        joined = share(apart, place + 7)
+        same(joined.dense().values, apart.dense().values)
         if k > 1:
             assert isinstance(joined.inputs, Shared)
-            assert len(joined.inputs.values.index if "hot" in kind else joined.inputs.values) == b
+            assert joined.nbytes <= apart.nbytes
+
+
+def test_inputs_are_shared_up_to_the_rounding_of_a_product_and_no_further():
+    outputs, inputs = torch.randn(6, 1, 3), torch.randn(3, 1, 4).repeat_interleave(2, 0)
+    place = torch.tensor([0, 0, 1, 1, 2, 2])
+    eps = torch.finfo(torch.float32).eps * float(inputs.abs().max())
+    nudge = torch.zeros(6, 1, 4)
+    nudge[1, 0, 0] = 4 * eps
+    assert isinstance(share(OuterBlock(outputs, inputs + nudge), place).inputs, Shared)
+    assert share(OuterBlock(outputs, inputs + 100 * nudge), place).inputs is not None
+    assert isinstance(share(OuterBlock(outputs, inputs + 100 * nudge), place).inputs, torch.Tensor)
 
 
 def test_shared_inputs_are_kept_and_multiplied_once():
