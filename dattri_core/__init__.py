@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
     from dattri_core.protocols import RowKind as RowKind
+    from dattri_core.protocols import RowsOperator as RowsOperator
     from dattri_core.protocols import Scored as Scored
     from dattri_core.protocols import Scorer as Scorer
     from dattri_core.protocols import Side as Side
@@ -127,6 +128,7 @@ _EXPORTS = {
     "Registry": "registry",
     "RowKind": "protocols",
     "Rows": "rows",
+    "RowsOperator": "protocols",
     "Scored": "protocols",
     "Scorer": "protocols",
     "Scores": "scores",

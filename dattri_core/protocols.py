@@ -279,6 +279,15 @@ class Curvature(Protocol):
 
 
 @runtime_checkable
+class ByUse(Protocol):
+    """A curvature that asks less of the problem when less is asked of its operator."""
+
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        """Return what it asks of the problem where its operator answers ``asked`` alone."""
+        ...
+
+
+@runtime_checkable
 class Operator(Protocol):
     """A symmetric operator on rows. Methods outside of `Curvature.gives` need not exist."""
 
@@ -330,6 +339,25 @@ class SampledOperator(Operator, Protocol):
 
         A position that comes twice counts twice.
         """
+        ...
+
+
+@runtime_checkable
+class RowsOperator(Operator, Protocol):
+    """H = weight sum_i r_i r_i^T, over rows that may be more than memory holds."""
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of each outer product: 1 / n for a mean over n rows."""
+        ...
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether H is made of the diagonal blocks of that sum alone."""
+        ...
+
+    def rows(self) -> Iterator[Rows]:
+        """Read all rows, a few at a time; the same ones, in the same order, each time."""
         ...
 
 

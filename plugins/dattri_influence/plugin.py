@@ -41,3 +41,22 @@ def register(registry: dattri.Registry) -> None:
         "Functions, section 3 (arXiv 1703.04730); Martens 2010, Deep learning via Hessian-free "
         "optimization",
     )
+    registry.method(
+        "if-woodbury",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": "ggn",
+                "solver": {"name": "woodbury", "damping": 1e-3},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function with the exact inverse of the Gauss-Newton matrix, from inner "
+        "products of rows",
+        formula="S_ij = <g_i, (G + damping I)^-1 h_j>, G = 1/n sum_i J_i^T C_i J_i, by the matrix "
+        "of inner products of its rows",
+        citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
+        "Functions, equation 2 (arXiv 1703.04730), with the matrix of Schraudolph 2002 and the "
+        "identity of Woodbury 1950",
+    )
