@@ -47,6 +47,30 @@ def groups_of(operator: RowsOperator) -> dict[str, tuple[str, ...]]:
     return {name: (name,) for name in names} if operator.blockwise else {"all": names}
 
 
+def squares_of(rows: Rows, groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Return the squared length of each row in the blocks of each group, ``[m]`` in float64."""
+    found = {}
+    for group, names in groups.items():
+        parts = [rows.blocks[name].pair_inner(rows.blocks[name]).double() for name in names]
+        found[group] = torch.stack(parts).sum(0)
+    return found
+
+
+def without_negligible(rows: Rows, groups: Mapping[str, Sequence[str]], precision: float) -> Rows:
+    """Return the rows without the smallest ones, which together are rounding of the largest.
+
+    What is left out of sum r r^T has a norm of ``precision`` times the largest squared row at most,
+    which is no more than the rounding of its largest eigenvalue. A classifier that is sure of most
+    examples has many such rows.
+    """
+    keep = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for squares in squares_of(rows, groups).values():
+        ordered, place = squares.sort()
+        small = ordered.cumsum(0) <= precision * ordered[-1:].clamp_min(0)
+        keep[place[~small]] = True
+    return rows if bool(keep.all()) else rows.take(keep.nonzero().flatten().cpu())
+
+
 def absolute_dampings(
     damping: Damping, traces: Mapping[str, float], sizes: Mapping[str, int]
 ) -> dict[str, float]:

@@ -25,7 +25,7 @@ from dattri_core import (
     format_bytes,
 )
 from dattri_parts.solvers.factor import largest_eigenvalue, require_regular
-from dattri_parts.solvers.held import absolute_dampings, gram, groups_of, hold
+from dattri_parts.solvers.held import absolute_dampings, gram, groups_of, hold, without_negligible
 
 FACTORS = 8
 """Dampings that are solved by a Cholesky factor each before eigenvectors serve all others."""
@@ -129,6 +129,7 @@ class _Dual:
     blockwise: bool
     space: Space
     precision: float
+    negligible: int  # rows that were left out
     asked: int = 0
 
     @staticmethod
@@ -144,6 +145,8 @@ class _Dual:
 
         rows = hold(operator, device, fits)
         assert rows is not None
+        read, precision = len(rows), torch.finfo(operator.dtype).eps
+        rows = without_negligible(rows, groups, precision)
         grams = {name: _Gram.of(rows, names) for name, names in groups.items()}
         if not all(torch.isfinite(torch.tensor(g.trace)) for g in grams.values()):
             raise NumericsError(
@@ -156,7 +159,8 @@ class _Dual:
             weight=operator.weight,
             blockwise=operator.blockwise,
             space=operator.space,
-            precision=torch.finfo(operator.dtype).eps,
+            precision=precision,
+            negligible=read - len(rows),
         )
 
     def inverse(self, damping: Damping, *, spectral: bool) -> _WoodburyInverse:
@@ -182,6 +186,7 @@ class _Dual:
             "damping": max(dampings.values()),
             "least_damping": min(dampings.values()),
             "rows": float(count),
+            "negligible_rows": float(self.negligible),
             "row_bytes": float(self.rows.nbytes),
             "gram_bytes": float(sum(g.matrix.nbytes for g in self.grams.values())),
             "rounding": rounding,
@@ -239,7 +244,7 @@ class _WoodburyInverse:
 
 def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     """Return L with L L^T = matrix + shift I, in float64."""
-    lower = matrix.to(torch.float64, copy=True)
+    lower = matrix.to(torch.float64, copy=True).mT  # in the layout of LAPACK: factorised in place
     lower.diagonal().add_(shift)
     failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
