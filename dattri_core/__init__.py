@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from dattri_core.blocks import compact as compact
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
+    from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import OutputSource as OutputSource
+    from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
+    from dattri_core.capabilities import ReducedInverse as ReducedInverse
+    from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import RowsOperator as RowsOperator
+    from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -50,6 +60,10 @@ if TYPE_CHECKING:
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
     from dattri_core.methods import method as method
+    from dattri_core.moments import FactorSums as FactorSums
+    from dattri_core.moments import factor_entries as factor_entries
+    from dattri_core.moments import factor_sums as factor_sums
+    from dattri_core.moments import square_sum as square_sum
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -62,12 +76,10 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
-    from dattri_core.protocols import OutputSource as OutputSource
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
     from dattri_core.protocols import RowKind as RowKind
-    from dattri_core.protocols import RowsOperator as RowsOperator
     from dattri_core.protocols import Scored as Scored
     from dattri_core.protocols import Scorer as Scorer
     from dattri_core.protocols import Side as Side
@@ -98,11 +110,13 @@ _EXPORTS = {
     "CurvatureInverse": "stages",
     "CurvatureKind": "protocols",
     "Damping": "protocols",
+    "DataProjector": "capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
     "Evaluator": "evaluate",
     "Examples": "stream",
+    "FactorSums": "moments",
     "FittedMethod": "fitted",
     "Fold": "protocols",
     "FoldState": "protocols",
@@ -110,6 +124,7 @@ _EXPORTS = {
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
+    "InverseRoot": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
     "MemoryBudgetError": "errors",
@@ -118,17 +133,22 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
-    "OutputSource": "protocols",
+    "OutputSource": "capabilities",
     "ParameterView": "space",
     "Plan": "memory",
     "PluginError": "errors",
+    "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
     "Projector": "protocols",
     "RandomStream": "protocols",
+    "ReducedInverse": "capabilities",
+    "ReducingSolver": "capabilities",
     "Registry": "registry",
+    "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
-    "RowsOperator": "protocols",
+    "RowsOperator": "capabilities",
+    "SampledOperator": "capabilities",
     "Scored": "protocols",
     "Scorer": "protocols",
     "Scores": "scores",
@@ -140,6 +160,7 @@ _EXPORTS = {
     "Space": "space",
     "SpanBlock": "blocks",
     "SpecError": "errors",
+    "SpectralOperator": "capabilities",
     "StoreError": "errors",
     "SumBlock": "blocks",
     "Target": "losses",
@@ -152,6 +173,8 @@ _EXPORTS = {
     "compact": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
+    "factor_entries": "moments",
+    "factor_sums": "moments",
     "format_bytes": "errors",
     "free_bytes": "memory",
     "functional": "losses",
@@ -165,6 +188,7 @@ _EXPORTS = {
     "method": "methods",
     "nearest": "errors",
     "share": "blocks",
+    "square_sum": "moments",
     "squared_error": "losses",
     "take": "batch",
     "write_text": "atomic",

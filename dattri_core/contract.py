@@ -21,7 +21,7 @@ from attrs import frozen
 
 from dattri_core.errors import SpecError, format_bytes
 
-Order = Literal["ghost", "form", "gather", "span", "parts"]
+Order = Literal["ghost", "form", "gather", "span", "parts", "form-first"]
 DEFAULT_LIMIT = 256 * 2**20
 """Bytes that one contraction may use for its intermediates; larger ones run in slices of rows."""
 
@@ -111,6 +111,68 @@ def plan_pair(
     """
     plans = _pair_plans(left, right or left, item)
     return _choose(plans, order, f"pairwise inner of {left} and {right or left}")
+
+
+def plan_squares(
+    side: Shape,
+    *,
+    on_inputs: bool = False,
+    on_outputs: bool = False,
+    order: Order | None = None,
+    item: int = 4,
+) -> Plan:
+    """Choose how to sum the squares of all entries over rows, ``sum_b (R e_bt (Q x_bt)^T)^2``.
+
+    The rows may first be mapped by square matrices R on the outputs, Q on the inputs. ``"ghost"``
+    multiplies the T (T + 1) / 2 products of two positions and forms no row; ``"form"`` maps the
+    factors and forms the rows; ``"form-first"`` forms the rows and maps them, which is less work
+    for many positions of a small layer; ``"gather"`` adds up what an embedding's token is given.
+
+    Args:
+        side: The rows.
+        on_inputs: Whether the inputs are mapped.
+        on_outputs: Whether the outputs are mapped.
+        order: Force an order instead of the cheapest one.
+        item: Bytes of one number.
+
+    Raises:
+        SpecError: The forced order does not exist for these rows.
+    """
+    size = side.outputs * side.inputs
+    formed = side.rows * size
+    turning = formed * (side.outputs * on_outputs + side.inputs * on_inputs)
+    mapped = on_inputs or on_outputs
+    if side.positions is None or side.base is not None or side.parts:
+        plans = [Plan("form", _forming(side) + turning + formed, (1 + mapped) * formed * item)]
+        return _choose(plans, order, f"squares of {side}")
+    each = side.rows * side.positions
+    factors = side.outputs * side.outputs * on_outputs + side.inputs * side.inputs * on_inputs
+    pairs = side.positions * (side.positions + 1) // 2
+    clear = formed if side.one_hot and not on_inputs else 0
+    reach = 1 if clear else side.inputs
+    plans = [
+        Plan(
+            "form",
+            each * (factors + side.outputs * reach) + clear + 2 * formed,
+            (formed + each * (side.outputs + side.inputs)) * item,
+        )
+    ]
+    if side.one_hot and not on_inputs:
+        plans.append(
+            Plan("gather", each * (factors + 2 * side.outputs), 2 * each * side.outputs * item)
+        )
+    else:
+        width = side.outputs + side.inputs
+        plans.append(
+            Plan(
+                "ghost",
+                each * factors + side.rows * pairs * size,
+                side.rows * (side.positions + pairs) * width * item,
+            )
+        )
+    if mapped:
+        plans.append(Plan("form-first", _forming(side) + turning + 2 * formed, 3 * formed * item))
+    return _choose(plans, order, f"squares of {side}")
 
 
 def _choose(plans: list[Plan], order: Order | None, operation: str) -> Plan:

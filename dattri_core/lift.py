@@ -52,46 +52,6 @@ def empty_rows(space: Space, like: Mapping[str, Tensor], index: Tensor) -> Rows:
     return Rows(space, blocks, index)
 
 
-def from_parameters(space: Space, values: Mapping[str, Tensor], index: Tensor) -> Rows:
-    """Return one tensor per parameter as rows of a space; the exact inverse of `to_parameters`.
-
-    Args:
-        space: A space whose entries are parameters.
-        values: By parameter name, ``[C, *parameter shape]``; every parameter of the space.
-        index: Positions of the rows in the data set, ``[C]``.
-
-    Raises:
-        SpecError: An entry of the space belongs to no parameter, or to two; a parameter is missing
-            or has another shape.
-    """
-    require_parameters(space)
-    count = len(index)
-    for spec in space:
-        for view in spec.parameters:
-            got = tuple(values[view.parameter].shape) if view.parameter in values else None
-            if got != (count, *view.shape):
-                raise SpecError(
-                    f"rows from parameters: {view.parameter!r} of block {spec.name!r} has shape "
-                    f"{got}, expected {(count, *view.shape)}"
-                )
-    blocks = {spec.name: DenseBlock(_block(spec, values, count)) for spec in space}
-    return Rows(space, blocks, index)
-
-
-def _block(spec: BlockSpec, values: Mapping[str, Tensor], count: int) -> Tensor:
-    outputs, columns = spec.matrix_shape
-    parts = [_columns(values[v.parameter], outputs, v.transposed) for v in _ordered(spec)]
-    matrix = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return matrix.reshape(count, outputs, columns).reshape(count, *spec.shape)
-
-
-def _columns(values: Tensor, outputs: int, transposed: bool) -> Tensor:
-    count, width = len(values), values.shape[1:].numel() // outputs
-    if transposed:
-        return values.reshape(count, width, outputs).mT
-    return values.reshape(count, outputs, width)
-
-
 def _ordered(spec: BlockSpec) -> list[ParameterView]:
     return sorted(spec.parameters, key=lambda view: view.start)
 

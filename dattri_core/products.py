@@ -19,7 +19,7 @@ from torch.func import grad, vjp, vmap
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, batch_size, take
-from dattri_core.batched import wide_products
+from dattri_core.batched import shared_operands
 from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator, leaves
 from dattri_core.losses import Loss
@@ -90,7 +90,11 @@ def batch_product(
     if total is None:
         total = {name: torch.empty_like(value) for name, value in vectors.items()}
     examples = batch_size(batch)
-    with evaluator.session(), differentiable_kernels(evaluator.task.model), wide_products(vectors):
+    with (
+        evaluator.session(),
+        differentiable_kernels(evaluator.task.model),
+        shared_operands(vectors, batch),
+    ):
         require_second_derivative(evaluator, batch)
         size = plan_slices(evaluator, batch, vectors, limit)
         for first in range(0, examples, size.examples):

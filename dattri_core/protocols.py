@@ -62,23 +62,6 @@ class BoundSource(Protocol):
         ...
 
 
-@runtime_checkable
-class OutputSource(BoundSource, Protocol):
-    """A source that pulls any direction in the model's outputs back to the parameters.
-
-    Rows of drawn labels and of the GGN's factor are made with it.
-    """
-
-    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
-        """Hand each block of the rows J_b^T u_b to ``sink(name, block)``, as `stream` does.
-
-        J_b is the Jacobian of the outputs of ``task.loss.forward`` at example b, and
-        ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
-        of the criterion as u they are the rows of the loss.
-        """
-        ...
-
-
 # --- stages -------------------------------------------------------------------------------------
 @runtime_checkable
 class LinearMap(Protocol):
@@ -156,7 +139,7 @@ class InverseHessian(Protocol):
         ...
 
     def fit(self, problem: Problem) -> Inverse:
-        """Fit on the train set."""
+        """Fit on the train set. An inverse acts on test rows, an `InverseRoot` on both sides."""
         ...
 
 
@@ -184,16 +167,6 @@ class Inverse(Protocol):
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping, without another pass over the data if possible."""
-        ...
-
-
-@runtime_checkable
-class ReducedInverse(Inverse, Protocol):
-    """A fitted inverse of low rank, as two sides: <g, A h> = <train_map g, apply(h)>."""
-
-    @property
-    def train_map(self) -> LinearMap | None:
-        """Return the map of the train side, whatever the damping; None where rows stay whole."""
         ...
 
 
@@ -279,15 +252,6 @@ class Curvature(Protocol):
 
 
 @runtime_checkable
-class ByUse(Protocol):
-    """A curvature that asks less of the problem when less is asked of its operator."""
-
-    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
-        """Return what it asks of the problem where its operator answers ``asked`` alone."""
-        ...
-
-
-@runtime_checkable
 class Operator(Protocol):
     """A symmetric operator on rows. Methods outside of `Curvature.gives` need not exist."""
 
@@ -321,47 +285,6 @@ class DenseOperator(Operator, Protocol):
 
 
 @runtime_checkable
-class SampledOperator(Operator, Protocol):
-    """An operator that is a mean over the train examples, and can be taken over some of them."""
-
-    @property
-    def n_train(self) -> int:
-        """Return the number of train examples."""
-        ...
-
-    @property
-    def random(self) -> RandomStream:
-        """Return the stream of random numbers that choose examples."""
-        ...
-
-    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
-        """Return the mean over the examples at positions ``index [m]`` of H_i g, for every row g.
-
-        A position that comes twice counts twice.
-        """
-        ...
-
-
-@runtime_checkable
-class RowsOperator(Operator, Protocol):
-    """H = weight sum_i r_i r_i^T, over rows that may be more than memory holds."""
-
-    @property
-    def weight(self) -> float:
-        """Return the weight of each outer product: 1 / n for a mean over n rows."""
-        ...
-
-    @property
-    def blockwise(self) -> bool:
-        """Return whether H is made of the diagonal blocks of that sum alone."""
-        ...
-
-    def rows(self) -> Iterator[Rows]:
-        """Read all rows, a few at a time; the same ones, in the same order, each time."""
-        ...
-
-
-@runtime_checkable
 class Solver(Protocol):
     """Turns an operator into its damped inverse; owns the damping."""
 
@@ -386,24 +309,6 @@ class Solver(Protocol):
 
     def solve_for(self, operator: Any, device: torch.device) -> Inverse:
         """Return the inverse of an operator that answers `needs`."""
-        ...
-
-
-@runtime_checkable
-class PreconditionedSolver(Solver, Protocol):
-    """An iterative solver that another inverse can speed up, without a change of its answer."""
-
-    def precondition(self, operator: Any, device: torch.device, inverse: Inverse) -> Inverse:
-        """Return the inverse of an operator, given a positive definite one that is near to it."""
-        ...
-
-
-@runtime_checkable
-class ReducingSolver(Solver, Protocol):
-    """A solver whose inverse may leave k numbers of a row, on both sides: a `ReducedInverse`."""
-
-    def out_space(self, space: Space) -> Space:
-        """Return the space after it, the same one where it reduces nothing; without a tensor."""
         ...
 
 
@@ -493,7 +398,13 @@ class Side:
 
     index: Tensor  # [B]
     aux: Mapping[str, Tensor]  # each [B]
-    norm: Tensor | None  # [B], only when the scorer needs "norm"
+    norm: Tensor | None  # [B], |A g| or |B h|, only when the scorer needs "norm"
+    self_influence: Tensor | None = None  # [B], <A g, B g> of train rows, for "self-influence"
+    inverse_norm: Tensor | None = None  # [B], |B g| of train rows, for "inverse-norm"
+
+
+MEASURED = frozenset({"norm", "self-influence", "inverse-norm"})
+"""What the engine computes for a scorer; all else that one needs, the source attaches to rows."""
 
 
 @frozen(eq=False)
@@ -510,7 +421,11 @@ class Scorer(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the auxiliary numbers it reads, and ``"norm"`` for the norms of both sides."""
+        """Return the auxiliary numbers it reads, and those of rows that the engine is to measure.
+
+        ``"norm"``: of both sides. ``"self-influence"`` and ``"inverse-norm"``: of train rows, which
+        then pass the stages of the test side too.
+        """
         ...
 
     @property

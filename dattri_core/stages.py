@@ -1,34 +1,38 @@
 """Stages: projectors and inverse Hessians in any order, as pairs of maps (train side, test side).
 
 For train row g_i and test row g_j a chain of stages computes ``<A g_i, B g_j>``. A projector P adds
-(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1), or, where it is of low rank
-V D V^T and reduces rows, (V^T, D V^T).
+(P, P) to (A, B); an inverse Hessian adds (1, (H + damping I)^-1), or its symmetric root to both
+sides, or, where it is of low rank V D V^T and reduces rows, (V^T, D V^T).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen, validators
 
 from dattri_core.blocks import Block
+from dattri_core.capabilities import (
+    ByUse,
+    InverseRoot,
+    PreconditionedSolver,
+    ReducedInverse,
+    ReducingSolver,
+    RootSolver,
+)
 from dattri_core.errors import SpecError
 from dattri_core.protocols import (
     BoundSource,
-    ByUse,
     Curvature,
     Damping,
     Inverse,
     InverseHessian,
     LinearMap,
-    PreconditionedSolver,
     Problem,
     Projector,
-    ReducedInverse,
-    ReducingSolver,
     Solver,
 )
 from dattri_core.row_kinds import KIND_OF_NEED, require_outputs
@@ -43,16 +47,24 @@ Step = LinearMap | Inverse
 class CurvatureInverse:
     """The standard inverse Hessian, composed: (H + damping I)^-1 with H a curvature's operator.
 
+    The two forms give the same inner products: <g, (H + damping I)^-1 h> = <R g, R h> with
+    R = (H + damping I)^-1/2. In the two-sided form a sketch may follow and stays unbiased for them;
+    it needs H + damping I to be positive definite.
+
     Args:
         curvature: What H is.
         solver: How its damped inverse is applied; owns the damping.
         preconditioner: Another inverse Hessian, fitted on the same train set and handed to an
             iterative solver: fewer iterations to the same answer. Its damping is its own.
+        form: ``"one-sided"``: the inverse of test rows. ``"two-sided"``: its root of both sides.
     """
 
     curvature: Curvature
     solver: Solver
     preconditioner: InverseHessian | None = None
+    form: Literal["one-sided", "two-sided"] = field(
+        default="one-sided", validator=validators.in_(("one-sided", "two-sided"))
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -78,6 +90,8 @@ class CurvatureInverse:
                 "choose another solver or curvature: see 'dattri parts'"
             )
         self.solver.check(space)
+        if self.form == "two-sided":
+            self._check_root()
         if self.preconditioner is None:
             return
         if not isinstance(self.solver, PreconditionedSolver):
@@ -92,14 +106,69 @@ class CurvatureInverse:
                 "numbers of a row; a preconditioner gives whole rows"
             )
 
+    def _check_root(self) -> None:
+        if self.preconditioner is not None or not isinstance(self.solver, RootSolver):
+            lacking = "does not give" if self.preconditioner is None else "gives unpreconditioned"
+            raise SpecError(
+                f"inverse Hessian: form 'two-sided' needs (H + damping I)^-1/2, which the solver "
+                f"{_name(self.solver)} {lacking}; use a solver that decomposes the curvature and "
+                "has root_for, such as 'cholesky' or 'spectral', or form='one-sided'"
+            )
+
     def fit(self, problem: Problem) -> Inverse:
-        """Fit the curvature on the whole train set and hand its operator to the solver."""
+        """Fit the curvature on the whole train set and hand its operator to the solver.
+
+        Raises:
+            NumericsError: The form is two-sided and H + damping I is not positive definite.
+        """
         operator = self.curvature.fit(problem)
+        if self.form == "two-sided":
+            assert isinstance(self.solver, RootSolver)
+            return TwoSided(self.solver.root_for(operator, problem.device), problem.space)
         if self.preconditioner is None:
             return self.solver.solve_for(operator, problem.device)
         assert isinstance(self.solver, PreconditionedSolver)
         inverse = self.preconditioner.fit(problem)
         return self.solver.precondition(operator, problem.device, inverse)
+
+
+@frozen(eq=False)
+class TwoSided:
+    """R = (H + damping I)^-1/2, symmetric, as a map of the rows of both sides.
+
+    Args:
+        root: Its ``apply`` is R g.
+        out_space: That of the rows, which R keeps.
+    """
+
+    root: Inverse
+    out_space: Space
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether block k of R g needs block k of g only."""
+        return self.root.blockwise
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """Return what the solver reported."""
+        return self.root.stats
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return (H + damping I)^-1 g = R R g for every row g."""
+        return self.root.apply(self.root.apply(rows))
+
+    def map(self, rows: Rows) -> Rows:
+        """Return R g for every row g."""
+        return self.root.apply(rows)
+
+    def adjoint(self, rows: Rows) -> Rows:
+        """Return R^T k = R k for every row k."""
+        return self.root.apply(rows)
+
+    def with_damping(self, damping: Damping) -> TwoSided:
+        """Return the root at another damping, without another pass over the data if possible."""
+        return TwoSided(self.root.with_damping(damping), self.out_space)
 
 
 @frozen(eq=False)
@@ -116,8 +185,8 @@ class Chain:
 
     @cached_property
     def inverses(self) -> tuple[Inverse, ...]:
-        """Return the inverse Hessians."""
-        return tuple(step for step in self.steps if not isinstance(step, LinearMap))
+        """Return the inverse Hessians, of either form."""
+        return tuple(step for step in self.steps if _is_inverse(step))
 
     @property
     def space(self) -> Space:
@@ -150,8 +219,7 @@ class Chain:
         """Return the chain with each inverse Hessian at another damping, without a new fit."""
         waiting = iter(dampings)
         steps = tuple(
-            step if isinstance(step, LinearMap) else step.with_damping(next(waiting))
-            for step in self.steps
+            step.with_damping(next(waiting)) if _is_inverse(step) else step for step in self.steps
         )
         return attrs.evolve(self, steps=steps)
 
@@ -201,10 +269,19 @@ def all_blockwise(stages: Sequence[Stage], space: Space) -> bool:
         after = space_after(stage, space)
         if isinstance(stage, Projector) and "keeps-factors" not in stage.gives:
             return False
-        if not isinstance(stage, Projector) and after != space:
+        if not isinstance(stage, Projector) and (after != space or is_two_sided(stage)):
             return False
         space = after
     return True
+
+
+def is_two_sided(stage: Stage) -> bool:
+    """Return whether a stage multiplies the rows of both sides by the root of an inverse."""
+    return isinstance(stage, CurvatureInverse) and stage.form == "two-sided"
+
+
+def _is_inverse(step: Step) -> TypeGuard[Inverse]:
+    return isinstance(step, InverseRoot) or not isinstance(step, LinearMap)
 
 
 def _train_map(step: Step) -> LinearMap | None:

@@ -14,7 +14,8 @@ from dattri_core.errors import SpecError
 if TYPE_CHECKING:
     from dattri_core.blocks.dense import DenseBlock
 
-LinearFunction: TypeAlias = Callable[[Tensor], Tensor]
+LinearFunction: TypeAlias = Callable[[Tensor], Tensor] | Tensor
+"""Of the last axis: a function, or a matrix ``[k, I]``."""
 
 
 @runtime_checkable
@@ -87,8 +88,8 @@ class Block(Protocol):
         """Return the inner product of each row with the same row of ``other``, ``[B]``."""
         ...
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> Block:
-        """Apply linear functions of the last axis to the inputs and to the outputs of each row."""
+    def map(self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None) -> Block:
+        """Apply linear functions of the last axis to inputs and outputs; None leaves a side."""
         ...
 
     def scale(self, weights: Tensor) -> Block:

@@ -16,7 +16,7 @@ from dattri_core.blocks.block import (
     item_of,
     require_alike,
 )
-from dattri_core.blocks.inputs import accumulate
+from dattri_core.blocks.inputs import accumulate, applied
 from dattri_core.contract import Order, Shape, limit_now, plan_pair, rows_per_slice
 from dattri_core.errors import SpecError
 
@@ -99,15 +99,17 @@ class DenseBlock:
         ]
         return torch.cat(parts) if parts else accumulate(self.flat()).new_zeros(0)
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> DenseBlock:
-        """Apply linear functions of the last axis to the inputs and to the outputs of each row."""
+    def map(
+        self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None
+    ) -> DenseBlock:
+        """Apply linear functions of the last axis to inputs and outputs; None leaves a side."""
         if self.values.dim() != 3:
             raise SpecError(
                 f"map on factors: rows of shape {self.shape} have no outputs and inputs; "
                 "only blocks of shape (O, I) do"
             )
-        values = on_inputs(self.values)
-        return DenseBlock(on_outputs(values.mT).mT)
+        values = applied(on_inputs, self.values)
+        return DenseBlock(applied(on_outputs, values.mT).mT)
 
     def scale(self, weights: Tensor) -> DenseBlock:
         """Multiply row b by ``weights[b]``."""

@@ -11,6 +11,8 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from dattri_core.blocks.block import LinearFunction
+
 
 @frozen(eq=False)
 class OneHot:
@@ -38,6 +40,15 @@ Inputs: TypeAlias = Tensor | OneHot | Shared
 def accumulate(values: Tensor) -> Tensor:
     """Return values in float32 when they are half precision: sums never run in fewer bits."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
+    """Return the function of the last axis of vectors, or the vectors where it is None."""
+    if function is None:
+        return vectors
+    if isinstance(function, Tensor):
+        return accumulate(vectors) @ function.mT
+    return function(vectors)
 
 
 # --- what they are ------------------------------------------------------------------------------
@@ -73,11 +84,20 @@ def own(inputs: Inputs) -> Tensor | OneHot:
     return take_own(inputs.values, inputs.index)
 
 
-def vectors(inputs: Inputs, dtype: torch.dtype) -> Tensor | Shared:
-    """Return the inputs with indices written out as one-hot vectors."""
+def map_inputs(inputs: Inputs, function: LinearFunction | None, dtype: torch.dtype) -> Inputs:
+    """Return a linear function of the inputs; shared ones stay shared.
+
+    A matrix for indices is read by columns: no one-hot vector is made.
+    """
     if isinstance(inputs, Shared):
-        return Shared(_written(inputs.values, dtype), inputs.index)
-    return _written(inputs, dtype)
+        mapped = map_inputs(inputs.values, function, dtype)
+        assert not isinstance(mapped, Shared)
+        return evolve(inputs, values=mapped)
+    if function is None:
+        return inputs
+    if isinstance(inputs, OneHot) and isinstance(function, Tensor):
+        return function.mT[inputs.index]
+    return applied(function, _written(inputs, dtype))
 
 
 def take_own(inputs: Tensor | OneHot, index: Tensor | slice) -> Tensor | OneHot:

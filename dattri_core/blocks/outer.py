@@ -23,18 +23,19 @@ from dattri_core.blocks.inputs import (
     OneHot,
     Shared,
     accumulate,
+    applied,
     counts_of,
     gram,
     held_by,
     input_gram,
     is_one_hot,
     join_inputs,
+    map_inputs,
     move_inputs,
     own,
     pad,
     pair_input_gram,
     take_inputs,
-    vectors,
     width_of,
 )
 from dattri_core.contract import Order, Shape, limit_now, plan_pair, rows_per_slice
@@ -188,15 +189,16 @@ class OuterBlock:
                 parts.append((accumulate(left.flat()) * accumulate(right.flat())).sum(1))
         return torch.cat(parts) if parts else accumulate(self.outputs).new_zeros(0)
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> OuterBlock:
-        """Apply linear functions of the last axis to both factors; the row stays factored."""
-        inputs = vectors(self.inputs, self.dtype)
-        if isinstance(inputs, Shared):
-            assert isinstance(inputs.values, Tensor)
-            inputs = evolve(inputs, values=on_inputs(inputs.values))
-        else:
-            inputs = on_inputs(inputs)
-        return OuterBlock(on_outputs(self.outputs), inputs)
+    def map(
+        self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None
+    ) -> OuterBlock:
+        """Apply linear functions of the last axis to the factors, None leaves one as it is.
+
+        The row stays factored. A matrix for the inputs of an embedding is read by columns: no
+        one-hot vector is made.
+        """
+        inputs = map_inputs(self.inputs, on_inputs, self.dtype)
+        return OuterBlock(applied(on_outputs, self.outputs), inputs)
 
     def scale(self, weights: Tensor) -> OuterBlock:
         """Multiply row b by ``weights[b]``."""

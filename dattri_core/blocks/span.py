@@ -126,7 +126,7 @@ class SpanBlock:
             total = product if start == 0 else total.add_(product)
         return total
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> SpanBlock:
+    def map(self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None) -> SpanBlock:
         """Apply linear functions of the last axis to the inputs and outputs of the base."""
         return evolve(self, base=self.base.map(on_inputs, on_outputs))
 
@@ -240,7 +240,7 @@ class SumBlock:
             return self.dense().pair_inner(other, order=order, limit=limit)
         return _added([part.pair_inner(other, limit=limit) for part in self.parts])
 
-    def map(self, on_inputs: LinearFunction, on_outputs: LinearFunction) -> SumBlock:
+    def map(self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None) -> SumBlock:
         """Apply linear functions of the last axis to the inputs and outputs of every part."""
         return SumBlock(tuple(part.map(on_inputs, on_outputs) for part in self.parts))
 

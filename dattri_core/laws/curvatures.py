@@ -9,6 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from dattri_core.blocks import DenseBlock
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -24,6 +25,15 @@ from dattri_core.laws.spy import Operations
 from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Curvature, CurvatureKind, Operator
 from dattri_core.rows import Rows
+
+ANSWERS = {
+    "apply": ("apply",),
+    "dense": ("dense",),
+    "spectral": ("basis", "eigenvalues", "complete"),
+    "rows": ("rows", "weight", "blockwise"),
+    "sampled": ("apply_on", "n_train"),
+}
+"""What `Curvature.gives` says -> the members of the operator that answer it."""
 
 NAMES: dict[str, CurvatureKind] = {
     "hessian-product": "hessian",
@@ -104,11 +114,12 @@ def gives_is_pure(bench: CurvatureBench) -> None:
         with Operations() as seen:
             given = bench.part.gives(problem.space)
         require(not seen.names, f"gives ran {sorted(set(seen.names))}")
-        unknown = given - {"apply", "dense", "spectral", "rows"}
+        unknown = given - set(ANSWERS)
         require(not unknown, f"gives says {sorted(unknown)}, which no solver knows")
         operator = bench.part.fit(problem)
-        for name in given:
-            require(hasattr(operator, name), f"gives says {name!r}; the operator has none")
+        for word in given & set(ANSWERS):
+            for name in ANSWERS[word]:
+                require(hasattr(operator, name), f"gives says {word!r}; the operator has no {name}")
         same = operator.space.fingerprint
         require_equal(same, problem.space.fingerprint, f"space of the operator in {world.name}")
 
@@ -191,6 +202,28 @@ def dense_is_apply(bench: CurvatureBench) -> None:
         dense = operator.dense()
         require_equal(dense.dtype, torch.float64, "dtype of dense()")
         require_close(dense, applied(operator, problem), f"dense() in {world.name}")
+
+
+@law("curvature", _gives("apply", "spectral"))
+def spectrum_is_of_the_operator(bench: CurvatureBench) -> None:
+    """Q^T Q = 1 and Q diag(L) Q^T g = H g; a blockwise Q takes blocks one at a time."""
+    for world, problem in bench.places():
+        operator: Any = bench.part.fit(problem)
+        basis, values = operator.basis, operator.eigenvalues
+        want = applied(operator, problem)
+        rows = flat_rows(problem.space, 3)
+        turned = basis.map(rows)
+        require_equal(turned.space.fingerprint, basis.out_space.fingerprint, "space of Q^T g")
+        scaled = turned.map_blocks(
+            lambda name, block, values=values: DenseBlock(block.dense().values * values[name])
+        )
+        got = basis.adjoint(scaled).flat()
+        require_close(got, rows.flat() @ want, f"Q diag(L) Q^T g in {world.name}")
+        back = basis.map(basis.adjoint(turned)).flat()
+        require_close(back, turned.flat(), f"Q^T Q Q^T g in {world.name}")
+        for spec in problem.space if basis.blockwise else ():
+            one = basis.map(rows.select([spec.name])).flat()
+            require_close(one, turned.blocks[spec.name].flat(), f"Q^T g of {spec.name} alone")
 
 
 @law("curvature")

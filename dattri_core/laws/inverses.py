@@ -8,6 +8,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from dattri_core.capabilities import InverseRoot
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -106,6 +107,27 @@ def require_blockwise(inverse: Inverse, rows: Rows, what: str) -> None:
         got, want = inverse.apply(rows.select(part)), whole.select(part)
         require_equal(got.space.names, want.space.names, f"{what}: blocks of a part")
         require_close(got.flat(), want.flat(), f"{what} of the blocks {part} alone", 1e-7)
+
+
+def _two_sided(bench: InverseBench) -> str | None:
+    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    return None if any(isinstance(i, InverseRoot) for i in inverses) else "it is one-sided"
+
+
+@law("inverse_hessian", _two_sided)
+def two_sides_are_the_inverse(bench: InverseBench) -> None:
+    """<R g, R k> = <g, A k> and <R g, k> = <g, R^T k>, with R the map of both sides."""
+    for world, problem in bench.places():
+        root = bench.part.fit(problem)
+        if not isinstance(root, InverseRoot):
+            continue
+        left, right = problem.train_rows.take(slice(0, 4)), problem.train_rows.take(slice(4, 8))
+        want = left.flat() @ root.apply(right).flat().T
+        got = root.map(left).flat() @ root.map(right).flat().T
+        require_close(got, want, f"<R g, R k> in {world.name}", 1e-7)
+        keys = Rows.from_flat(root.out_space, root.map(right).flat(), right.index)
+        moved = left.flat() @ root.adjoint(keys).flat().T
+        require_close(moved, got, f"<g, R^T R k> in {world.name}", 1e-7)
 
 
 @law("inverse_hessian")

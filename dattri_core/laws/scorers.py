@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
@@ -12,7 +13,7 @@ from dattri_core.blocks import DenseBlock
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.spaces import formed, toy_rows
 from dattri_core.laws.worlds import random
-from dattri_core.protocols import Scored, Scorer, Side
+from dattri_core.protocols import MEASURED, Scored, Scorer, Side
 from dattri_core.rows import Rows
 
 
@@ -43,10 +44,18 @@ class ScorerBench:
 
     def side(self, rows: Rows, seed: int) -> Side:
         """Return what the scorer may read of rows: the aux and the norm that it declares."""
-        names = self.part.needs - {"norm"}
-        aux = Watched(1000, seed)
-        norm = rows.pair_inner(rows).sqrt() if "norm" in self.part.needs else None
-        return Side(rows.index, {name: aux[name][rows.index - 100] for name in names}, norm)
+        needs, aux = self.part.needs, Watched(1000, seed)
+        read = {name: aux[name][rows.index - 100] for name in needs - MEASURED}
+        square = rows.pair_inner(rows)
+        numbers = {"norm": square.sqrt(), "self-influence": square, "inverse-norm": square.sqrt()}
+        measured = {name: numbers[name] if name in needs else None for name in sorted(MEASURED)}
+        return Side(
+            rows.index,
+            read,
+            measured["norm"],
+            self_influence=measured["self-influence"],
+            inverse_norm=measured["inverse-norm"],
+        )
 
     def total(self, train: Rows, test: Rows) -> Tensor:
         """Return the sum of the parts of all blocks, ``[B, C]``."""
@@ -78,7 +87,7 @@ def facts_are_declared(bench: ScorerBench) -> None:
 
 @law("scorer")
 def needs_are_all_it_reads(bench: ScorerBench) -> None:
-    """Finish reads only the aux and norms that `needs` names."""
+    """Finish reads only the aux and the measured numbers that `needs` names."""
     train, test = toy_rows(4), toy_rows(3, seed=9)
     sides, watched = [], []
     for rows, seed in ((train, 1), (test, 2)):
@@ -88,10 +97,29 @@ def needs_are_all_it_reads(bench: ScorerBench) -> None:
     try:
         bench.part.finish(bench.total(train, test), *sides)
     except (TypeError, AttributeError, AssertionError) as error:
-        reason = "reads a norm without needing it" if "norm" not in bench.part.needs else "fails"
+        unneeded = sorted(MEASURED - bench.part.needs)
+        reason = f"reads one of {unneeded} without needing it" if unneeded else "fails"
         require(False, f"finish {reason}: {type(error).__name__}: {error}")
     read = watched[0].read | watched[1].read
     require(read <= bench.part.needs, f"finish reads {sorted(read - bench.part.needs)}, undeclared")
+
+
+def _measures(bench: ScorerBench) -> str | None:
+    needed = bench.part.needs & MEASURED
+    return None if needed else f"it needs none of {sorted(MEASURED)}"
+
+
+@law("scorer", _measures)
+def what_is_measured_is_read(bench: ScorerBench) -> None:
+    """Doubling a measured number of the train rows that `needs` names changes the scores."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    total, sides = bench.total(train, test), (bench.side(train, 1), bench.side(test, 2))
+    before = bench.part.finish(total, *sides).values
+    for name in sorted(bench.part.needs & MEASURED):
+        field = name.replace("-", "_")
+        changed: Any = {field: 2 * getattr(sides[0], field)}
+        after = bench.part.finish(total, evolve(sides[0], **changed), sides[1]).values
+        require(not torch.equal(after, before), f"{name!r} is needed, which costs, but not read")
 
 
 @law("scorer")

@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from dattri_core.capabilities import ReducedInverse, ReducingSolver, RootSolver
 from dattri_core.laws.inverses import require_blockwise
-from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.law import (
+    NotApplicable,
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+)
 from dattri_core.laws.spaces import (
     GIVEN,
     SPACE,
     ToyOperator,
+    block_diagonal,
     formed,
+    places,
     symmetric,
     toy_rows,
 )
-from dattri_core.protocols import Damping, Inverse, Solver
+from dattri_core.protocols import (
+    Damping,
+    Inverse,
+    LinearMap,
+    Solver,
+)
 from dattri_core.rows import Rows
 
 CPU = torch.device("cpu")
 DAMPING = Damping(0.1)
 POSITIVE = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0))
 SADDLE = ToyOperator(SPACE, symmetric(SPACE.dim, -1.03, 3.0))
+BLOCKS = ToyOperator(SPACE, block_diagonal(POSITIVE.matrix))
+NULL = ToyOperator(SPACE, symmetric(SPACE.dim, 0.1, 3.0, zeros=SPACE.dim // 2))
+NULL_BLOCKS = ToyOperator(SPACE, block_diagonal(POSITIVE.matrix))
+for _where in places(SPACE).values():
+    _size = _where.stop - _where.start
+    NULL_BLOCKS.matrix[_where, _where] = symmetric(_size, 0.1, 3.0, zeros=_size // 2)
 TIGHT = 1e-12
 
 
@@ -46,8 +68,38 @@ class SolverBench:
         return made
 
     def inverse(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
-        """Return the inverse of an operator."""
-        return self.solver(damping).solve_for(operator, CPU)
+        """Return the inverse of an operator, on whole rows also where it reduces them."""
+        return _whole(self.solver(damping).solve_for(operator, CPU))
+
+    def root(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
+        """Return the root of the inverse of an operator, where the solver gives one."""
+        solver = self.solver(damping)
+        assert isinstance(solver, RootSolver)
+        return solver.root_for(operator, CPU)
+
+
+def _whole(inverse: Inverse) -> Inverse:
+    sides = inverse.train_map if isinstance(inverse, ReducedInverse) else None
+    return inverse if sides is None else _Whole(inverse, sides)
+
+
+@frozen(eq=False)
+class _Whole:
+    """P^T D h, the whole row of an inverse with the sides P g and D h."""
+
+    inverse: Inverse
+    sides: LinearMap
+    blockwise: ClassVar[bool] = False
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        return self.inverse.stats
+
+    def apply(self, rows: Rows) -> Rows:
+        return self.sides.adjoint(self.inverse.apply(rows))
+
+    def with_damping(self, damping: Damping) -> Inverse:
+        return _whole(self.inverse.with_damping(damping))
 
 
 def exact_inverse(operator: ToyOperator, damping: float, flat: Tensor) -> Tensor:
@@ -72,6 +124,16 @@ def inverse_is_exact(bench: SolverBench) -> None:
     rows = toy_rows(5)
     got = bench.inverse().apply(rows).flat()
     require_close(got, exact_inverse(POSITIVE, 0.1, rows.flat()), "apply against a dense solve")
+
+
+@law("solver", _needs_given, _exact)
+def null_space_is_damped(bench: SolverBench) -> None:
+    """(H + damping I) apply(g) = g, where half of the eigenvalues of H are zero."""
+    rows = toy_rows(5)
+    for operator, name in ((NULL, "H"), (NULL_BLOCKS, "block diagonal H")):
+        got = bench.inverse(operator).apply(rows).flat()
+        want = exact_inverse(operator, 0.1, rows.flat())
+        require_close(got, want, f"apply on a singular {name} against a dense solve")
 
 
 @law("solver", _needs_given, _exact)
@@ -100,7 +162,13 @@ def inverse_is_linear(bench: SolverBench) -> None:
     require_close(inverse.apply(mixed).flat(), want, "apply of a combination")
 
 
-@law("solver", _needs_given)
+def _of_whole_data(bench: SolverBench) -> str | None:
+    if "sampled" in bench.part.needs:
+        return "it samples train examples: symmetric in the mean over samples only"
+    return None
+
+
+@law("solver", _needs_given, _of_whole_data)
 def inverse_is_symmetric(bench: SolverBench) -> None:
     """<apply(g), k> = <g, apply(k)>."""
     inverse, left, right = bench.inverse(), toy_rows(4), toy_rows(3, seed=9)
@@ -130,6 +198,31 @@ def apply_is_of_the_row(bench: SolverBench) -> None:
     require_equal(set(got.aux), set(rows.aux), "aux after apply")
 
 
+def _reduces(bench: SolverBench) -> str | None:
+    solver = bench.part
+    reduces = isinstance(solver, ReducingSolver) and solver.out_space(SPACE) != SPACE
+    return None if reduces else "it leaves rows whole"
+
+
+@law("solver", _needs_given, _reduces)
+def reduced_sides_are_true(bench: SolverBench) -> None:
+    """A reduced inverse has the declared space on both sides, and P of any rows at any damping."""
+    rows, space = toy_rows(4), bench.part.out_space(SPACE)
+    inverse: Any = bench.solver().solve_for(POSITIVE, CPU)
+    sides = inverse.train_map
+    small = sides.map(rows)
+    for what, got in (("P g", small.space), ("apply(h)", inverse.apply(rows).space)):
+        require_equal(got.fingerprint, space.fingerprint, f"space of {what}")
+    require_equal(sides.out_space.fingerprint, space.fingerprint, "space of the train map")
+    require_close(sides.map(formed(rows)).flat(), small.flat(), "P of formed rows")
+    require_identical(small.index, rows.index, "index after P")
+    require_equal(set(small.aux), set(rows.aux), "aux after P")
+    back = sides.adjoint(small).flat() @ rows.flat().T
+    require_close(back, small.flat() @ small.flat().T, "<P^T P g, h> against <P g, P h>")
+    moved: Any = inverse.with_damping(Damping(0.7))
+    require_identical(moved.train_map.map(rows).flat(), small.flat(), "P at another damping")
+
+
 def _blockwise(bench: SolverBench) -> str | None:
     return None if bench.inverse().blockwise else "its inverse is not blockwise"
 
@@ -138,6 +231,43 @@ def _blockwise(bench: SolverBench) -> str | None:
 def blockwise_is_true(bench: SolverBench) -> None:
     """Block k of apply(g) needs block k of g only: apply of a part is that part of apply(g)."""
     require_blockwise(bench.inverse(), toy_rows(4), "apply")
+
+
+def _rooted(bench: SolverBench) -> str | None:
+    return None if isinstance(bench.part, RootSolver) else "it gives no root of its inverse"
+
+
+@law("solver", _needs_given, _rooted)
+def root_squared_is_the_inverse(bench: SolverBench) -> None:
+    """<R g, R k> = <g, apply(k)> for R = root_for(H), with its space, index and aux."""
+    left, right = toy_rows(4), toy_rows(3, seed=9)
+    for damping in (DAMPING, Damping(1.0), Damping(0.3, relative=True)):
+        root, inverse = bench.root().with_damping(damping), bench.inverse(damping=damping)
+        got = root.apply(left).flat() @ root.apply(right).flat().T
+        want = left.flat() @ inverse.apply(right).flat().T
+        require_close(got, want, f"<R g, R k> at {damping}", 1e-8)
+    mapped = root.apply(left)
+    require_equal(mapped.space.fingerprint, left.space.fingerprint, "space after R")
+    require_identical(mapped.index, left.index, "index after R")
+    require_equal(set(mapped.aux), set(left.aux), "aux after R")
+
+
+@law("solver", _needs_given, _rooted)
+def root_is_symmetric(bench: SolverBench) -> None:
+    """<R g, k> = <g, R k>."""
+    root, left, right = bench.root(), toy_rows(4), toy_rows(3, seed=9)
+    one = root.apply(left).flat() @ right.flat().T
+    require_close(left.flat() @ root.apply(right).flat().T, one, "<g, R k>")
+
+
+@law("solver", _needs_given, _rooted)
+def indefinite_has_no_root(bench: SolverBench) -> None:
+    """A root of an H + damping I with an eigenvalue below zero is refused with a NumericsError."""
+    try:
+        bench.root(SADDLE).apply(toy_rows(2))
+    except ArithmeticError:
+        return
+    require(False, "the root of the inverse of an indefinite H was given without an error")
 
 
 @law("solver", _needs_given)
@@ -177,7 +307,7 @@ def relative_damping_is_of_the_mean_eigenvalue(bench: SolverBench) -> None:
         return bench.inverse(damping=damping).apply(rows).flat()
 
     got = applied(Damping(0.3, relative=True))
-    if bench.part.needs != {"apply"}:
+    if not bench.part.needs <= {"apply", "sampled"}:
         require_close(got, applied(Damping(0.3 * mean)), "relative against absolute damping", 1e-8)
         return
     size, most, least = (
@@ -185,6 +315,22 @@ def relative_damping_is_of_the_mean_eigenvalue(bench: SolverBench) -> None:
     )
     within = bool(((least <= size) & (size <= most)).all())
     require(within, f"|apply(g)| is {size.tolist()}, not from {least.tolist()} to {most.tolist()}")
+
+
+@law("solver", _needs_given, _exact)
+def relative_damping_is_of_the_block(bench: SolverBench) -> None:
+    """Damping(v, relative) = v trace(H_k) / d_k in block k, where the inverse is blockwise."""
+    inverse: Any = bench.inverse(BLOCKS, Damping(0.3, relative=True))
+    if not getattr(inverse, "blockwise", False):
+        raise NotApplicable("its inverse is not blockwise")
+    rows = toy_rows(4)
+    got = inverse.apply(rows)
+    for name, where in places(SPACE).items():
+        matrix = BLOCKS.matrix[where, where]
+        damping = 0.3 * float(matrix.trace()) / len(matrix)
+        damped = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+        want = torch.linalg.solve(damped, rows.blocks[name].flat().T).T
+        require_close(got.blocks[name].flat(), want, f"apply in block {name!r}", 1e-8)
 
 
 @law("solver", _needs_given)
@@ -226,5 +372,6 @@ def float32_apply_is_close(bench: SolverBench) -> None:
     rows = toy_rows(4)
     tolerance = {"tolerance": 1e-5} if hasattr(bench.part, "tolerance") else {}
     solver: Any = attrs.evolve(bench.part, damping=DAMPING, **tolerance)
-    low = solver.solve_for(POSITIVE, CPU).apply(rows.to(dtype=torch.float32)).flat().double()
+    inverse = _whole(solver.solve_for(POSITIVE, CPU))
+    low = inverse.apply(rows.to(dtype=torch.float32)).flat().double()
     require_close(low, bench.inverse().apply(rows).flat(), "float32 apply", 2e-3)

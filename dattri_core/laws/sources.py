@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, join, take
 from dattri_core.blocks import Block
+from dattri_core.capabilities import OutputSource
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -24,7 +25,7 @@ from dattri_core.laws.oracles import row_matrix, singles
 from dattri_core.laws.worlds import World, cast, first_logit, scaled, worlds
 from dattri_core.losses import Target
 from dattri_core.problem import collect
-from dattri_core.protocols import BoundSource, OutputSource, Role, Source
+from dattri_core.protocols import BoundSource, Role, Source
 from dattri_core.rows import Rows
 from dattri_core.task import Task
 

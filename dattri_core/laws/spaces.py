@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from dattri_core.blocks import Block, DenseBlock, OneHot, OuterBlock
 from dattri_core.laws.worlds import integers, random
+from dattri_core.protocols import RandomStream
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -53,32 +56,124 @@ def flat_rows(space: Space, count: int, seed: int = 0) -> Rows:
     return Rows.from_flat(space, random(count, space.dim, seed=seed), torch.arange(count) + 100)
 
 
-def symmetric(size: int, low: float, high: float) -> Tensor:
-    """Return a dense symmetric float64 matrix with eigenvalues from ``low`` to ``high``."""
-    basis, _ = torch.linalg.qr(random(size, size, seed=77))
+def symmetric(size: int, low: float, high: float, zeros: int = 0, seed: int = 77) -> Tensor:
+    """Return a dense symmetric float64 matrix with eigenvalues from ``low`` to ``high``.
+
+    So many of its eigenvalues are ``zeros``, to rounding.
+    """
+    basis, _ = torch.linalg.qr(random(size, size, seed=seed))
     values = torch.linspace(low, high, size, dtype=torch.float64)
+    values[:zeros] = 0
     matrix: Tensor = (basis * values) @ basis.T
     return matrix
 
 
+def block_diagonal(matrix: Tensor, space: Space = SPACE) -> Tensor:
+    """Return the matrix with zeros where two blocks of a space meet."""
+    kept = torch.zeros_like(matrix)
+    for where in places(space).values():
+        kept[where, where] = matrix[where, where]
+    return kept
+
+
+def places(space: Space) -> dict[str, slice]:
+    """Return where each block lies in a flat row."""
+    offsets = space.offsets
+    return {spec.name: slice(offsets[spec.name], offsets[spec.name] + spec.size) for spec in space}
+
+
 @frozen(eq=False)
 class ToyOperator:
-    """An operator that is a matrix: it answers ``apply`` and ``dense``."""
+    """An operator that is a matrix: it answers all of `GIVEN`.
+
+    As a mean over examples it is that of the matrices H + E, H - E, H + F, H - F. The spectrum is
+    taken block by block when the matrix is block diagonal, and without the eigenvalues that are
+    zero.
+    """
 
     space: Space
     matrix: Tensor
     dtype: torch.dtype = torch.float64
     memory: int = 2**28
+    n_train: ClassVar[int] = 4
+    random: ClassVar[RandomStream] = RandomStream(0, "law")
 
     def apply(self, rows: Rows) -> Rows:
         """Return H g for every row g."""
         flat = rows.flat()
         return Rows.from_flat(self.space, flat @ self.matrix.to(flat.dtype), rows.index, rows.aux)
 
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H g for every row g, H the mean over some examples."""
+        size, flat = self.space.dim, rows.flat()
+        turns = [symmetric(size, -0.04, 0.04, seed=seed) for seed in (78, 79)]
+        signs = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[index].mean(0)
+        matrix = self.matrix + sum(float(s) * t for s, t in zip(signs, turns, strict=True))
+        return Rows.from_flat(self.space, flat @ matrix.to(flat.dtype), rows.index, rows.aux)
+
     def dense(self) -> Tensor:
         """Return the matrix."""
         return self.matrix
 
+    @property
+    def basis(self) -> ToyBasis:
+        """Return the eigenvectors of eigenvalues that are not zero."""
+        return ToyBasis(self.space, {name: q for name, (_, q) in self._spectra().items()})
 
-GIVEN = frozenset({"apply", "dense"})
+    @property
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """Return the eigenvalues that are not zero."""
+        return {name: values for name, (values, _) in self._spectra().items()}
+
+    @property
+    def complete(self) -> bool:
+        """Return whether no eigenvalue is zero."""
+        return sum(len(values) for values in self.eigenvalues.values()) == self.space.dim
+
+    def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        blockwise = torch.equal(self.matrix, block_diagonal(self.matrix, self.space))
+        parts = places(self.space) if blockwise else {"all": slice(0, self.space.dim)}
+        found = {}
+        for name, where in parts.items():
+            values, vectors = torch.linalg.eigh(self.matrix[where, where])
+            kept = values.abs() > 1e-12 * self.matrix.abs().max()
+            found[name] = (values[kept], vectors[:, kept])
+        return found
+
+
+@frozen(eq=False)
+class ToyBasis:
+    """Orthonormal columns ``[d, r]`` of the whole row, named "all", or of each block."""
+
+    space: Space
+    columns: dict[str, Tensor]
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether the columns are those of blocks."""
+        return set(self.columns) == set(self.space.names)
+
+    @property
+    def out_space(self) -> Space:
+        """Return a dense block of coefficients for each set of columns."""
+        return Space(tuple(BlockSpec(n, "dense", (q.shape[1],)) for n, q in self.columns.items()))
+
+    def map(self, rows: Rows) -> Rows:
+        """Return Q^T g, of some blocks when blockwise."""
+        names = rows.space.names if self.blockwise else tuple(self.columns)
+        parts = {n: rows.blocks[n].flat() if self.blockwise else rows.flat() for n in names}
+        blocks: dict[str, Block] = {
+            n: DenseBlock(part @ self.columns[n].to(part.dtype)) for n, part in parts.items()
+        }
+        return Rows(self.out_space.select(names), blocks, rows.index, rows.aux)
+
+    def adjoint(self, rows: Rows) -> Rows:
+        """Return Q k, of some blocks when blockwise."""
+        names = rows.space.names
+        flat = [rows.blocks[n].flat() @ self.columns[n].to(rows.dtype).mT for n in names]
+        space = self.space.select(names) if self.blockwise else self.space
+        return Rows.from_flat(space, torch.cat(flat, 1), rows.index, rows.aux)
+
+
+GIVEN = frozenset({"apply", "dense", "sampled", "spectral"})
 """What `ToyOperator` answers."""

@@ -4,6 +4,27 @@ from __future__ import annotations
 
 import dattri_core as dattri
 
+GROSSE = (
+    "Grosse et al. 2023, Studying Large Language Model Generalization with Influence Functions "
+    "(arXiv 2308.03296)"
+)
+
+
+def spectral(curvature: str) -> dict[str, object]:
+    """Return a method with a curvature whose eigenvectors are known.
+
+    The damping is a tenth of the mean eigenvalue of each layer; another one costs no new fit.
+    """
+    return {
+        "source": "per-example",
+        "inverse_hessian": {
+            "curvature": {"name": curvature, "fisher": "sampled"},
+            "solver": {"name": "spectral", "damping": {"relative": 0.1}},
+        },
+        "scorer": "dot",
+        "fold": "mean",
+    }
+
 
 @dattri.hookimpl
 def register(registry: dattri.Registry) -> None:
@@ -59,4 +80,31 @@ def register(registry: dattri.Registry) -> None:
         citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
         "Functions, equation 2 (arXiv 1703.04730), with the matrix of Schraudolph 2002 and the "
         "identity of Woodbury 1950",
+    )
+    registry.method(
+        "if-diagonal",
+        spectral("diagonal"),
+        summary="Influence function with the diagonal of the Fisher matrix",
+        formula="S_ij = <g_i, (diag(F) + damping I)^-1 h_j>, F = E[g g^T] at labels drawn from "
+        "the model",
+        citation="Koh and Liang 2017 (arXiv 1703.04730, equation 2), with the diagonal of the "
+        "Fisher matrix",
+    )
+    registry.method(
+        "if-kfac",
+        spectral("kfac"),
+        summary="Influence function with the Kronecker-factored Fisher matrix of each layer",
+        formula="S_ij = sum over layers of <g_i, (S (x) A + damping I)^-1 h_j>, S = E[e e^T] at "
+        "labels drawn from the model, A = E[x x^T]",
+        citation="Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored "
+        f"Approximate Curvature (arXiv 1503.05671); {GROSSE}",
+    )
+    registry.method(
+        "if-ekfac",
+        spectral("ekfac"),
+        summary="Influence function with the eigenvalue-corrected Kronecker-factored Fisher matrix",
+        formula="S_ij = sum over layers of <g_i, Q (L + damping I)^-1 Q^T h_j>, Q = Q_S (x) Q_A, "
+        "L = E[(Q^T g)^2] at labels drawn from the model",
+        citation="George et al. 2018, Fast Approximate Natural Gradient Descent in a "
+        f"Kronecker-factored Eigenbasis (arXiv 1806.03884); {GROSSE}",
     )

@@ -42,6 +42,12 @@ def register(registry: dattri.Registry) -> None:
         "No sketch",
     )
     registry.part(
+        "projector",
+        "kronecker",
+        "dattri_parts.projectors.kronecker:Kronecker",
+        "A small matrix on each side of a layer's gradient, which keeps its factors (LoGra)",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",
@@ -78,6 +84,24 @@ def register(registry: dattri.Registry) -> None:
         "The second moment of the rows, as they are or in a sketch",
     )
     registry.part(
+        "curvature",
+        "diagonal",
+        "dattri_parts.curvatures.diagonal:Diagonal",
+        "The diagonal of the Fisher matrix",
+    )
+    registry.part(
+        "curvature",
+        "kfac",
+        "dattri_parts.curvatures.kfac:KFAC",
+        "The Fisher matrix of each layer as one Kronecker product",
+    )
+    registry.part(
+        "curvature",
+        "ekfac",
+        "dattri_parts.curvatures.ekfac:EKFAC",
+        "K-FAC with eigenvalues measured along its eigenvectors",
+    )
+    registry.part(
         "solver",
         "cholesky",
         "dattri_parts.solvers.cholesky:Cholesky",
@@ -91,9 +115,27 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "solver",
+        "spectral",
+        "dattri_parts.solvers.spectral:Spectral",
+        "From eigenvectors and eigenvalues; any damping without a new fit",
+    )
+    registry.part(
+        "solver",
         "cg",
         "dattri_parts.solvers.cg:CG",
         "Conjugate gradients, all test rows at once",
+    )
+    registry.part(
+        "solver",
+        "lissa",
+        "dattri_parts.solvers.lissa:LiSSA",
+        "The Neumann series of products with samples of the train set",
+    )
+    registry.part(
+        "solver",
+        "arnoldi",
+        "dattri_parts.solvers.arnoldi:Arnoldi",
+        "The inverse in the eigenvectors of largest eigenvalue",
     )
     registry.part(
         "scorer",
@@ -106,6 +148,12 @@ def register(registry: dattri.Registry) -> None:
         "cosine",
         "dattri_parts.scorers.cosine:Cosine",
         "Inner product of normalised rows",
+    )
+    registry.part(
+        "scorer",
+        "relatif",
+        "dattri_parts.scorers.relatif:RelatIF",
+        "Influence relative to the step that a train example takes by itself",
     )
     registry.part(
         "fold",

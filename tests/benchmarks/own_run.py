@@ -1,7 +1,7 @@
-"""Runs one method of this package on saved weights and data; prints one line of JSON.
+"""Runs one method of this package on a saved world; prints one line of JSON.
 
-Usage: python own_run.py WORLD.npz METHOD [REPEATS] [MEMORY]. A process of its own, so that its peak
-memory is that of this run alone.
+Usage: python own_run.py JOB, a process of its own, so that its peak memory is that of this run
+alone. JOB is JSON with the keys of `Job`.
 """
 
 from __future__ import annotations
@@ -10,31 +10,47 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import worlds
 from torch import nn
 
 import dattri_core as dattri
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "if-cg": {"damping": 1e-2, "maximum_iterations": 10, "tolerance": 0.0},
-    "if-explicit": {"damping": 1e-2},
-}
 
+@dataclass
+class Job:
+    """What to run.
 
-def model_of(arrays: dict[str, np.ndarray]) -> nn.Sequential:
-    """Return the network whose weights were saved."""
-    layers: list[nn.Module] = []
-    for at in range(sum(name.startswith("weight") for name in arrays)):
-        weight, bias = arrays[f"weight{at}"], arrays[f"bias{at}"]
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        layer.weight.data = torch.from_numpy(weight)
-        layer.bias.data = torch.from_numpy(bias)
-        layers += [layer, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    Args:
+        world: Path of a saved world.
+        method: A registered name, or the parts of a method.
+        overrides: Fields that differ from the recipe's.
+        layers_only: Attribute linear layers and convolutions only.
+        memory: Budget.
+        repeats: The shortest time of so many runs counts.
+        split: Fit first, then attribute, each timed.
+        dampings: A sweep instead of one attribution; implies ``split``.
+        queries: Test examples, from the first; all when None.
+        scores: Where to save the matrix.
+    """
+
+    world: str
+    method: str | Mapping[str, Any]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    layers_only: bool = False
+    memory: str | None = None
+    repeats: int = 1
+    split: bool = False
+    dampings: list[float] | None = None
+    queries: int | None = None
+    scores: str | None = None
 
 
 def resident_mib(which: str) -> float:
@@ -50,40 +66,76 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def load(path: str) -> tuple[nn.Sequential, Any, Any]:
-    """Return the model and its two sets."""
-    arrays = dict(np.load(path, allow_pickle=False))
-    sets = [
-        tuple(torch.from_numpy(arrays[f"{part}_{what}"]) for what in ("inputs", "labels"))
-        for part in ("train", "test")
-    ]
-    return model_of(arrays), *sets
+def method_of(method: str | Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    """Return the method, by name or from its parts."""
+    if isinstance(method, str):
+        return dattri.method(method, **overrides)
+    return dattri.Method(**method, **overrides)
 
 
-def run(world: Any, method: str, memory: str | None = None) -> dattri.Scores:
-    """Attribute once; ``world`` is what `load` returned."""
-    model, train, test = world
-    made = dattri.method(method, **SETTINGS.get(method, {}))
+def task_of(world: worlds.World, layers_only: bool = False) -> dattri.Task:
+    """Return the task of a world."""
+    chosen = worlds.layers_of(world.model) if layers_only else "*"
+    return dattri.Task(world.model, world.loss, parameters=chosen)
+
+
+def attribute(world: worlds.World, method: Any, memory: str | None = None) -> dattri.Scores:
+    """Attribute once, as a user does."""
+    with quiet():
+        return method.attribute(task_of(world), world.train, world.test, memory=memory)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Stopping before convergence is what these runs ask for: no word about it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dattri.ConvergenceWarning)  # ten iterations are the task
-        return made.attribute(dattri.Task(model), train, test, memory=memory)
+        warnings.simplefilter("ignore", dattri.ConvergenceWarning)
+        yield
 
 
-def main(path: str, method: str, repeats: str = "1", memory: str | None = None) -> None:
+def run(job: Job) -> dict[str, Any]:
     """Time the best of some runs, and the peak above what imports and a first small run took."""
+    method = method_of(job.method, job.overrides)
     warm = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
-    dattri.attribute(dattri.Task(nn.Linear(3, 2)), warm, warm, method=method)
+    with quiet(), suppress(dattri.DattriError):
+        method.attribute(dattri.Task(nn.Linear(3, 2)), warm, warm)
     baseline = resident_mib("VmRSS")
     reset_peak()
-    world = load(path)
-    times = []
-    for _ in range(int(repeats)):
-        start = time.perf_counter()
-        run(world, method, memory)
-        times.append(time.perf_counter() - start)
-    peak = resident_mib("VmHWM") - baseline
-    print(json.dumps({"seconds": min(times), "peak_mib": peak}))
+    world = worlds.load(job.world)
+    test = dattri.take(world.test, slice(0, job.queries))
+    task = task_of(world, job.layers_only)
+    split = job.split or job.dampings is not None
+    found: dict[str, Any] = {}
+    best = float("inf")
+    for _ in range(job.repeats):
+        with quiet():
+            start = time.perf_counter()
+            if split:
+                fitted = method.fit(task, world.train, memory=job.memory)
+                middle = time.perf_counter()
+                if job.dampings is None:
+                    scores = fitted.attribute(test)
+                else:
+                    swept = fitted.sweep(test, damping=job.dampings)
+                    scores = next(iter(swept.values()))
+                fit, score = middle - start, time.perf_counter() - middle
+            else:
+                scores = method.attribute(task, world.train, test, memory=job.memory)
+                fit, score = 0.0, time.perf_counter() - start
+        if fit + score < best:
+            best = fit + score
+            found = {"seconds": best, "fit": fit, "score": score}
+    found["peak_mib"] = resident_mib("VmHWM") - baseline
+    values = scores.values
+    found["finite"] = bool(torch.isfinite(values).all())
+    found["solver"] = scores.provenance["solver"]
+    plan = method.attribute(task, world.train, test, memory=job.memory, dry_run=True)
+    found["plan"] = str(plan)
+    found["notes"] = list(plan.notes)
+    if job.scores:
+        np.save(job.scores, values.double().numpy())
+    return found
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps(run(Job(**json.loads(sys.argv[1])))))

@@ -11,8 +11,9 @@ from attrs import field, frozen
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import protocols
+from dattri_core import capabilities, protocols
 from dattri_core.assemble import build_part
+from dattri_core.stages import TwoSided
 
 KINDS = {
     "source": protocols.Source,
@@ -60,6 +61,7 @@ def fitted() -> dict[str, Any]:
     problem, operator = curvature.seen
     bound = method.source.bind(task, task.checkpoints[0], train)
     stream, device = dattri.RandomStream(0, "test"), torch.device("cpu")
+    root = build_part("solver", "cholesky").root_for(operator, device)
     return {
         "BoundSource": bound,
         "OutputSource": bound,
@@ -69,6 +71,10 @@ def fitted() -> dict[str, Any]:
         "DenseOperator": operator,
         "Inverse": build_part("solver", "cholesky").solve_for(operator, device),
         "Attributor": method,
+        "DataProjector": build_part("projector", "kronecker"),
+        "InverseRoot": TwoSided(root, bound.space),
+        "RootSolver": build_part("solver", "cholesky"),
+        "PreconditionedSolver": build_part("solver", "cg"),
     }
 
 
@@ -92,10 +98,15 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
         "DenseOperator",
         "Inverse",
         "Attributor",
+        "DataProjector",
+        "InverseRoot",
+        "RootSolver",
+        "PreconditionedSolver",
     ],
 )
 def test_what_parts_become_answers_its_protocol(name: str, fitted: dict[str, Any]) -> None:
-    assert isinstance(fitted[name], getattr(protocols, name))
+    module = protocols if hasattr(protocols, name) else capabilities
+    assert isinstance(fitted[name], getattr(module, name))
 
 
 def test_the_composed_inverse_hessian_is_one() -> None:

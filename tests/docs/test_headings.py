@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dattri_core import protocols
+from dattri_core import capabilities, protocols
 from dattri_core.entries import KINDS
 from dattri_core.hookspecs import HOOKS
 from dattri_core.laws import KINDS as KINDS_WITH_LAWS
@@ -16,11 +16,12 @@ from dattri_core.laws import laws_of
 from dattri_core.registry import default_registry
 
 ROOT = Path(__file__).parents[2]
-PROTOCOLS = sorted(
-    name
-    for name, value in vars(protocols).items()
-    if getattr(value, "_is_protocol", False) and value.__module__ == protocols.__name__
-)
+PROTOCOLS = {
+    name: value
+    for module in (protocols, capabilities)
+    for name, value in sorted(vars(module).items())
+    if getattr(value, "_is_protocol", False) and value.__module__ == module.__name__
+}
 METHODS = [
     name
     for name in default_registry().names("method")
@@ -70,8 +71,7 @@ def test_methods_have_headings() -> None:
 def test_the_guide_names_every_member_of_a_protocol(name: str) -> None:
     text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     section = re.split(r"^##+ ", text.partition(f"\n### `{name}`\n")[2], flags=re.M)[0]
-    protocol = getattr(protocols, name)
-    members = {member for member in vars(protocol) if not member.startswith("_")}
+    members = {member for member in vars(PROTOCOLS[name]) if not member.startswith("_")}
     unnamed = {m for m in members if not re.search(rf"`{m}\b", section)}
     assert members
     assert not unnamed, f"the section {name!r} of plugins.md does not speak of {unnamed}"

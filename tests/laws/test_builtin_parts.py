@@ -41,6 +41,21 @@ def test_built_in(kind, name):
         assert status["removal-is-predicted"] == ("passed" if exact else "skipped")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "changes"),
+    [
+        ("solver", "arnoldi", {"reduced": True}),
+        ("solver", "arnoldi", {"complement": "keep"}),
+        ("solver", "lissa", {"batch": None}),
+        ("solver", "lissa", {"repeats": 3, "depth": 200}),
+    ],
+)
+def test_other_settings_of_built_ins(kind, name, changes):
+    part = attrs.evolve(default_registry().make(kind, name), **changes)
+    report = check(kind, part)
+    assert report.ok, str(report)
+
+
 def test_a_plugin_is_checked_whole():
     reports = check_plugin("dattri_baselines")
     assert [(r.kind, r.name) for r in reports] == [("attributor", "random"), ("method", "random")]

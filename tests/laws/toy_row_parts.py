@@ -96,10 +96,14 @@ class ToyMap:
 # --- scorers --------------------------------------------------------------------------------
 @frozen
 class ToyScorer:
-    """Inner products."""
+    """Inner products; relative ones with a form."""
 
     fault: str = ""
-    needs = frozenset()
+    form: str = ""
+
+    @property
+    def needs(self):
+        return frozenset({self.form} - {""})
 
     @property
     def locality(self):
@@ -115,6 +119,8 @@ class ToyScorer:
 
     def finish(self, total, train, test):
         values = total.clone()
+        if self.form and self.fault != "idle":
+            values = values / getattr(train, self.form.replace("-", "_")).unsqueeze(1)
         if self.fault == "reads":
             train.aux.get("secret")
         if self.fault == "place" and len(values) > 3:

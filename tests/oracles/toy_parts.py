@@ -192,6 +192,8 @@ class GGNColumns(HessianColumns):
 class _Dense:
     space: Space
     matrix: torch.Tensor
+    dtype: ClassVar[torch.dtype] = torch.float64
+    memory: ClassVar[int] = 2**28
 
     def apply(self, rows):
         flat = rows.flat()

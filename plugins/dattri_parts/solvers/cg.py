@@ -8,22 +8,18 @@ from typing import ClassVar
 
 import torch
 from attrs import define, evolve, field, frozen, validators
-from torch import Tensor
 
 from dattri_core import (
     ConvergenceWarning,
     Damping,
     Inverse,
     Operator,
-    RandomStream,
     Rows,
     Space,
     as_damping,
 )
 from dattri_parts.solvers.columns import Columns
-
-PROBES = 32
-"""Random vectors of the trace estimate behind a relative damping."""
+from dattri_parts.solvers.estimates import mean_eigenvalue
 
 
 @frozen
@@ -85,7 +81,7 @@ class _CGInverse:
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, in the rows' dtype."""
         self.operator.space.require_same(rows.space, "inverse Hessian")
-        damping = self._damping()
+        damping = self._damping(rows.device)
         group = self._group(rows)
         outcomes: list[_Outcome] = []
         answers: list[Rows] = []
@@ -118,9 +114,9 @@ class _CGInverse:
         )
         return columns.answer(rows), outcome
 
-    def _damping(self) -> float:
+    def _damping(self, device: torch.device) -> float:
         if self.damping.relative and self.mean_eigenvalue is None:
-            self.mean_eigenvalue = _mean_eigenvalue(self.operator)
+            self.mean_eigenvalue = mean_eigenvalue(self.operator, device)
         return self.damping.absolute(self.mean_eigenvalue or 0.0)
 
     def _group(self, rows: Rows) -> int:
@@ -168,21 +164,3 @@ def _summary(outcomes: list[_Outcome], damping: float) -> dict[str, float]:
         "negative_curvature": float(sum(o.negative for o in outcomes)),
         "rows": float(sum(o.rows for o in outcomes)),
     }
-
-
-def _mean_eigenvalue(operator: Operator) -> float:
-    """Return an estimate of trace(H) / d: the mean of z^T H z / d over random signs z."""
-    generator = RandomStream(0, "trace").generator("cg")
-    size = operator.space.dim
-    signs = torch.randint(0, 2, (PROBES, size), generator=generator) * 2 - 1
-    step = max(1, operator.memory // (6 * 8 * size))
-    total = 0.0
-    for part in torch.split(signs, min(step, PROBES)):
-        probes = Rows.from_flat(operator.space, part.to(operator.dtype), torch.arange(len(part)))
-        total += _overlap(probes, operator.apply(probes))
-    return total / (PROBES * size)
-
-
-def _overlap(left: Rows, right: Rows) -> float:
-    products: Tensor = left.to(dtype=torch.float64).pair_inner(right.to(dtype=torch.float64))
-    return float(products.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -64,6 +64,16 @@ class Cholesky:
         _require_fit(operator.space.dim, operator.memory, "may be used")
         return _inverse(_Matrix.of(operator, device), self.damping)
 
+    def root_for(self, operator: DenseOperator, device: torch.device) -> Inverse:
+        """Write the operator down and decompose it, for (H + damping I)^-1/2.
+
+        Raises:
+            MemoryBudgetError: The matrix and its eigenvectors do not fit the operator's memory.
+            NumericsError: H + damping I is singular, or has an eigenvalue below zero.
+        """
+        _require_fit(operator.space.dim, operator.memory, "may be used")
+        return _root(_Matrix.of(operator, device), self.damping)
+
 
 def _require_fit(size: int, available: int, what: str) -> None:
     needed = 2 * 8 * size**2
@@ -86,6 +96,12 @@ class _Matrix:
     precision: float
     spectrum: Spectrum | None = None
 
+    def decomposed(self, damping: float) -> Spectrum:
+        """Return the eigenvalues and eigenvectors, computed once for any number of dampings."""
+        if self.spectrum is None:
+            self.spectrum = spectrum(self.values, damping)
+        return Spectrum(self.spectrum.values, self.spectrum.basis, damping)
+
     @staticmethod
     def of(operator: DenseOperator, device: torch.device) -> _Matrix:
         matrix = operator.dense().to(device)
@@ -106,39 +122,61 @@ class _Matrix:
 
 def _inverse(matrix: _Matrix, damping: Damping) -> _DenseInverse:
     value = damping.absolute(matrix.mean_eigenvalue)
-    idle = matrix.space.dim - len(matrix.live)
-    stats: dict[str, float] = {
-        "damping": value,
-        "dimension": float(matrix.space.dim),
-        "zero_rows": float(idle),
-    }
     factor: Triangular | Spectrum | None = None
     if len(matrix.live):
         factor = None if matrix.spectrum else triangular(matrix.values, value)
         if factor is None:
-            held = matrix.spectrum or spectrum(matrix.values, value)
-            matrix.spectrum = held
-            factor = Spectrum(held.values, held.basis, value)
-        least, greatest = factor.least, factor.greatest
-        require_regular(min(least, value) if idle else least, greatest, matrix.precision, value)
-        stats["condition"] = greatest / (min(least, value) if idle else least)
-    elif idle:
-        require_regular(value, value, 0.0, value)
-    negative = 0
-    if isinstance(factor, Spectrum):
-        negative = int((factor.shifted < 0).sum())
-        stats["minimum_eigenvalue"] = float(factor.values[0])
-    stats["negative_eigenvalues"] = float(negative)
-    if negative:
+            factor = matrix.decomposed(value)
+    stats = _checked(matrix, factor, value)
+    if stats["negative_eigenvalues"]:
         warnings.warn(
-            f"solver 'cholesky': {negative} of {matrix.space.dim} eigenvalues of the curvature "
-            f"stay negative with damping {value:.3g} (the smallest is "
+            f"solver 'cholesky': {stats['negative_eigenvalues']:.0f} of {matrix.space.dim} "
+            f"eigenvalues of the curvature stay negative with damping {value:.3g} (the smallest is "
             f"{stats['minimum_eigenvalue']:.3g} before damping); the exact inverse is used, which "
             "turns these directions around; give more damping or the curvature 'ggn'",
             RuntimeWarning,
             stacklevel=3,
         )
     return _DenseInverse(matrix, factor, value, stats)
+
+
+def _root(matrix: _Matrix, damping: Damping) -> _DenseRoot:
+    value = damping.absolute(matrix.mean_eigenvalue)
+    factor = matrix.decomposed(value) if len(matrix.live) else None
+    stats = _checked(matrix, factor, value)
+    if stats["negative_eigenvalues"]:
+        raise NumericsError(
+            f"solver 'cholesky': (H + damping I)^-1/2 does not exist: "
+            f"{stats['negative_eigenvalues']:.0f} of {matrix.space.dim} eigenvalues of the "
+            f"curvature stay negative with damping {value:.3g} (the smallest is "
+            f"{stats['minimum_eigenvalue']:.3g} before damping); give a damping above "
+            f"{-stats['minimum_eigenvalue']:.3g}, the curvature 'ggn', or form='one-sided'"
+        )
+    return _DenseRoot(matrix, factor, value, stats)
+
+
+def _checked(
+    matrix: _Matrix, factor: Triangular | Spectrum | None, damping: float
+) -> dict[str, float]:
+    """Return the facts about a factor; raise `NumericsError` when H + damping I is singular."""
+    idle = matrix.space.dim - len(matrix.live)
+    stats: dict[str, float] = {
+        "damping": damping,
+        "dimension": float(matrix.space.dim),
+        "zero_rows": float(idle),
+    }
+    if factor is not None:
+        least = min(factor.least, damping) if idle else factor.least
+        require_regular(least, factor.greatest, matrix.precision, damping)
+        stats["condition"] = factor.greatest / least
+    elif idle:
+        require_regular(damping, damping, 0.0, damping)
+    negative = 0
+    if isinstance(factor, Spectrum):
+        negative = int((factor.shifted < 0).sum())
+        stats["minimum_eigenvalue"] = float(factor.values[0])
+    stats["negative_eigenvalues"] = float(negative)
+    return stats
 
 
 @frozen(eq=False)
@@ -153,24 +191,48 @@ class _DenseInverse:
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, in the rows' dtype."""
-        self.matrix.space.require_same(rows.space, "inverse Hessian")
-        flat = rows.flat()
-        live = self.matrix.live.to(flat.device)
-        vectors = flat.to(torch.float64)
-        if len(live) == self.matrix.space.dim:
-            answer = self._solve(vectors)
-        else:
-            # Divided by zero only where no damping and no row of H acts; `require_regular` refused.
-            answer = vectors / self.damping
-            answer[:, live] = self._solve(vectors[:, live])
-        return Rows.from_flat(rows.space, answer.to(flat.dtype), rows.index, rows.aux)
+        solve = None if self.factor is None else self.factor.solve
+        return _apply(self.matrix, rows, solve, self.damping)
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping: a new factor, no pass over the data."""
         return _inverse(self.matrix, damping)
 
-    def _solve(self, vectors: Tensor) -> Tensor:
-        if self.factor is None:
-            return vectors
-        device = self.matrix.values.device
-        return self.factor.solve(vectors.to(device)).to(vectors.device)
+
+@frozen(eq=False)
+class _DenseRoot:
+    """The eigenvectors and eigenvalues of H + damping I."""
+
+    matrix: _Matrix
+    factor: Spectrum | None
+    damping: float
+    stats: Mapping[str, float]
+    blockwise: ClassVar[bool] = False
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return (H + damping I)^-1/2 g for every row g, in the rows' dtype."""
+        root = None if self.factor is None else self.factor.root
+        return _apply(self.matrix, rows, root, self.damping**0.5)
+
+    def with_damping(self, damping: Damping) -> Inverse:
+        """Return the root at another damping, from the same eigenvectors."""
+        return _root(self.matrix, damping)
+
+
+def _apply(
+    matrix: _Matrix, rows: Rows, function: Callable[[Tensor], Tensor] | None, divisor: float
+) -> Rows:
+    """Return a function of the live coordinates; the others are divided by what damping makes."""
+    matrix.space.require_same(rows.space, "inverse Hessian")
+    flat = rows.flat()
+    vectors = flat.to(matrix.values.device, torch.float64)
+    live = matrix.live.to(vectors.device)
+    if function is None:
+        answer = vectors / divisor
+    elif len(live) == matrix.space.dim:
+        answer = function(vectors)
+    else:
+        # Divided by zero only where no damping and no row of H acts; `require_regular` refused.
+        answer = vectors / divisor
+        answer[:, live] = function(vectors[:, live])
+    return Rows.from_flat(rows.space, answer.to(flat), rows.index, rows.aux)

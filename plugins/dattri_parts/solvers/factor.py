@@ -52,6 +52,10 @@ class Spectrum:
         """Return (H + damping I)^-1 v for every row v, ``[C, d]``."""
         return (vectors @ self.basis / self.shifted) @ self.basis.mT
 
+    def root(self, vectors: Tensor) -> Tensor:
+        """Return (H + damping I)^-1/2 v for every row v, ``[C, d]``; all eigenvalues positive."""
+        return (vectors @ self.basis / self.shifted.sqrt()) @ self.basis.mT
+
 
 def triangular(matrix: Tensor, damping: float) -> Triangular | None:
     """Return the Cholesky factor of H + damping I, or None when it is not positive definite.

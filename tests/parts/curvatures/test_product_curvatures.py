@@ -11,12 +11,13 @@ from dattri_parts.curvatures.product import symmetrise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.dense import call, flatten, ggn_of, hessian_of, parameters_of
+from oracles.rows import rows_of
 from torch import nn
 
 import dattri_core as dattri
 from dattri_core import BlockSpec, NumericsError, ParameterView, RandomStream, Rows, Space
 from dattri_core.evaluate import Evaluator
-from dattri_core.lift import from_parameters, to_parameters
+from dattri_core.lift import to_parameters
 from dattri_core.products import batch_product
 
 
@@ -75,7 +76,7 @@ class ModelProblem:
             found = batch_product(self.evaluator, part, to_parameters(lowered), kind)
             total = found if total is None else {n: total[n] + v for n, v in found.items()}
         mean = {n: v / self.n_train for n, v in total.items()}
-        rows = from_parameters(self.full_space, mean, vectors.index)
+        rows = rows_of(self.full_space, mean, vectors.index)
         if self.sketch is not None:
             rows = Rows.from_flat(self.space, rows.flat() @ self.sketch.mT, vectors.index)
         if self.noise:
@@ -205,7 +206,8 @@ def test_symmetrise_averages_every_pair_of_entries(tile, monkeypatch):
 @pytest.mark.parametrize(("curvature", "kind"), [(Hessian(), "hessian"), (GGN(), "ggn")])
 def test_declared_facts(curvature, kind):
     space = Space((BlockSpec("any", "dense", (3,)),))
-    assert curvature.gives(space) == {"apply", "dense"}
+    assert curvature.gives(space) - {"rows"} == {"apply", "dense"}
+    assert ("rows" in curvature.gives(space)) == (kind == "ggn")  # the Hessian is no sum of squares
     assert curvature.needs == {f"{kind}-product"}
     assert curvature.exact
     world = problem()

@@ -1,0 +1,183 @@
+"""Protocols of what some parts can do besides: each is found by its methods, never by a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dattri_core.protocols import (
+    BoundSource,
+    Damping,
+    Inverse,
+    LinearMap,
+    Operator,
+    Problem,
+    Projector,
+    RandomStream,
+    Sink,
+    Solver,
+)
+from dattri_core.rows import Rows
+from dattri_core.space import Space
+
+
+@runtime_checkable
+class OutputSource(BoundSource, Protocol):
+    """A source that pulls any direction in the model's outputs back to the parameters.
+
+    Rows of drawn labels and of the GGN's factor are made with it.
+    """
+
+    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
+        """Hand each block of the rows J_b^T u_b to ``sink(name, block)``, as `stream` does.
+
+        J_b is the Jacobian of the outputs of ``task.loss.forward`` at example b, and
+        ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
+        of the criterion as u they are the rows of the loss.
+        """
+        ...
+
+
+@runtime_checkable
+class DataProjector(Projector, Protocol):
+    """A sketch that may have to be fitted on the train set."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what `fit` asks of the `Problem`; empty: `build` makes the map without data."""
+        ...
+
+    def fit(self, problem: Problem) -> LinearMap:
+        """Return the map for the space of the problem, fitted on the whole train set."""
+        ...
+
+
+@runtime_checkable
+class InverseRoot(Inverse, LinearMap, Protocol):
+    """A fitted inverse Hessian in two-sided form: R of both sides, R^T R = (H + damping I)^-1.
+
+    `map` is R g, for the rows of both sides like the map of a projector, so that a sketch may
+    follow; `apply` is R^T R g, as of any inverse.
+    """
+
+    def with_damping(self, damping: Damping) -> InverseRoot:
+        """Return the root at another damping."""
+        ...
+
+
+@runtime_checkable
+class RootSolver(Solver, Protocol):
+    """A solver that knows the symmetric root of its inverse, for the two-sided form."""
+
+    def root_for(self, operator: Any, device: torch.device) -> Inverse:
+        """Return an inverse whose `apply` is (H + damping I)^-1/2 g instead.
+
+        Raises:
+            NumericsError: H + damping I is not positive definite, so that it has no real root.
+        """
+        ...
+
+
+@runtime_checkable
+class ReducedInverse(Inverse, Protocol):
+    """A fitted inverse of low rank, as two sides: <g, A h> = <train_map g, apply(h)>."""
+
+    @property
+    def train_map(self) -> LinearMap | None:
+        """Return the map of the train side, whatever the damping; None where rows stay whole."""
+        ...
+
+
+@runtime_checkable
+class PreconditionedSolver(Solver, Protocol):
+    """An iterative solver that another inverse can speed up, without a change of its answer."""
+
+    def precondition(self, operator: Any, device: torch.device, inverse: Inverse) -> Inverse:
+        """Return the inverse of an operator, given a positive definite one that is near to it."""
+        ...
+
+
+@runtime_checkable
+class ReducingSolver(Solver, Protocol):
+    """A solver whose inverse may leave k numbers of a row, on both sides: a `ReducedInverse`."""
+
+    def out_space(self, space: Space) -> Space:
+        """Return the space after it, the same one where it reduces nothing; without a tensor."""
+        ...
+
+
+@runtime_checkable
+class SampledOperator(Operator, Protocol):
+    """An operator that is a mean over the train examples, and can be taken over some of them."""
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        ...
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers that choose examples."""
+        ...
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return the mean over the examples at positions ``index [m]`` of H_i g, for every row g.
+
+        A position that comes twice counts twice.
+        """
+        ...
+
+
+@runtime_checkable
+class SpectralOperator(Operator, Protocol):
+    """H = Q diag(L) Q^T, Q with orthonormal columns: any function of H is one of L."""
+
+    @property
+    def basis(self) -> LinearMap:
+        """Return Q: ``map`` is Q^T g, ``adjoint`` is Q g; blockwise where H is block diagonal."""
+        ...
+
+    @property
+    def eigenvalues(self) -> Mapping[str, Tensor]:
+        """Return L by block of ``basis.out_space``, each of the shape of one row."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Return what becomes of a direction orthogonal to all columns of Q.
+
+        False: H is zero there, and (H + damping I)^-1 is 1 / damping. True: there is none, or it is
+        dropped, held fixed; every function of H is zero there.
+        """
+        ...
+
+
+@runtime_checkable
+class RowsOperator(Operator, Protocol):
+    """H = weight sum_i r_i r_i^T, over rows that may be more than memory holds."""
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of each outer product: 1 / n for a mean over n rows."""
+        ...
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether H is made of the diagonal blocks of that sum alone."""
+        ...
+
+    def rows(self) -> Iterator[Rows]:
+        """Read all rows, a few at a time; the same ones, in the same order, each time."""
+        ...
+
+
+@runtime_checkable
+class ByUse(Protocol):
+    """A curvature that asks less of the problem when less is asked of its operator."""
+
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        """Return what it asks of the problem where its operator answers ``asked`` alone."""
+        ...

@@ -1,0 +1,92 @@
+"""EK-FAC: K-FAC's eigenvectors with eigenvalues that are measured along them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from attrs import field, frozen, validators
+
+from dattri_core import Operator, Problem, Space
+from dattri_parts.curvatures.factors import FactorReader
+from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
+from dattri_parts.curvatures.kfac import APPROXIMATIONS, Approximation
+from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
+from dattri_parts.curvatures.squares import Squares
+from dattri_parts.curvatures.uncovered import (
+    UNCOVERED,
+    Cover,
+    Uncovered,
+    require_room,
+    uncovered_eigenvalues,
+)
+
+
+@frozen
+class EKFAC:
+    """H_l = Q diag(L) Q^T with Q = Q_S (x) Q_A and L = 1/n sum_b (Q_S^T G_b Q_A)^2, entry by entry.
+
+    Q_S and Q_A are the eigenvectors of K-FAC's factors, and G_b is the gradient of example b. No
+    other L is nearer to the block of the Fisher matrix in these coordinates (Frobenius norm), and
+    its trace is that of the block exactly. Two passes over the train set; the rows are turned as
+    factors and formed only where that is less work. For an embedding Q_A = I.
+
+    Exact where the block of the Fisher matrix has these eigenvectors, as where it is a Kronecker
+    product. Source: George et al. 2018 (arXiv 1806.03884, section 3); for influence functions
+    Grosse et al. 2023 (arXiv 2308.03296, section 3).
+
+    Args:
+        fisher: Which rows, as in K-FAC: ``"sampled"``, ``"empirical"`` or ``"ggn"``.
+        draws: Labels drawn for each example; both passes see the same ones.
+        uncovered: Blocks without factors: ``"diagonal"``, ``"identity"``, ``"drop"`` or
+            ``"error"``.
+        approximation: Of the factors, ``"expand"`` or ``"reduce"``; the eigenvalues are measured
+            on whole rows either way.
+    """
+
+    fisher: Fisher = field(default="sampled", validator=validators.in_(FISHERS))
+    draws: int = field(default=1, validator=validators.ge(1))
+    uncovered: Uncovered = field(default="diagonal", validator=validators.in_(UNCOVERED))
+    approximation: Approximation = field(default="expand", validator=validators.in_(APPROXIMATIONS))
+    exact: ClassVar[bool] = False
+
+    def __attrs_post_init__(self) -> None:
+        check_draws(self.fisher, self.draws)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return the kind of rows that it reads."""
+        return frozenset({NEEDS[self.fisher]})
+
+    def gives(self, space: Space) -> frozenset[str]:
+        """Return that its operator can be applied, written down, and knows its eigenvectors.
+
+        Raises:
+            SpecError: No block keeps factors.
+            MemoryBudgetError: The factors surely do not fit.
+        """
+        Cover.of(space, "ekfac")
+        require_room(space, "ekfac")
+        return frozenset({"apply", "dense", "spectral"})
+
+    def fit(self, problem: Problem) -> Operator:
+        """Decompose the factors of one pass, and measure the eigenvalues in a second one."""
+        space = problem.space
+        cover = Cover.of(space, "ekfac")
+        cover.report("ekfac", self.uncovered)
+        average = self.approximation == "reduce"
+        factors = FactorReader(frozenset(cover.factored), average, "ekfac", problem.memory)
+        read_blocks(problem, self.fisher, self.draws, factors.add)
+        sides = {name: each.sides for name, each in factors.decompose().items()}
+        rest = cover.rest if self.uncovered == "diagonal" else ()
+        squares = Squares(frozenset((*cover.factored, *rest)), sides)
+        read_blocks(problem, self.fisher, self.draws, squares.add)
+        values = squares.times(1 / (problem.n_train * self.draws))
+        values |= uncovered_eigenvalues(problem, cover, self.uncovered, values)
+        dropped = frozenset(cover.rest if self.uncovered == "drop" else ())
+        return KroneckerSpectrum(
+            KroneckerBasis(space, sides, dropped),
+            {name: values[name] for name in space.names},
+            torch.promote_types(problem.dtype, torch.float32),
+            problem.memory,
+        )

@@ -1,0 +1,145 @@
+"""Kronecker factors of the layers' blocks, added up over the train set, and their eigenvectors."""
+
+from __future__ import annotations
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from dattri_core import Block, NumericsError, SpecError, factor_entries, factor_sums
+from dattri_parts.curvatures.spectrum import Kronecker
+from dattri_parts.curvatures.uncovered import require_bytes
+
+
+@define(eq=False)
+class Factors:
+    """Sums over the positions of all rows that count.
+
+    ``outputs`` is sum e e^T ``[O, O]``, ``inputs`` is sum x x^T ``[I, I]``, or its diagonal ``[I]``
+    for one-hot inputs.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    positions: int
+
+
+@frozen(eq=False)
+class EigenFactors:
+    """Eigenvectors of both factors, with the eigenvalues in float64."""
+
+    sides: Kronecker
+    outputs: Tensor  # [O]
+    inputs: Tensor  # [I]
+    positions: int
+
+    def product(self, weight: float) -> Tensor:
+        """Return the eigenvalues ``[O, I]`` of K-FAC: weight times S (x) A / positions."""
+        grid = self.outputs.unsqueeze(1) * self.inputs
+        return grid * (weight / max(1, self.positions))
+
+
+@define(eq=False)
+class FactorReader:
+    """Adds up the factors of some blocks.
+
+    Args:
+        names: The blocks; others are passed over.
+        average: Take one position for each row ("reduce").
+        curvature: For messages.
+        memory: Bytes that all factors may take.
+    """
+
+    names: frozenset[str]
+    average: bool
+    curvature: str
+    memory: int
+    found: dict[str, Factors] = field(factory=dict)
+    held: dict[str, int] = field(factory=dict)
+
+    def add(self, name: str, block: Block) -> None:
+        """Add the rows of one block of one batch.
+
+        Raises:
+            MemoryBudgetError: The factors do not fit; known after one batch.
+        """
+        if name not in self.names:
+            return
+        if name not in self.held:
+            outputs, inputs = block.shape
+            entries = factor_entries(block) + outputs * inputs
+            self.held[name] = entries * max(4, block.dtype.itemsize)
+            total = sum(self.held.values())
+            require_bytes(self.curvature, self.held, total, self.memory, "may be used")
+        sums = factor_sums(block, average=self.average)
+        if name not in self.found:
+            self.found[name] = Factors(sums.outputs, sums.inputs, sums.positions)
+            return
+        factors = self.found[name]
+        if factors.inputs.shape != sums.inputs.shape:
+            raise SpecError(
+                f"curvature {self.curvature!r}: block {name!r} has one-hot inputs in some batches "
+                "and others elsewhere; leave its parameters out"
+            )
+        factors.outputs.add_(sums.outputs)
+        factors.inputs.add_(sums.inputs)
+        factors.positions += sums.positions
+
+    def decompose(self) -> dict[str, EigenFactors]:
+        """Return the eigenvectors of all factors; the factors are let go one after another.
+
+        Raises:
+            NumericsError: A factor cannot be decomposed; its block is named.
+        """
+        return {name: decompose(self.found.pop(name), name) for name in list(self.found)}
+
+
+def decompose(factors: Factors, name: str) -> EigenFactors:
+    """Return the eigenvectors of both factors of a block, computed in float64."""
+    outputs, left = eigenvectors(factors.outputs, f"output factor of block {name!r}")
+    if factors.inputs.dim() == 1:
+        inputs, right = factors.inputs.double(), None
+    else:
+        inputs, right = eigenvectors(factors.inputs, f"input factor of block {name!r}")
+    return EigenFactors(Kronecker(left, right), outputs, inputs, factors.positions)
+
+
+def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[k]`` in float64 and eigenvectors ``[k, k]`` in the factor's dtype.
+
+    A factor is a sum of squares: eigenvalues that rounding made negative are 0.
+
+    Raises:
+        NumericsError: The factor is not finite, not symmetric, not positive, or the decomposition
+            fails; the message says which one.
+    """
+    precision = torch.finfo(factor.dtype).eps
+    matrix = factor.double()
+    size = matrix.abs().max() if matrix.numel() else matrix.new_zeros(())
+    if not torch.isfinite(size):
+        raise NumericsError(
+            f"{what}: not finite; look for a diverged checkpoint, or for squares that overflow: "
+            "try model.double()"
+        )
+    skew = (matrix - matrix.mT).abs().max() if matrix.numel() else size
+    if skew > 1e3 * precision * size:
+        raise NumericsError(
+            f"{what}: not symmetric, entries differ from their mirror by up to {float(skew):.3g} "
+            f"of {float(size):.3g}; matrix products are less exact than {factor.dtype} (TF32?): "
+            "torch.set_float32_matmul_precision('highest'), or model.double()"
+        )
+    try:
+        values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericsError(
+            f"{what}: its eigenvectors, {matrix.shape[-1]} x {matrix.shape[-1]}, were not found "
+            f"({error}); leave the layer out (Task(parameters=...)), or take the curvature "
+            "'diagonal'"
+        ) from error
+    least = float(values.min()) if values.numel() else 0.0
+    if least < -1e3 * precision * values.shape[-1] * float(size):
+        raise NumericsError(
+            f"{what}: its smallest eigenvalue is {least:.3g} and its largest entry "
+            f"{float(size):.3g}, where a sum of squares has none below 0; try model.double()"
+        )
+    return values.clamp_(min=0), vectors.to(factor.dtype)

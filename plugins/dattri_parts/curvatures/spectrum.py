@@ -1,0 +1,149 @@
+"""The operator of a curvature that is diagonal in a Kronecker basis of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core import Block, BlockSpec, DenseBlock, Rows, Space
+
+
+@frozen(eq=False)
+class Kronecker:
+    """Orthonormal eigenvectors of the two sides of a block, as columns; None: the unit vectors."""
+
+    outputs: Tensor | None  # [O, O]
+    inputs: Tensor | None  # [I, I]
+
+    @property
+    def on_inputs(self) -> Callable[[Tensor], Tensor] | None:
+        """Return x -> Q_I^T x."""
+        return times(self.inputs)
+
+    @property
+    def on_outputs(self) -> Callable[[Tensor], Tensor] | None:
+        """Return e -> Q_O^T e."""
+        return times(self.outputs)
+
+    def turn(self, block: Block) -> Block:
+        """Return Q_O^T G Q_I for every row G."""
+        return block.map(self.on_inputs, self.on_outputs)
+
+    def back(self, block: Block) -> Block:
+        """Return Q_O K Q_I^T for every row K."""
+        outputs, inputs = (None if q is None else q.mT for q in (self.outputs, self.inputs))
+        return block.map(times(inputs), times(outputs))
+
+
+def times(matrix: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """Return x -> matrix^T x on the last axis, in float32 or better, or None for the identity."""
+    if matrix is None:
+        return None
+
+    def product(values: Tensor) -> Tensor:
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return values.to(dtype) @ matrix.to(dtype)
+
+    return product
+
+
+@frozen(eq=False)
+class KroneckerBasis:
+    """Q: orthonormal columns of each block, Kronecker products or unit vectors.
+
+    Args:
+        space: Of the rows.
+        sides: By block; blocks that are left out keep their own coordinates.
+        dropped: Blocks without a column.
+    """
+
+    space: Space
+    sides: Mapping[str, Kronecker]
+    dropped: frozenset[str] = frozenset()
+    blockwise: ClassVar[bool] = True
+
+    @property
+    def out_space(self) -> Space:
+        """Return the blocks in the coordinates of their eigenvectors; a dropped one is empty."""
+        return Space(tuple(self._turned(spec) for spec in self.space))
+
+    def map(self, rows: Rows) -> Rows:
+        """Return Q^T g, factored where g is; the rows may hold a part of the blocks."""
+        self.space.select(rows.space.names).require_same(rows.space, "eigenbasis")
+        blocks: dict[str, Block] = {}
+        for name, block in rows.blocks.items():
+            if name in self.dropped:
+                blocks[name] = DenseBlock(block.flat()[:, :0])
+            else:
+                blocks[name] = self.sides[name].turn(block) if name in self.sides else block
+        space = Space(tuple(self._turned(spec) for spec in rows.space))
+        return Rows(space, blocks, rows.index, rows.aux)
+
+    def adjoint(self, rows: Rows) -> Rows:
+        """Return Q k; the rows may hold a part of the blocks."""
+        space = self.space.select(rows.space.names)
+        wanted = Space(tuple(self._turned(spec) for spec in space))
+        wanted.require_same(rows.space, "adjoint of an eigenbasis")
+        blocks: dict[str, Block] = {}
+        for spec in space:
+            block = rows.blocks[spec.name]
+            if spec.name in self.dropped:
+                blocks[spec.name] = DenseBlock(block.flat().new_zeros(len(rows), *spec.shape))
+            else:
+                sides = self.sides.get(spec.name)
+                blocks[spec.name] = block if sides is None else sides.back(block)
+        return Rows(space, blocks, rows.index, rows.aux)
+
+    def _turned(self, spec: BlockSpec) -> BlockSpec:
+        if spec.name in self.dropped:
+            return BlockSpec(spec.name, "dense", (0,))
+        return BlockSpec(spec.name, spec.kind, spec.shape)
+
+
+@frozen(eq=False)
+class KroneckerSpectrum:
+    """H = Q diag(L) Q^T, block diagonal.
+
+    Args:
+        basis: Q.
+        eigenvalues: L by block, each of the shape of one row.
+        dtype: In which it was computed.
+        memory: Bytes that work with it may use.
+    """
+
+    basis: KroneckerBasis
+    eigenvalues: Mapping[str, Tensor]
+    dtype: torch.dtype
+    memory: int
+    complete: ClassVar[bool] = True
+
+    @property
+    def space(self) -> Space:
+        """Return the space of the rows."""
+        return self.basis.space
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return H g for every row g, in the rows' dtype."""
+        turned = self.basis.map(rows)
+        blocks: dict[str, Block] = {}
+        for name, block in turned.blocks.items():
+            values = block.dense().values
+            blocks[name] = DenseBlock(values * self.eigenvalues[name].to(values))
+        answer = self.basis.adjoint(Rows(turned.space, blocks, rows.index, rows.aux))
+        return answer.to(dtype=rows.dtype)
+
+    def dense(self) -> Tensor:
+        """Return H in float64, ``[d, d]``."""
+        device = next(iter(self.eigenvalues.values())).device
+        matrix = torch.zeros(self.space.dim, self.space.dim, dtype=torch.float64, device=device)
+        for name, offset in self.space.offsets.items():
+            space = self.space.select([name])
+            units = torch.eye(space.dim, dtype=torch.float64, device=device)
+            rows = Rows.from_flat(space, units, torch.arange(space.dim))
+            where = slice(offset, offset + space.dim)
+            matrix[where, where] = self.apply(rows).flat()
+        return matrix

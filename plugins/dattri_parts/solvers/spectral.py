@@ -1,0 +1,227 @@
+"""The inverse of a curvature whose eigenvectors are known."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from dattri_core import (
+    Damping,
+    DenseBlock,
+    Inverse,
+    NumericsError,
+    Rows,
+    Space,
+    SpectralOperator,
+    as_damping,
+)
+
+ROUNDING = 1e4
+"""Squared rounding errors of a rotation by a few thousand columns, in units of precision^2."""
+
+
+@frozen
+class Spectral:
+    """(H + damping I)^-1 g = Q (L + damping)^-1 Q^T g from the spectrum of H; exact, no iterations.
+
+    Serves curvatures that come with their eigenvectors (``ekfac``, ``kfac``, ``diagonal``). Where H
+    is block diagonal its blocks are inverted apart, and another damping costs nothing but one
+    division for each entry. A spectrum that is not complete is completed by zeros:
+    ``g / damping - Q (L / (damping (L + damping))) Q^T g``.
+
+    Args:
+        damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue of
+            each block (of H where it has no blocks). A block without any curvature takes the mean
+            over all blocks. The default is that of Grosse et al. 2023 (arXiv 2308.03296).
+    """
+
+    damping: Damping = field(
+        default=Damping(0.1, relative=True),
+        converter=as_damping,  # type: ignore[misc]
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"spectral"})
+    exact: ClassVar[bool] = True
+
+    def check(self, space: Space) -> None:
+        """Accept any space."""
+
+    def solve_for(self, operator: SpectralOperator, device: torch.device) -> Inverse:
+        """Return the inverse.
+
+        Raises:
+            NumericsError: H + damping I is singular to the operator's precision.
+        """
+        return _inverse(operator, self.damping)
+
+
+@frozen(eq=False)
+class _SpectralInverse:
+    """Weights of the eigenvectors at one damping."""
+
+    operator: SpectralOperator
+    dampings: Mapping[str, float]  # by block of the spectrum
+    weights: Mapping[str, Tensor]  # by block of the spectrum, of the shape of one row
+    stats: Mapping[str, float]
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether H is block diagonal."""
+        return self.operator.basis.blockwise
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return (H + damping I)^-1 g for every row g, formed, in the rows' dtype.
+
+        Where H is block diagonal the rows may hold a part of the blocks.
+        """
+        space = self.operator.space
+        if not self.blockwise:
+            space.require_same(rows.space, "inverse Hessian")
+            return self._apply(rows)
+        space.select(rows.space.names).require_same(rows.space, "inverse Hessian")
+        blocks = {}
+        for name in rows.space.names:  # so that one block's rotation is alive at a time
+            blocks[name] = self._apply(rows.select([name])).blocks[name]
+        return Rows(rows.space, blocks, rows.index, rows.aux)
+
+    def with_damping(self, damping: Damping) -> Inverse:
+        """Return the inverse at another damping."""
+        return _inverse(self.operator, damping)
+
+    def _apply(self, rows: Rows) -> Rows:
+        basis = self.operator.basis
+        turned = basis.map(rows)
+        blocks = {}
+        for name, block in turned.blocks.items():
+            values = block.dense().values
+            blocks[name] = DenseBlock(values * self.weights[name].to(values.device, values.dtype))
+        answer = basis.adjoint(Rows(turned.space, blocks, rows.index, rows.aux))
+        formed = {name: answer.blocks[name].dense().values for name in rows.space.names}
+        if not self.operator.complete:
+            for name, values in formed.items():
+                share = (
+                    self.dampings[name] if self.blockwise else next(iter(self.dampings.values()))
+                )
+                formed[name] = values + rows.blocks[name].dense().values.to(values.dtype) / share
+        back = {name: DenseBlock(values.to(rows.dtype)) for name, values in formed.items()}
+        return Rows(rows.space, back, rows.index, rows.aux)
+
+
+def _inverse(operator: SpectralOperator, damping: Damping) -> _SpectralInverse:
+    eigenvalues = {name: values.double() for name, values in operator.eigenvalues.items()}
+    _require_finite(eigenvalues)
+    dampings = block_dampings(operator, damping)
+    precision = torch.finfo(operator.dtype).eps
+    weights, negative, condition = {}, 0, 1.0
+    for name, values in eigenvalues.items():
+        added = dampings[name]
+        shifted = values + added
+        negative += int((shifted < 0).sum())
+        if operator.complete and not values.numel():
+            weights[name] = shifted
+            continue
+        sizes = shifted.abs().flatten()
+        if not operator.complete:
+            sizes = torch.cat([sizes, sizes.new_tensor([added])])
+        least, greatest = float(sizes.min()), float(sizes.max())
+        _require_regular(name, values, least, greatest, precision, added)
+        condition = max(condition, greatest / least)
+        weights[name] = 1 / shifted if operator.complete else -values / (added * shifted)
+    stats = _stats(operator, eigenvalues, dampings, damping)
+    stats["negative_eigenvalues"] = float(negative)
+    stats["condition"] = condition
+    if negative:
+        warnings.warn(
+            f"solver 'spectral': {negative} eigenvalues of the curvature stay negative with "
+            f"damping {stats['damping']:.3g} (the smallest is {stats['minimum_eigenvalue']:.3g} "
+            "before damping); the exact inverse is used, which turns these directions around; give "
+            "more damping or the curvature 'ggn'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return _SpectralInverse(operator, dampings, weights, stats)
+
+
+def block_dampings(operator: SpectralOperator, damping: Damping) -> dict[str, float]:
+    """Return lambda in the unit of the curvature for each block of the spectrum.
+
+    Raises:
+        NumericsError: It is relative to a mean eigenvalue that is not positive.
+    """
+    eigenvalues = operator.eigenvalues
+    traces = {name: float(values.double().sum()) for name, values in eigenvalues.items()}
+    total = sum(traces.values())
+    if not damping.relative or not operator.basis.blockwise:
+        value = damping.absolute(total / max(1, _size(operator)))
+        return dict.fromkeys(eigenvalues, value)
+    found = {}
+    for name, values in eigenvalues.items():
+        if bool((values == 0).all()):
+            found[name] = damping.absolute(total / max(1, _size(operator)))
+        else:
+            found[name] = damping.absolute(traces[name] / operator.space[name].size)
+    return found
+
+
+def _size(operator: SpectralOperator) -> int:
+    """Return how many eigenvalues H has, those that an incomplete spectrum leaves out included."""
+    return operator.basis.out_space.dim if operator.complete else operator.space.dim
+
+
+def _stats(
+    operator: SpectralOperator,
+    eigenvalues: Mapping[str, Tensor],
+    dampings: Mapping[str, float],
+    damping: Damping,
+) -> dict[str, float]:
+    everything = [values.flatten() for values in eigenvalues.values() if values.numel()]
+    if not operator.complete or not everything:
+        everything.append(torch.zeros(1, dtype=torch.float64))
+    least = min(float(values.min()) for values in everything)
+    greatest = max(float(values.max()) for values in everything)
+    stats = {
+        "damping": next(iter(dampings.values())),
+        "minimum_eigenvalue": least,
+        "maximum_eigenvalue": greatest,
+    }
+    if damping.relative and operator.basis.blockwise:  # one for each block: their mean and range
+        sizes = {name: operator.space[name].size for name in dampings}
+        used = [name for name in dampings if eigenvalues[name].numel() or not operator.complete]
+        weighted = sum(dampings[name] * sizes[name] for name in used)
+        stats["damping"] = weighted / max(1, sum(sizes[name] for name in used))
+        stats["damping_minimum"] = min((dampings[name] for name in used), default=0.0)
+        stats["damping_maximum"] = max((dampings[name] for name in used), default=0.0)
+    return stats
+
+
+def _require_finite(eigenvalues: Mapping[str, Tensor]) -> None:
+    bad = [name for name, values in eigenvalues.items() if not torch.isfinite(values).all()]
+    if bad:
+        raise NumericsError(
+            f"solver 'spectral': the eigenvalues of {bad} are not finite; look for a diverged "
+            "checkpoint, or for squares that overflow: try model.double()"
+        )
+
+
+def _require_regular(
+    name: str, values: Tensor, least: float, greatest: float, precision: float, damping: float
+) -> None:
+    """Raise when H + damping I is singular to what is known of it.
+
+    Eigenvalues of differences are known to the precision of the largest. Those of a sum of squares
+    are squares of numbers that are known to it, so to its square.
+    """
+    squares = not values.numel() or float(values.min()) >= 0
+    known = ROUNDING * precision**2 if squares else precision
+    if least > known * greatest:
+        return
+    raise NumericsError(
+        f"solver 'spectral': curvature + damping is singular to working precision in block "
+        f"{name!r} (damping {damping:.3g}; the eigenvalues of H + damping I have sizes from "
+        f"{least:.3g} to {greatest:.3g}, known to {known:.1g} of the largest); give a damping "
+        f"above {known * greatest:.1g}, or model.double() for more precision"
+    )
