@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
+    from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
     from dattri_core.capabilities import DataProjector as DataProjector
@@ -173,6 +174,7 @@ _EXPORTS = {
     "compact": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
+    "explain_inner": "blocks",
     "factor_entries": "moments",
     "factor_sums": "moments",
     "format_bytes": "errors",

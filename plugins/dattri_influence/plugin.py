@@ -108,3 +108,19 @@ def register(registry: dattri.Registry) -> None:
         citation="George et al. 2018, Fast Approximate Natural Gradient Descent in a "
         f"Kronecker-factored Eigenbasis (arXiv 1806.03884); {GROSSE}",
     )
+    registry.method(
+        "if-datainf",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": {"name": "gauss-newton", "block": True},
+                "solver": {"name": "datainf", "damping": {"relative": 0.1}},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function with the mean of the inverses of single gradients, by layer",
+        formula="S_ij = sum over layers of <g_i, 1/n sum_k (g_k g_k^T + damping I)^-1 h_j>",
+        citation="Kwon et al. 2024, DataInf: Efficiently Estimating Data Influence in LoRA-tuned "
+        "LLMs and Diffusion Models, equation 5 (arXiv 2310.00902)",
+    )

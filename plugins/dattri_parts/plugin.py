@@ -115,6 +115,12 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "solver",
+        "datainf",
+        "dattri_parts.solvers.datainf:DataInf",
+        "The mean of the inverses of single rows, in closed form",
+    )
+    registry.part(
+        "solver",
         "spectral",
         "dattri_parts.solvers.spectral:Spectral",
         "From eigenvectors and eigenvalues; any damping without a new fit",

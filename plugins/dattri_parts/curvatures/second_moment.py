@@ -62,13 +62,25 @@ class SecondMoment:
         """Return the weight of each outer product."""
         return 1 / (self.problem.n_train * self.draws)
 
-    def rows(self) -> Iterator[Rows]:
-        """Read all rows, a few at a time."""
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return self.problem.n_train
+
+    def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
+        """Read all rows, or those of the examples at some positions, a few at a time."""
         for draw in range(self.draws):
-            yield from self.problem.rows(kind=self.kind, draw=draw)
+            yield from self.problem.rows(index, kind=self.kind, draw=draw)
 
     def apply(self, rows: Rows) -> Rows:
         """Return H g for every row g by one pass; of some blocks alone where H is blockwise."""
+        return self._apply(rows, None, self.weight)
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H_S g, the mean over the train examples at the positions S alone."""
+        return self._apply(rows, index, 1 / (max(1, len(index)) * self.draws))
+
+    def _apply(self, rows: Rows, index: Tensor | None, weight: float) -> Rows:
         space = self.space.select(rows.space.names) if self.blockwise else self.space
         space.require_same(rows.space, "curvature product")
         vectors = rows.to(dtype=self.dtype)
@@ -84,9 +96,9 @@ class SecondMoment:
 
         if self.blockwise:
             for draw in range(self.draws):
-                self.problem.stream(meet, kind=self.kind, draw=draw)
+                self.problem.stream(meet, kind=self.kind, draw=draw, index=index)
         else:
-            for part in self.rows():
+            for part in self.rows(index):
                 met = part.inner(vectors)
                 for name, block in part.blocks.items():
                     add(name, block, met)
@@ -95,7 +107,7 @@ class SecondMoment:
             found = total.get(spec.name)
             if found is None:  # no row at all
                 found = torch.zeros(len(rows), *spec.shape, dtype=self.dtype, device=rows.device)
-            blocks[spec.name] = DenseBlock(found.mul_(self.weight).to(rows.dtype))
+            blocks[spec.name] = DenseBlock(found.mul_(weight).to(rows.dtype))
         return Rows(space, blocks, rows.index, rows.aux)
 
     def dense(self) -> Tensor:
@@ -170,4 +182,4 @@ def answers(space: Space, *, blockwise: bool) -> frozenset[str]:
     """Return what a `SecondMoment` answers on a space: eigenvectors too where blocks are small."""
     apart = blockwise or len(space) == 1
     small = apart and all(spec.size <= LARGEST_SPECTRUM for spec in space)
-    return frozenset({"apply", "dense", "rows"}) | ({"spectral"} if small else set())
+    return frozenset({"apply", "dense", "rows", "sampled"}) | ({"spectral"} if small else set())
