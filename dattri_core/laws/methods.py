@@ -168,6 +168,15 @@ def scores_are_a_matrix(bench: MethodBench) -> None:
         require_equal((len(scores.train_ids), len(scores.test_ids)), shape, "number of ids")
 
 
+def _not_drawn_by_place(bench: MethodBench) -> str | None:
+    needs = {need for stage in getattr(bench.part, "chain", ()) for need in _needs(stage)}
+    return "its labels are drawn by the place of an example" if "fisher-rows" in needs else None
+
+
+def _needs(stage: Any) -> frozenset[str]:
+    return frozenset() if isinstance(stage, Projector) else frozenset(stage.needs)
+
+
 def _takes_all(bench: MethodBench) -> str | None:
     solvers = [getattr(stage, "solver", None) for stage in getattr(bench.part, "chain", ())]
     if any("sampled" in solver.needs for solver in solvers if solver is not None):
@@ -175,7 +184,7 @@ def _takes_all(bench: MethodBench) -> str | None:
     return None
 
 
-@law("method", _takes_all)
+@law("method", _not_drawn_by_place, _takes_all)
 def permuted_train_rows_permute_scores(bench: MethodBench) -> None:
     """S(train in another order, test) = S(train, test) with its rows in that order."""
     order = torch.tensor([3, 8, 1, 0, 6, 2, 7, 5, 4])

@@ -121,3 +121,38 @@ def register(registry: dattri.Registry) -> None:
         citation="George et al. 2018, Fast Approximate Natural Gradient Descent in a "
         f"Kronecker-factored Eigenbasis (arXiv 1806.03884); {GROSSE}",
     )
+    registry.method(
+        "if-woodbury",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": "ggn",
+                "solver": {"name": "woodbury", "damping": 1e-3},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function with the exact inverse of the Gauss-Newton matrix, from inner "
+        "products of rows",
+        formula="S_ij = <g_i, (G + damping I)^-1 h_j>, G = 1/n sum_i J_i^T C_i J_i, by the matrix "
+        "of inner products of its rows",
+        citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
+        "Functions, equation 2 (arXiv 1703.04730), with the matrix of Schraudolph 2002 and the "
+        "identity of Woodbury 1950",
+    )
+    registry.method(
+        "if-datainf",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": {"name": "gauss-newton", "block": True},
+                "solver": {"name": "datainf", "damping": {"relative": 0.1}},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function with the mean of the inverses of single gradients, by layer",
+        formula="S_ij = sum over layers of <g_i, 1/n sum_k (g_k g_k^T + damping I)^-1 h_j>",
+        citation="Kwon et al. 2024, DataInf: Efficiently Estimating Data Influence in LoRA-tuned "
+        "LLMs and Diffusion Models, equation 5 (arXiv 2310.00902)",
+    )

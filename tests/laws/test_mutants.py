@@ -4,19 +4,18 @@ import pytest
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
+    ToyDataProjector,
     ToyFitting,
     ToyFold,
     ToyProjector,
     ToyScorer,
 )
+from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
-    ToyRootSolver,
-    ToySolver,
     ToySource,
-    ToySpectralSolver,
     ToySpectrum,
 )
 
@@ -37,7 +36,7 @@ def registry():
     made = Registry.discovered()
     made.part("source", "toy", "toy_world_parts:ToySource")
     made.part("curvature", "toy", "toy_world_parts:ToyGGN")
-    made.part("solver", "toy", "toy_world_parts:ToySolver")
+    made.part("solver", "toy", "toy_solver_parts:ToySolver")
     made.part("scorer", "toy", "toy_row_parts:ToyScorer")
     made.part("scorer", "forgetful", "toy_row_parts:ForgetfulScorer")
     return made
@@ -45,7 +44,7 @@ def registry():
 
 GOOD = {
     "source": [ToySource()],
-    "projector": [ToyProjector()],
+    "projector": [ToyProjector(), ToyDataProjector()],
     "curvature": [ToyGGN(), ToyFisher(), ToySpectrum()],
     "solver": [
         ToySolver(),
@@ -95,6 +94,7 @@ BROKEN = {
         "map-is-of-the-row": ToyProjector("formed"),
         "map-keeps-index-and-aux": ToyProjector("index"),
         "map-is-of-its-stream": ToyProjector("global"),
+        "fit-is-of-the-train-set": ToyDataProjector("first"),
         "float32-map-is-close": ToyProjector("coarse"),
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
