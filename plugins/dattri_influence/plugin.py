@@ -8,6 +8,10 @@ GROSSE = (
     "Grosse et al. 2023, Studying Large Language Model Generalization with Influence Functions "
     "(arXiv 2308.03296)"
 )
+BARSHAN = (
+    "Barshan, Brunet and Dziugaite 2020, RelatIF: Identifying Explanatory Training Examples via "
+    "Relative Influence (arXiv 2003.11630)"
+)
 
 
 def spectral(curvature: str) -> dict[str, object]:
@@ -22,6 +26,16 @@ def spectral(curvature: str) -> dict[str, object]:
             "solver": {"name": "spectral", "damping": {"relative": 0.1}},
         },
         "scorer": "dot",
+        "fold": "mean",
+    }
+
+
+def relative(inverse: object) -> dict[str, object]:
+    """Return a method whose influences are relative to that of a train example on itself."""
+    return {
+        "source": "per-example",
+        "inverse_hessian": inverse,
+        "scorer": "relatif",
         "fold": "mean",
     }
 
@@ -88,4 +102,19 @@ def register(registry: dattri.Registry) -> None:
         "L = E[(Q^T g)^2] at labels drawn from the model",
         citation="George et al. 2018, Fast Approximate Natural Gradient Descent in a "
         f"Kronecker-factored Eigenbasis (arXiv 1806.03884); {GROSSE}",
+    )
+    registry.method(
+        "relatif-explicit",
+        relative({"curvature": "ggn", "solver": {"name": "cholesky", "damping": 1e-3}}),
+        summary="Relative influence with the Gauss-Newton matrix written down and factorised",
+        formula="S_ij = <g_i, (G + damping I)^-1 h_j> / sqrt(g_i^T (G + damping I)^-1 g_i)",
+        citation=BARSHAN,
+    )
+    registry.method(
+        "relatif-ekfac",
+        relative(spectral("ekfac")["inverse_hessian"]),
+        summary="Relative influence with the eigenvalue-corrected Kronecker-factored Fisher matrix",
+        formula="S_ij = <g_i, H^-1 h_j> / sqrt(g_i^T H^-1 g_i), both summed over layers, "
+        "H = Q (L + damping I) Q^T of each layer as in if-ekfac",
+        citation=f"{BARSHAN}; {GROSSE}",
     )
