@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -152,4 +152,32 @@ class SpectralOperator(Operator, Protocol):
         False: H is zero there, and (H + damping I)^-1 is 1 / damping. True: there is none, or it is
         dropped, held fixed; every function of H is zero there.
         """
+        ...
+
+
+@runtime_checkable
+class RowsOperator(Operator, Protocol):
+    """H = weight sum_i r_i r_i^T, over rows that may be more than memory holds."""
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of each outer product: 1 / n for a mean over n rows."""
+        ...
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether H is made of the diagonal blocks of that sum alone."""
+        ...
+
+    def rows(self) -> Iterator[Rows]:
+        """Read all rows, a few at a time; the same ones, in the same order, each time."""
+        ...
+
+
+@runtime_checkable
+class ByUse(Protocol):
+    """A curvature that asks less of the problem when less is asked of its operator."""
+
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        """Return what it asks of the problem where its operator answers ``asked`` alone."""
         ...

@@ -110,6 +110,7 @@ BROKEN = {
         "operator-is-linear": ToyGGN("absolute"),
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
+        "samples-are-means": ToyGGN("once"),
         "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
