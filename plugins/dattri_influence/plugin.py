@@ -185,3 +185,22 @@ def register(registry: dattri.Registry) -> None:
         "H = Q (L + damping I) Q^T of each layer as in if-ekfac",
         citation=f"{BARSHAN}; {GROSSE}",
     )
+    registry.method(
+        "logra",
+        {
+            "source": "per-example",
+            "projector": {"name": "kronecker", "rank": 64, "uncovered": "sketch"},
+            "inverse_hessian": {
+                "curvature": {"name": "gauss-newton", "block": True},
+                "solver": {"name": "spectral", "damping": {"relative": 0.1}},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function in a Kronecker sketch of each layer, with its Gauss-Newton "
+        "matrix there; initialisation='pca' for principal directions",
+        formula="S_ij = sum over layers of <k_i, (E[k k^T] + damping I)^-1 k_j>, "
+        "k = P_out G P_in^T of the gradient G",
+        citation="Choe et al. 2024, What is Your Data Worth to GPT? LLM-Scale Data Valuation with "
+        "Influence Functions, section 3 (arXiv 2405.13954)",
+    )
