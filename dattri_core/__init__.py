@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from dattri_core.blocks import DenseBlock as DenseBlock
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
+    from dattri_core.blocks import SpanBlock as SpanBlock
+    from dattri_core.blocks import SumBlock as SumBlock
+    from dattri_core.blocks import compact as compact
+    from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.blocks import share as share
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
@@ -145,6 +151,7 @@ _EXPORTS = {
     "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",
+    "RowsOperator": "capabilities",
     "SampledOperator": "capabilities",
     "Scored": "protocols",
     "Scorer": "protocols",
@@ -155,10 +162,12 @@ _EXPORTS = {
     "Solver": "protocols",
     "Source": "protocols",
     "Space": "space",
+    "SpanBlock": "blocks",
     "SpecError": "errors",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
     "StoreError": "errors",
+    "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
     "as_damping": "protocols",
@@ -166,8 +175,10 @@ _EXPORTS = {
     "attribute": "methods",
     "batch_size": "batch",
     "causal_lm": "losses",
+    "compact": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
+    "explain_inner": "blocks",
     "factor_entries": "moments",
     "factor_sums": "moments",
     "format_bytes": "errors",
@@ -182,6 +193,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "share": "blocks",
     "square_sum": "moments",
     "squared_error": "losses",
     "take": "batch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -130,6 +130,28 @@ class ReducingSolver(Solver, Protocol):
 
 
 @runtime_checkable
+class SampledOperator(Operator, Protocol):
+    """An operator that is a mean over the train examples, and can be taken over some of them."""
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        ...
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers that choose examples."""
+        ...
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return the mean over the examples at positions ``index [m]`` of H_i g, for every row g.
+
+        A position that comes twice counts twice.
+        """
+        ...
+
+
+@runtime_checkable
 class SpectralOperator(Operator, Protocol):
     """H = Q diag(L) Q^T, Q with orthonormal columns: any function of H is one of L."""
 
@@ -154,24 +176,30 @@ class SpectralOperator(Operator, Protocol):
 
 
 @runtime_checkable
-class SampledOperator(Operator, Protocol):
-    """An operator that is a mean over the train examples, and can be taken over some of them."""
+class RowsOperator(Operator, Protocol):
+    """H = weight sum_i r_i r_i^T, over rows that may be more than memory holds."""
 
     @property
-    def n_train(self) -> int:
-        """Return the number of train examples."""
+    def weight(self) -> float:
+        """Return the weight of each outer product: 1 / n for a mean over n rows."""
         ...
 
     @property
-    def random(self) -> RandomStream:
-        """Return the stream of random numbers that choose examples."""
+    def blockwise(self) -> bool:
+        """Return whether H is made of the diagonal blocks of that sum alone."""
         ...
 
-    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
-        """Return the mean over the examples at positions ``index [m]`` of H_i g, for every row g.
+    def rows(self) -> Iterator[Rows]:
+        """Read all rows, a few at a time; the same ones, in the same order, each time."""
+        ...
 
-        A position that comes twice counts twice.
-        """
+
+@runtime_checkable
+class ByUse(Protocol):
+    """A curvature that asks less of the problem when less is asked of its operator."""
+
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        """Return what it asks of the problem where its operator answers ``asked`` alone."""
         ...
 
 

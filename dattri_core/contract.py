@@ -7,6 +7,7 @@ with S,
 
 is reached without forming either matrix ("ghost", T S (O + I) products a pair) or by forming both
 ("form", O I products a pair). Which is cheaper depends on T, S, O, I and on how many rows meet.
+Rows that are combinations of m others ("span"), and sums ("parts"), are reached through those.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from attrs import frozen
 
 from dattri_core.errors import SpecError, format_bytes
 
-Order = Literal["ghost", "form", "gather", "form-first"]
+Order = Literal["ghost", "form", "gather", "span", "parts", "form-first"]
 DEFAULT_LIMIT = 256 * 2**20
 """Bytes that one contraction may use for its intermediates; larger ones run in slices of rows."""
 
@@ -46,7 +47,15 @@ def limit_now() -> int:
 class Shape:
     """The shape of one side: rows, positions (None once formed), outputs O, inputs I.
 
-    ``one_hot`` says that the inputs are indices, as those of an embedding.
+    Args:
+        rows: How many.
+        positions: Products that a row is the sum of.
+        outputs: O.
+        inputs: I.
+        one_hot: The inputs are indices, as those of an embedding.
+        distinct: How many rows of inputs there are, where several rows share theirs.
+        base: The rows that these are combinations of.
+        parts: What these rows are sums of.
     """
 
     rows: int
@@ -54,6 +63,9 @@ class Shape:
     outputs: int
     inputs: int
     one_hot: bool = False
+    distinct: int | None = None
+    base: Shape | None = None
+    parts: tuple[Shape, ...] = ()
 
 
 @frozen
@@ -86,20 +98,19 @@ def plan_inner(left: Shape, right: Shape, *, order: Order | None = None, item: i
     return _choose(_inner_plans(left, right, item), order, f"inner of {left} and {right}")
 
 
-def plan_pair(side: Shape, *, order: Order | None = None, item: int = 4) -> Plan:
-    """Choose the order of the inner products of each row with the same row of an equal side."""
-    plans = [_formed_pair(side, item)]
-    if side.positions is not None:
-        t = side.positions
-        reach = 1 if side.one_hot else side.inputs
-        plans.append(
-            Plan(
-                "ghost",
-                side.rows * t * t * (side.outputs + reach + 1),
-                2 * side.rows * t * t * item,
-            )
-        )
-    return _choose(plans, order, f"pairwise inner of {side}")
+def plan_pair(
+    left: Shape, right: Shape | None = None, *, order: Order | None = None, item: int = 4
+) -> Plan:
+    """Choose the order of the inner products of each row with the same row of the other side.
+
+    Args:
+        left: One side.
+        right: The other, with as many rows; default the same shape.
+        order: Force an order instead of the cheapest one.
+        item: Bytes of one number.
+    """
+    plans = _pair_plans(left, right or left, item)
+    return _choose(plans, order, f"pairwise inner of {left} and {right or left}")
 
 
 def plan_squares(
@@ -131,8 +142,8 @@ def plan_squares(
     formed = side.rows * size
     turning = formed * (side.outputs * on_outputs + side.inputs * on_inputs)
     mapped = on_inputs or on_outputs
-    if side.positions is None:
-        plans = [Plan("form", turning + formed, (1 + mapped) * formed * item)]
+    if side.positions is None or side.base is not None or side.parts:
+        plans = [Plan("form", _forming(side) + turning + formed, (1 + mapped) * formed * item)]
         return _choose(plans, order, f"squares of {side}")
     each = side.rows * side.positions
     factors = side.outputs * side.outputs * on_outputs + side.inputs * side.inputs * on_inputs
@@ -181,11 +192,25 @@ def _inner_plans(left: Shape, right: Shape, item: int) -> list[Plan]:
     forming = _forming(left) + _forming(right)
     formed_bytes = sum(s.rows * size * item for s in (left, right) if s.positions is not None)
     plans = [Plan("form", forming + pairs * size, formed_bytes)]
+    for side, other in ((left, right), (right, left)):
+        if side.parts:
+            through = [plan_inner(part, other, item=item) for part in side.parts]
+            adds = sum(plan.multiply_adds for plan in through)
+            return [*plans, Plan("parts", adds, max(plan.bytes for plan in through))]
+    for side, other in ((left, right), (right, left)):
+        if side.base is not None:
+            met = side.base.rows * other.rows
+            inner = plan_inner(side.base, other, item=item)
+            adds = inner.multiply_adds + met * side.rows
+            return [*plans, Plan("span", adds, inner.bytes + met * item)]
     if left.positions is not None and right.positions is not None:
-        meetings = pairs * left.positions * right.positions
+        places = left.positions * right.positions
+        meetings = pairs * places
         reach = 1 if left.one_hot or right.one_hot else left.inputs
+        met = (left.distinct or left.rows) * (right.distinct or right.rows) * places
         # The two gram matrices are written, multiplied and summed: about two more operations each.
-        plans.append(Plan("ghost", meetings * (left.outputs + reach + 2), 2 * meetings * item))
+        adds = meetings * (left.outputs + 2) + met * reach
+        plans.append(Plan("ghost", adds, 2 * meetings * item))
     for indexed, formed in ((left, right), (right, left)):
         if indexed.one_hot and indexed.positions is not None and formed.positions is None:
             picks = pairs * indexed.positions * indexed.outputs
@@ -194,18 +219,52 @@ def _inner_plans(left: Shape, right: Shape, item: int) -> list[Plan]:
 
 
 def _forming(side: Shape) -> int:
+    """Return the multiply-adds of forming all rows of a side."""
+    size = side.rows * side.outputs * side.inputs
     if side.positions is None:
         return 0
+    if side.parts:
+        return sum(_forming(part) + size for part in side.parts)
+    if side.base is not None:
+        return combining(side.rows, side.base)
     reach = 1 if side.one_hot else side.inputs
     # A one-hot side still has to clear the whole matrix it scatters into.
-    clear = side.rows * side.outputs * side.inputs if side.one_hot else 0
-    return side.rows * side.positions * side.outputs * reach + clear
+    return side.rows * side.positions * side.outputs * reach + (size if side.one_hot else 0)
 
 
-def _formed_pair(side: Shape, item: int) -> Plan:
-    size = side.rows * side.outputs * side.inputs
-    held = 0 if side.positions is None else 2 * size * item
-    return Plan("form", 2 * _forming(side) + size, held)
+def combining(rows: int, base: Shape) -> int:
+    """Return the multiply-adds of forming ``rows`` combinations of the rows of a base."""
+    size = base.outputs * base.inputs
+    if base.parts:
+        return sum(combining(rows, part) + rows * size for part in base.parts)
+    if base.base is not None:
+        return rows * base.rows * base.base.rows + combining(rows, base.base)
+    if base.positions is None:
+        return rows * base.rows * size
+    weighed = rows * base.rows * base.positions * base.outputs
+    if base.one_hot:
+        return 2 * weighed + rows * size
+    return weighed + rows * (base.distinct or base.rows) * base.positions * size
+
+
+def _pair_plans(left: Shape, right: Shape, item: int) -> list[Plan]:
+    size = left.rows * left.outputs * left.inputs
+    plans = [Plan("form", _forming(left) + _forming(right) + size, 2 * size * item)]
+    for side, other in ((left, right), (right, left)):
+        if side.parts:
+            through = [plan_pair(part, other, item=item) for part in side.parts]
+            adds = sum(plan.multiply_adds for plan in through)
+            return [*plans, Plan("parts", adds, max(plan.bytes for plan in through))]
+    for side, other in ((left, right), (right, left)):
+        if side.base is not None:
+            met = side.base.rows * other.rows
+            inner = plan_inner(side.base, other, item=item)
+            return [*plans, Plan("span", inner.multiply_adds + met, inner.bytes + met * item)]
+    if left.positions is not None and right.positions is not None:
+        met = left.rows * left.positions * right.positions
+        reach = 1 if left.one_hot or right.one_hot else left.inputs
+        plans.append(Plan("ghost", met * (left.outputs + reach + 1), 2 * met * item))
+    return plans
 
 
 def rows_per_slice(plan: Plan, rows: int, limit: int) -> int:

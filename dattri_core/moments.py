@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dattri_core.blocks import Block, LinearFunction, OneHot, OuterBlock, accumulate, shape_of
+from dattri_core.blocks.inputs import is_one_hot
 from dattri_core.contract import Order, limit_now, plan_squares, rows_per_slice
 from dattri_core.errors import SpecError
 
@@ -65,9 +66,10 @@ def _squares(block: Block, order: Order) -> Tensor:
     if order in ("ghost", "gather"):
         assert isinstance(block, OuterBlock)
         outputs = accumulate(block.outputs)
-        if isinstance(block.inputs, OneHot):
-            return _one_hot_squares(outputs, block.inputs.index, block.inputs.size)
-        return _pair_squares(outputs, accumulate(block.inputs))
+        inputs = block.own_inputs
+        if isinstance(inputs, OneHot):
+            return _one_hot_squares(outputs, inputs.index, inputs.size)
+        return _pair_squares(outputs, accumulate(inputs))
     return _formed_squares(accumulate(block.dense().values))
 
 
@@ -129,7 +131,7 @@ def factor_entries(block: Block) -> int:
     """
     outer = _require_factors(block)
     outputs, inputs = outer.shape
-    return outputs * outputs + (inputs if isinstance(outer.inputs, OneHot) else inputs * inputs)
+    return outputs * outputs + (inputs if is_one_hot(outer.inputs) else inputs * inputs)
 
 
 def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
@@ -147,12 +149,13 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
     outer = _require_factors(block)
     outputs = accumulate(outer.outputs)
     counted = (outputs != 0).any(2)  # [B, T]
-    if isinstance(outer.inputs, OneHot):
+    given = outer.own_inputs
+    if isinstance(given, OneHot):
         chosen = outputs[counted]
-        tokens = outer.inputs.index[counted]
-        frequency = torch.bincount(tokens, minlength=outer.inputs.size).to(outputs.dtype)
+        tokens = given.index[counted]
+        frequency = torch.bincount(tokens, minlength=given.size).to(outputs.dtype)
         return FactorSums(chosen.mT @ chosen, frequency, len(chosen))
-    inputs = accumulate(outer.inputs)
+    inputs = accumulate(given)
     counted &= (inputs != 0).any(2)
     if average and outputs.shape[1] > 1:
         weights = counted.to(inputs.dtype)

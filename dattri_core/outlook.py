@@ -7,7 +7,7 @@ import attrs
 from dattri_core.capabilities import InverseRoot, Outlook, SplitInverse
 from dattri_core.protocols import InverseHessian, LinearMap
 from dattri_core.space import Space
-from dattri_core.stages import CurvatureInverse, Stage, Step, is_inverse, space_after
+from dattri_core.stages import Stage, Step, is_inverse, is_two_sided, space_after
 
 
 def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
@@ -40,9 +40,11 @@ def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
     told = Outlook(blockwise=not stage.needs)
     if hasattr(stage, "outlook"):
         told = stage.outlook(space)
-    two_sided = isinstance(stage, CurvatureInverse) and stage.form == "two-sided"
     return attrs.evolve(
-        told, forms=bool(stage.needs), reduced=_reduced(stage, space), two_sided=two_sided
+        told,
+        forms=bool(stage.needs),
+        reduced=_reduced(stage, space),
+        two_sided=is_two_sided(stage),
     )
 
 

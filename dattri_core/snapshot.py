@@ -18,7 +18,15 @@ from dattri_core.problem import TrainProblem, collect
 from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source
 from dattri_core.routes import contractions_of, gradient_work, routes_of, streams_through
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
+from dattri_core.stages import (
+    Chain,
+    Stage,
+    Step,
+    all_blockwise,
+    check_stages,
+    needs_data,
+    space_after,
+)
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
@@ -95,7 +103,8 @@ def fit_checkpoint(
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
     A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
-    costs are those of all stages, but no inverse Hessian is fitted or in the chain.
+    costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
+    are fitted on a few examples.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -118,24 +127,18 @@ def fit_checkpoint(
     step: Step
     for stage in stages:
         before, space = space, space_after(stage, space)
-        if isinstance(stage, Projector):
-            stream = RandomStream(seed, "projector", checkpoint.position)
-            step = stage.build(before, stream=stream, device=task.device)
-        elif plan_only:
+        if plan_only and not isinstance(stage, Projector):
             outlooks.append(outlook_before_fit(stage, before))
             continue
+        role = "projector" if isinstance(stage, Projector) else "curvature"
+        stream = RandomStream(seed, role, checkpoint.position)
+        if isinstance(stage, Projector) and not needs_data(stage):
+            step = stage.build(before, stream=stream, device=task.device)
         else:
-            step = stage.fit(
-                TrainProblem(
-                    source=bound,
-                    examples=examples,
-                    maps=chain.maps,
-                    batch=batch,
-                    random=RandomStream(seed, "curvature", checkpoint.position),
-                    memory=memory,
-                    advance=advance,
-                )
-            )
+            # A plan only asks what comes out of a projector: a few examples tell.
+            data = Examples("train", SAMPLE, "tensors", sample) if plan_only else examples
+            problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
+            step = stage.fit(problem)
         outlooks.append(outlook_of(stage, step, before))
         chain = Chain(bound, (*chain.steps, step))
     dtype = torch.promote_types(rows.dtype, torch.float32)

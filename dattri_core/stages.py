@@ -16,6 +16,8 @@ from attrs import field, frozen, validators
 
 from dattri_core.blocks import Block
 from dattri_core.capabilities import (
+    ByUse,
+    DataProjector,
     InverseRoot,
     Outlook,
     PreconditionedSolver,
@@ -71,7 +73,10 @@ class CurvatureInverse:
     def needs(self) -> frozenset[str]:
         """Return what the curvature and the preconditioner ask of the problem."""
         more = self.preconditioner.needs if self.preconditioner is not None else frozenset()
-        return self.curvature.needs | more
+        asked = self.curvature.needs
+        if isinstance(self.curvature, ByUse):
+            asked = self.curvature.needs_for(self.solver.needs)
+        return asked | more
 
     def out_space(self, space: Space) -> Space:
         """Return the space of rows after it: another one for a solver that reduces them."""
@@ -366,6 +371,11 @@ def all_blockwise(stages: Sequence[Stage], space: Space) -> bool:
             return False
         space = after
     return True
+
+
+def needs_data(projector: Projector) -> TypeGuard[DataProjector]:
+    """Return whether a projector is fitted on the train set, instead of built."""
+    return isinstance(projector, DataProjector) and bool(projector.needs)
 
 
 def is_two_sided(stage: Stage) -> bool:

@@ -79,6 +79,18 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "curvature",
+        "fisher",
+        "dattri_parts.curvatures.fisher_information:Fisher",
+        "The Fisher information matrix, of drawn labels or of those of the data",
+    )
+    registry.part(
+        "curvature",
+        "gauss-newton",
+        "dattri_parts.curvatures.gauss_newton:GaussNewton",
+        "The second moment of the rows, as they are or in a sketch",
+    )
+    registry.part(
+        "curvature",
         "diagonal",
         "dattri_parts.curvatures.diagonal:Diagonal",
         "The diagonal of the Fisher matrix",
@@ -100,6 +112,18 @@ def register(registry: dattri.Registry) -> None:
         "cholesky",
         "dattri_parts.solvers.cholesky:Cholesky",
         "Dense factorisation in float64: the explicit inverse",
+    )
+    registry.part(
+        "solver",
+        "woodbury",
+        "dattri_parts.solvers.woodbury:Woodbury",
+        "Exact, from the Gram matrix of the curvature's rows",
+    )
+    registry.part(
+        "solver",
+        "datainf",
+        "dattri_parts.solvers.datainf:DataInf",
+        "The mean of the inverses of single rows, in closed form",
     )
     registry.part(
         "solver",

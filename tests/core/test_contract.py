@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dattri_core import DenseBlock, OneHot, OuterBlock, SpecError
-from dattri_core.blocks import explain_inner
+from dattri_core.blocks import Shared, SpanBlock, SumBlock, explain_inner
 from dattri_core.contract import Shape, plan_inner, plan_pair, rows_per_slice
 
 
@@ -38,6 +38,30 @@ def test_planned_multiply_adds_are_those_that_run(b, c, t, s, o, i):
     assert chosen.multiply_adds == min(ghost.multiply_adds, form.multiply_adds)
     auto = counted(lambda: left.inner(right))
     assert auto + (elementwise if chosen.order == "ghost" else 0) == chosen.multiply_adds
+
+
+@given(b=dims, c=dims, m=dims, t=dims, o=dims, i=dims, shared=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_planned_multiply_adds_of_spans_are_those_that_run(b, c, m, t, o, i, shared):
+    left, base = outer(b, 1, o, i), outer(m, t, o, i)
+    if shared:
+        base = OuterBlock(base.outputs, Shared(torch.ones(1, t, i), torch.zeros(m).long()))
+    span = SpanBlock(torch.ones(c, m), base)
+    through = explain_inner(base, left)
+    elementwise = 2 * b * m * t if through.order == "ghost" else 0
+    want = explain_inner(left, span, "span").multiply_adds - elementwise
+    assert want == counted(lambda: left.inner(span, order="span"))
+    kept = 1 if shared else m
+    weighed = c * m * t * o  # each output times its coefficient
+    formed = explain_inner(left, span, "form").multiply_adds
+    assert formed == counted(lambda: span.dense()) + weighed + b * o * i + b * c * o * i
+    assert counted(lambda: span.dense()) == c * kept * t * o * i
+    total = SumBlock((span, outer(c, 1, o, i)))
+    parts = explain_inner(left, total, "parts").multiply_adds
+    each = [explain_inner(part, left).multiply_adds for part in total.parts]
+    assert parts == sum(each)
+    least = min(parts, explain_inner(left, total, "form").multiply_adds)
+    assert explain_inner(left, total).multiply_adds == least
 
 
 @given(b=dims, t=dims, o=dims, i=dims)
@@ -98,3 +122,28 @@ def test_no_intermediate_exceeds_the_limit():
     assert large.peak >= whole
     # Products of the pair: two gram matrices, their product, and the result [64, 32].
     assert small.peak <= 1.6 * limit + 2 * 64 * 32 * 4
+
+
+@pytest.mark.parametrize("order", ["span", "form"])
+def test_products_through_a_span_keep_under_the_limit(order):
+    from dattri_core.testing import PeakMemory
+
+    left = outer(40, 1, 30, 50)
+    span = SpanBlock(torch.ones(8, 2000), outer(2000, 1, 30, 50))
+    limit = 64 * 1024
+    with PeakMemory() as small:
+        found = left.inner(span, order=order, limit=limit)
+    # A slice of [m, 40] products, the gram matrices it is made of, and the result twice.
+    weighed = 8 * 2000 * 30 * 4 if order == "form" else 0  # outputs times coefficients
+    assert small.peak <= 3 * limit + 2 * 40 * 8 * 4 + 2 * weighed
+    assert torch.equal(found, torch.full((40, 8), 2000.0 * 30 * 50))
+
+
+def test_known_choices_of_spans():
+    base = outer(9000, 1, 128, 785)
+    span = SpanBlock(torch.ones(100, 9000), base)
+    # Through the base a train row costs 9000 (128 + 785); forming each query costs 9000 128 785.
+    assert explain_inner(outer(1000, 1, 128, 785), span).order == "span"
+    # Rows of a small space are formed once.
+    small = SpanBlock(torch.ones(10, 9000), DenseBlock(torch.ones(9000, 20)))
+    assert explain_inner(DenseBlock(torch.ones(10_000, 20)), small).order == "form"

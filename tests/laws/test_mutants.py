@@ -4,6 +4,7 @@ import pytest
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
+    ToyDataProjector,
     ToyFitting,
     ToyFold,
     ToyProjector,
@@ -43,7 +44,7 @@ def registry():
 
 GOOD = {
     "source": [ToySource()],
-    "projector": [ToyProjector()],
+    "projector": [ToyProjector(), ToyDataProjector()],
     "curvature": [ToyGGN(), ToyFisher(), ToySpectrum()],
     "solver": [
         ToySolver(),
@@ -94,6 +95,7 @@ BROKEN = {
         "map-is-of-the-row": ToyProjector("formed"),
         "map-keeps-index-and-aux": ToyProjector("index"),
         "map-is-of-its-stream": ToyProjector("global"),
+        "fit-is-of-the-train-set": ToyDataProjector("first"),
         "float32-map-is-close": ToyProjector("coarse"),
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
@@ -109,6 +111,7 @@ BROKEN = {
         "operator-is-linear": ToyGGN("absolute"),
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
+        "samples-are-means": ToyGGN("once"),
         "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),

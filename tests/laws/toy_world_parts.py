@@ -117,15 +117,16 @@ class ToyGGN:
     def gives(self, space):
         if self.fault == "gives":
             torch.zeros(1)
-        return frozenset({"apply", "dense"})
+        sampled = {"sampled"} if self.fault in ("", "once") else set()
+        return frozenset({"apply", "dense", *sampled})
 
     def fit(self, problem):
         size = problem.space.dim
         eye = torch.eye(size, dtype=torch.float64)
         units = Rows.from_flat(problem.space, eye, torch.arange(size))
         matrix = problem.product(units, "ggn").flat()
-        return ToyMatrix(
-            self.fault, problem.space, 2 * matrix if self.fault == "double" else matrix
+        return ToySampled(
+            self.fault, problem.space, 2 * matrix if self.fault == "double" else matrix, problem
         )
 
 
@@ -186,6 +187,22 @@ class ToyMatrix:
 
     def dense(self):
         return 2 * self.matrix if self.fault == "dense" else self.matrix
+
+
+@frozen(eq=False)
+class ToySampled(ToyMatrix):
+    problem: object
+
+    @property
+    def n_train(self):
+        return self.problem.n_train
+
+    @property
+    def random(self):
+        return self.problem.random
+
+    def apply_on(self, rows, index):
+        return self.problem.product(rows, "ggn", index.unique() if self.fault == "once" else index)
 
 
 @frozen

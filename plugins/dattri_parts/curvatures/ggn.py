@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from attrs import frozen
+from torch import Tensor
 
-from dattri_core import Operator, Problem, Space
+from dattri_core import Operator, Problem, RandomStream, Rows, Space
 from dattri_parts.curvatures.product import ProductOperator
+from dattri_parts.curvatures.second_moment import SecondMoment
 
 
 @frozen
@@ -24,10 +28,69 @@ class GGN:
     needs: ClassVar[frozenset[str]] = frozenset({"ggn-product"})
     exact: ClassVar[bool] = True
 
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        """Return that a solver that asks for rows alone needs no products."""
+        return frozenset({"ggn-rows"}) if asked == {"rows"} else self.needs
+
     def gives(self, space: Space) -> frozenset[str]:
-        """Return that its operator can be applied and written down."""
-        return frozenset({"apply", "dense"})
+        """Return that it can be applied, on samples too, written down, and read as rows."""
+        return frozenset({"apply", "dense", "rows", "sampled"})
 
     def fit(self, problem: Problem) -> Operator:
         """Return the operator; the work is done when it is applied."""
-        return ProductOperator(problem, "ggn")
+        return GGNOperator(ProductOperator(problem, "ggn"), SecondMoment(problem, "ggn"))
+
+
+@frozen(eq=False)
+class GGNOperator:
+    """The same matrix twice: by its products, and as rows J_i^T f_k of the factors of C_i."""
+
+    products: ProductOperator
+    moment: SecondMoment
+    blockwise: ClassVar[bool] = False
+
+    @property
+    def space(self) -> Space:
+        """Return the space of the problem's rows."""
+        return self.products.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the rows."""
+        return self.products.dtype
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes that the fit may use."""
+        return self.products.memory
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return self.products.n_train
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers of the fit."""
+        return self.products.random
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return G g for every row g, by products."""
+        return self.products.apply(rows)
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return G g for every row g, G the mean over the examples at some positions."""
+        return self.products.apply_on(rows, index)
+
+    def dense(self) -> Tensor:
+        """Return G in float64, ``[d, d]``, by products."""
+        return self.products.dense()
+
+    @property
+    def weight(self) -> float:
+        """Return 1 / n."""
+        return self.moment.weight
+
+    def rows(self) -> Iterator[Rows]:
+        """Read the rows r with G = 1/n sum r r^T."""
+        return self.moment.rows()

@@ -18,13 +18,13 @@ def fold_calls(block: Block, count: int) -> Block:
     """Return B rows of B k: the k rows of an example, next to each other, are added."""
     if len(block) == count:
         return block
-    if isinstance(block, DenseBlock):
-        return DenseBlock(_by_example(block.values, count).sum(1))
-    outputs = _by_example(block.outputs, count).flatten(1, 2)
-    if isinstance(block.inputs, OneHot):
-        index = _by_example(block.inputs.index, count).flatten(1, 2)
-        return OuterBlock(outputs, OneHot(index, block.inputs.size))
-    return OuterBlock(outputs, _by_example(block.inputs, count).flatten(1, 2))
+    if not isinstance(block, OuterBlock):
+        return DenseBlock(_by_example(block.dense().values, count).sum(1))
+    outputs, inputs = _by_example(block.outputs, count).flatten(1, 2), block.own_inputs
+    if isinstance(inputs, OneHot):
+        index = _by_example(inputs.index, count).flatten(1, 2)
+        return OuterBlock(outputs, OneHot(index, inputs.size))
+    return OuterBlock(outputs, _by_example(inputs, count).flatten(1, 2))
 
 
 def turn(block: Block, own: BlockSpec, target: BlockSpec) -> Block:
@@ -34,10 +34,7 @@ def turn(block: Block, own: BlockSpec, target: BlockSpec) -> Block:
     if _layout(own) == _layout(target):
         return block
     if isinstance(block, OuterBlock) and target.kind == "outer":
-        inputs = block.inputs
-        if isinstance(inputs, OneHot):
-            inputs = inputs.dense(block.outputs.dtype)
-        return OuterBlock(inputs, block.outputs)
+        return OuterBlock(_vectors(block), block.outputs)
     values = block.dense().values
     view = own.parameters[0]
     return DenseBlock(parameter_values(own, view, values).reshape(len(block), *target.shape))
@@ -54,14 +51,12 @@ def join_calls(blocks: Sequence[Block]) -> Block:
             total = total + block.dense().values
         return DenseBlock(total)
     outputs = torch.cat([block.outputs for block in outer], dim=1)
-    hot = [block.inputs for block in outer if isinstance(block.inputs, OneHot)]
+    inputs = [block.own_inputs for block in outer]
+    hot = [one for one in inputs if isinstance(one, OneHot)]
     if len(hot) == len(outer):
         index = torch.cat([one.index for one in hot], dim=1)
         return OuterBlock(outputs, OneHot(index, hot[0].size))
-    inputs = [
-        b.inputs.dense(b.outputs.dtype) if isinstance(b.inputs, OneHot) else b.inputs for b in outer
-    ]
-    return OuterBlock(outputs, torch.cat(inputs, dim=1))
+    return OuterBlock(outputs, torch.cat([_vectors(block) for block in outer], dim=1))
 
 
 def zero_block(spec: BlockSpec, count: int, dtype: torch.dtype, device: torch.device) -> Block:
@@ -99,6 +94,11 @@ def parameter_values(spec: BlockSpec, view: ParameterView, values: Tensor) -> Te
     """
     columns = values.reshape(len(values), *spec.matrix_shape)[:, :, view.start : view.stop]
     return (columns.mT if view.transposed else columns).reshape(len(values), *view.shape)
+
+
+def _vectors(block: OuterBlock) -> Tensor:
+    inputs = block.own_inputs
+    return inputs.dense(block.outputs.dtype) if isinstance(inputs, OneHot) else inputs
 
 
 def _by_example(values: Tensor, count: int) -> Tensor:

@@ -68,8 +68,9 @@ def require_finite(
 
 def _held(block: Block) -> list[Tensor]:
     if not isinstance(block, OuterBlock):
-        return [block.values]
-    return [block.outputs] if isinstance(block.inputs, OneHot) else [block.outputs, block.inputs]
+        return [block.dense().values]
+    inputs = block.own_inputs
+    return [block.outputs] if isinstance(inputs, OneHot) else [block.outputs, inputs]
 
 
 def _wide(values: Tensor) -> torch.dtype:

@@ -1,0 +1,207 @@
+"""Inputs of factored rows: vectors, indices, or either shared by several rows; and their products.
+
+Axes: B and C rows, T and S positions, I a layer's inputs, U inputs that are kept.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from dattri_core.blocks.block import LinearFunction
+
+
+@frozen(eq=False)
+class OneHot:
+    """Inputs of an embedding: indices ``[B, T]`` that stand for one-hot vectors of length I."""
+
+    index: Tensor
+    size: int
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the one-hot vectors ``[B, T, I]``."""
+        return torch.nn.functional.one_hot(self.index, self.size).to(dtype)
+
+
+@frozen(eq=False)
+class Shared:
+    """Inputs that several rows have in common: row b has ``values[index[b]]``."""
+
+    values: Tensor | OneHot  # [U, T, I]
+    index: Tensor  # [B], on the CPU, so that a choice of rows never waits for a device
+
+
+Inputs: TypeAlias = Tensor | OneHot | Shared
+
+
+def accumulate(values: Tensor) -> Tensor:
+    """Return values in float32 when they are half precision: sums never run in fewer bits."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
+    """Return the function of the last axis of vectors, or the vectors where it is None."""
+    if function is None:
+        return vectors
+    if isinstance(function, Tensor):
+        return accumulate(vectors) @ function.mT
+    return function(vectors)
+
+
+# --- what they are ------------------------------------------------------------------------------
+def held_by(inputs: Inputs) -> Tensor:
+    """Return the tensor that holds the numbers."""
+    kept = inputs.values if isinstance(inputs, Shared) else inputs
+    return kept.index if isinstance(kept, OneHot) else kept
+
+
+def counts_of(inputs: Inputs) -> tuple[int, int]:
+    """Return the number of rows and of positions (B, T)."""
+    held = held_by(inputs)
+    rows = len(inputs.index) if isinstance(inputs, Shared) else held.shape[0]
+    return (int(rows), int(held.shape[1]))
+
+
+def width_of(inputs: Inputs) -> int:
+    """Return the length I of one vector."""
+    kept = inputs.values if isinstance(inputs, Shared) else inputs
+    return kept.size if isinstance(kept, OneHot) else int(kept.shape[2])
+
+
+def is_one_hot(inputs: Inputs) -> bool:
+    """Return whether the inputs are indices."""
+    return isinstance(inputs.values if isinstance(inputs, Shared) else inputs, OneHot)
+
+
+# --- other inputs from them ---------------------------------------------------------------------
+def own(inputs: Inputs) -> Tensor | OneHot:
+    """Return the inputs of each row apart, ``[B, T, I]``."""
+    if not isinstance(inputs, Shared):
+        return inputs
+    return take_own(inputs.values, inputs.index)
+
+
+def map_inputs(inputs: Inputs, function: LinearFunction | None, dtype: torch.dtype) -> Inputs:
+    """Return a linear function of the inputs; shared ones stay shared.
+
+    A matrix for indices is read by columns: no one-hot vector is made.
+    """
+    if isinstance(inputs, Shared):
+        mapped = map_inputs(inputs.values, function, dtype)
+        assert not isinstance(mapped, Shared)
+        return evolve(inputs, values=mapped)
+    if function is None:
+        return inputs
+    if isinstance(inputs, OneHot) and isinstance(function, Tensor):
+        return function.mT[inputs.index]
+    return applied(function, _written(inputs, dtype))
+
+
+def take_own(inputs: Tensor | OneHot, index: Tensor | slice) -> Tensor | OneHot:
+    """Return the inputs of chosen rows, which share nothing."""
+    held = held_by(inputs)
+    picked = held[index if isinstance(index, slice) else index.to(held.device)]
+    return evolve(inputs, index=picked) if isinstance(inputs, OneHot) else picked
+
+
+def take_inputs(inputs: Inputs, index: Tensor | slice) -> Inputs:
+    """Return the inputs of chosen rows; of shared ones, only those that are still in use."""
+    if not isinstance(inputs, Shared):
+        return take_own(inputs, index)
+    chosen = inputs.index[index if isinstance(index, slice) else index.cpu()]
+    used, place = torch.unique(chosen, return_inverse=True)
+    count = len(held_by(inputs.values))
+    if len(used) == count:
+        return evolve(inputs, index=chosen)
+    if len(used) and int(used[-1]) - int(used[0]) == len(used) - 1:  # a view, not a copy
+        return Shared(take_own(inputs.values, slice(int(used[0]), int(used[-1]) + 1)), place)
+    return Shared(take_own(inputs.values, used), place)
+
+
+def move_inputs(
+    inputs: Inputs, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Inputs:
+    """Return the inputs on another device or in another dtype."""
+    if isinstance(inputs, Shared):
+        moved = move_inputs(inputs.values, device, dtype)
+        assert not isinstance(moved, Shared)
+        return inputs if moved is inputs.values else evolve(inputs, values=moved)
+    if isinstance(inputs, OneHot):
+        index = inputs.index.to(device)
+        return inputs if index is inputs.index else evolve(inputs, index=index)
+    return inputs.to(device=device, dtype=dtype)
+
+
+def join_inputs(parts: list[Inputs], positions: int, dtype: torch.dtype) -> Inputs:
+    """Join the inputs of several groups of rows, padded to a number of positions."""
+    if any(isinstance(part, Shared) for part in parts):
+        kept = [part.values if isinstance(part, Shared) else part for part in parts]
+        index, first = [], 0
+        for part, values in zip(parts, kept, strict=True):
+            rows = len(held_by(values))
+            index.append(first + (part.index if isinstance(part, Shared) else torch.arange(rows)))
+            first += rows
+        joined = join_inputs([*kept], positions, dtype)
+        assert not isinstance(joined, Shared)
+        return Shared(joined, torch.cat(index))
+    hot = [part for part in parts if isinstance(part, OneHot)]
+    if len(hot) == len(parts):
+        return OneHot(torch.cat([pad(one.index, positions) for one in hot]), hot[0].size)
+    return torch.cat([pad(_written(own(part), dtype), positions) for part in parts])
+
+
+def pad(values: Tensor, positions: int) -> Tensor:
+    """Return values ``[B, T, ...]`` with zeros after them, up to a number of positions."""
+    missing = positions - values.shape[1]
+    if missing == 0:
+        return values
+    return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], dim=1)
+
+
+def _written(inputs: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
+    return inputs.dense(dtype) if isinstance(inputs, OneHot) else inputs
+
+
+# --- products -----------------------------------------------------------------------------------
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """Return all inner products of vectors, ``[B, T, C, S]``."""
+    (b, t, _), (c, s, _) = left.shape, right.shape
+    product = accumulate(left).flatten(0, 1) @ accumulate(right).flatten(0, 1).T
+    return product.reshape(b, t, c, s)
+
+
+def input_gram(left: Inputs, right: Inputs, dtype: torch.dtype) -> Tensor:
+    """Return all inner products of inputs, ``[B, T, C, S]``; of shared ones, each once."""
+    if isinstance(right, Shared):
+        product = input_gram(left, right.values, dtype)
+        return product.index_select(2, right.index.to(product.device))
+    if isinstance(left, Shared):
+        product = input_gram(left.values, right, dtype)
+        return product.index_select(0, left.index.to(product.device))
+    if isinstance(left, OneHot) and isinstance(right, OneHot):
+        return (left.index[:, :, None, None] == right.index[None, None]).to(dtype)
+    if isinstance(left, OneHot):
+        assert isinstance(right, Tensor)
+        return accumulate(right)[:, :, left.index].permute(2, 3, 0, 1)  # [C,S,B,T] -> [B,T,C,S]
+    if isinstance(right, OneHot):
+        return accumulate(left)[:, :, right.index]  # [B, T, C, S]
+    return gram(left, right)
+
+
+def pair_input_gram(left: Inputs, right: Inputs, dtype: torch.dtype) -> Tensor:
+    """Return the inner products of each row's inputs with those of the same row, ``[B, T, S]``."""
+    left, right = own(left), own(right)
+    if isinstance(left, OneHot) and isinstance(right, OneHot):
+        return (left.index[:, :, None] == right.index[:, None, :]).to(dtype)
+    if isinstance(left, OneHot):
+        assert isinstance(right, Tensor)
+        picked = accumulate(right).gather(
+            2, left.index[:, None, :].expand(-1, right.shape[1], -1)
+        )  # [B, S, T]
+        return picked.mT
+    if isinstance(right, OneHot):
+        return accumulate(left).gather(2, right.index[:, None, :].expand(-1, left.shape[1], -1))
+    return accumulate(left) @ accumulate(right).mT

@@ -1,0 +1,185 @@
+"""The operator of a curvature that is the second moment of rows of the train set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core import (
+    Block,
+    DenseBlock,
+    MemoryBudgetError,
+    Problem,
+    RowKind,
+    Rows,
+    Space,
+    format_bytes,
+)
+from dattri_parts.curvatures.eigenbasis import BlockBasis
+
+LARGEST_SPECTRUM = 4096
+"""Numbers of a block up to which its eigenvectors are computed: a few seconds each."""
+
+
+@frozen(eq=False)
+class SecondMoment:
+    """H = weight sum_i r_i r_i^T, weight = 1 / (n draws), over rows that are read when asked for.
+
+    Args:
+        problem: The train set.
+        kind: Of the rows.
+        draws: Of the labels, for kind ``"fisher"``.
+        blockwise: H is made of its diagonal blocks alone.
+    """
+
+    problem: Problem
+    kind: RowKind
+    draws: int = 1
+    blockwise: bool = False
+
+    @property
+    def space(self) -> Space:
+        """Return the space of the rows."""
+        return self.problem.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the rows, float32 at least: sums never run in fewer bits."""
+        return torch.promote_types(self.problem.dtype, torch.float32)
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes that the fit may use."""
+        return self.problem.memory
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of each outer product."""
+        return 1 / (self.problem.n_train * self.draws)
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return self.problem.n_train
+
+    def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
+        """Read all rows, or those of the examples at some positions, a few at a time."""
+        for draw in range(self.draws):
+            yield from self.problem.rows(index, kind=self.kind, draw=draw)
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return H g for every row g by one pass; of some blocks alone where H is blockwise."""
+        return self._apply(rows, None, self.weight)
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H_S g, the mean over the train examples at the positions S alone."""
+        return self._apply(rows, index, 1 / (max(1, len(index)) * self.draws))
+
+    def _apply(self, rows: Rows, index: Tensor | None, weight: float) -> Rows:
+        space = self.space.select(rows.space.names) if self.blockwise else self.space
+        space.require_same(rows.space, "curvature product")
+        vectors = rows.to(dtype=self.dtype)
+        total: dict[str, Tensor] = {}
+
+        def add(name: str, block: Block, met: Tensor) -> None:
+            product = block.combine(met.T)
+            total[name] = total[name].add_(product) if name in total else product
+
+        def meet(name: str, block: Block, _: Tensor) -> None:
+            if name in space:
+                add(name, block, block.inner(vectors.blocks[name]))
+
+        if self.blockwise:
+            for draw in range(self.draws):
+                self.problem.stream(meet, kind=self.kind, draw=draw, index=index)
+        else:
+            for part in self.rows(index):
+                met = part.inner(vectors)
+                for name, block in part.blocks.items():
+                    add(name, block, met)
+        blocks: dict[str, Block] = {}
+        for spec in space:
+            found = total.get(spec.name)
+            if found is None:  # no row at all
+                found = torch.zeros(len(rows), *spec.shape, dtype=self.dtype, device=rows.device)
+            blocks[spec.name] = DenseBlock(found.mul_(weight).to(rows.dtype))
+        return Rows(space, blocks, rows.index, rows.aux)
+
+    def dense(self) -> Tensor:
+        """Return H in float64, ``[d, d]``.
+
+        Raises:
+            MemoryBudgetError: It does not fit the memory that may be used.
+        """
+        size, device = self.space.dim, self.problem.device
+        self._require_room(8 * size**2, f"a {size} x {size} matrix")
+        matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+        if self.blockwise:
+            for name, moment in self._moments().items():
+                start = self.space.offsets[name]
+                where = slice(start, start + len(moment))
+                matrix[where, where] = moment
+            return matrix
+        for part in self.rows():
+            flat = part.flat().double()
+            matrix.addmm_(flat.T, flat, alpha=self.weight)
+        return matrix
+
+    # --- eigenvectors, where blocks are small ---------------------------------------------------
+    @property
+    def basis(self) -> BlockBasis:
+        """Return the eigenvectors of every block."""
+        return self._spectrum[0]
+
+    @property
+    def eigenvalues(self) -> Mapping[str, Tensor]:
+        """Return the eigenvalues of every block, in float64."""
+        return self._spectrum[1]
+
+    complete: ClassVar[bool] = True
+
+    @cached_property
+    def _spectrum(self) -> tuple[BlockBasis, dict[str, Tensor]]:
+        needed = 16 * sum(spec.size**2 for spec in self.space)
+        self._require_room(needed, "the eigenvectors of its blocks")
+        columns, values = {}, {}
+        for name, moment in self._moments().items():
+            found, columns[name] = torch.linalg.eigh(moment)
+            values[name] = found.clamp_min(0)  # a second moment: below zero is rounding
+        return BlockBasis(self.space, columns), values
+
+    def _require_room(self, needed: int, what: str) -> None:
+        if needed > self.memory:
+            raise MemoryBudgetError(
+                f"second moment of rows of {self.space.dim} numbers: {what} needs "
+                f"{format_bytes(needed)}, {format_bytes(self.memory)} may be used; use a solver "
+                "that needs rows alone ('woodbury'), or a projector"
+            )
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Return the diagonal blocks of H in float64."""
+        device = self.problem.device
+        total = {
+            spec.name: torch.zeros(spec.size, spec.size, dtype=torch.float64, device=device)
+            for spec in self.space
+        }
+
+        def add(name: str, block: Block, _: Tensor) -> None:
+            flat = block.flat().double()
+            total[name].addmm_(flat.T, flat, alpha=self.weight)
+
+        for draw in range(self.draws):
+            self.problem.stream(add, kind=self.kind, draw=draw)
+        return total
+
+
+def answers(space: Space, *, blockwise: bool) -> frozenset[str]:
+    """Return what a `SecondMoment` answers on a space: eigenvectors too where blocks are small."""
+    apart = blockwise or len(space) == 1
+    small = apart and all(spec.size <= LARGEST_SPECTRUM for spec in space)
+    return frozenset({"apply", "dense", "rows", "sampled"}) | ({"spectral"} if small else set())

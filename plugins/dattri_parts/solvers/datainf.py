@@ -1,0 +1,198 @@
+"""DataInf: the mean of the inverses of single rows, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from dattri_core import (
+    Block,
+    Damping,
+    DenseBlock,
+    Inverse,
+    NumericsError,
+    Rows,
+    RowsOperator,
+    Space,
+    SpanBlock,
+    SumBlock,
+    as_damping,
+    explain_inner,
+)
+from dattri_parts.solvers.held import absolute_dampings, groups_of, hold, squares_of
+
+HELD_SHARE = 4
+"""Rows are held, not read again for each group of queries, up to one part in so many of memory."""
+
+
+@frozen
+class DataInf:
+    """1/N sum_i (r_i r_i^T + damping I)^-1 h, in closed form: no iterations, no factorisation.
+
+    For H = 1/N sum_i r_i r_i^T the inverse of the mean is replaced by the mean of the inverses,
+    each by Sherman and Morrison,
+
+        (1/damping) (h - 1/N sum_i r_i <r_i, h> / (damping + |r_i|^2)),
+
+    block by block where H is block diagonal. A bound of the error grows with the squared size of a
+    block, so small blocks (LoRA) suit it. One pass over the rows for each group of queries, unless
+    they fit a quarter of the memory and stay. Source: Kwon et al. 2024 (arXiv 2310.00902),
+    equation 5.
+
+    Args:
+        damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue of
+            each block. The default is the paper's, 0.1 / (n d_l) sum_i |r_i|^2 for layer l.
+    """
+
+    damping: Damping = field(
+        default=Damping(0.1, relative=True),
+        converter=as_damping,  # type: ignore[misc]
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"rows"})
+    exact: ClassVar[bool] = False
+
+    def check(self, space: Space) -> None:
+        """Accept any space."""
+
+    def solve_for(self, operator: RowsOperator, device: torch.device) -> Inverse:
+        """Read the lengths of all rows, and hold the rows if they are small.
+
+        Raises:
+            NumericsError: A block has neither damping nor curvature.
+        """
+        return _inverse(_Lengths.of(operator, device), self.damping)
+
+
+@define(eq=False)
+class _Lengths:
+    """What does not depend on the damping."""
+
+    operator: RowsOperator
+    groups: Mapping[str, tuple[str, ...]]
+    held: Rows | None
+    squares: Mapping[str, Tensor]  # by group, [N] in float64
+
+    @staticmethod
+    def of(operator: RowsOperator, device: torch.device) -> _Lengths:
+        room = operator.memory // HELD_SHARE
+        groups = groups_of(operator)
+        held = hold(operator, device, lambda _, size: size <= room)
+        parts = operator.rows() if held is None else iter([held])
+        found = [squares_of(part, groups) for part in parts]
+        squares = {group: torch.cat([part[group] for part in found]) for group in groups}
+        return _Lengths(operator, groups, held, squares)
+
+    @property
+    def count(self) -> int:
+        """Return N."""
+        return len(next(iter(self.squares.values())))
+
+    def parts(self) -> Iterator[tuple[slice, Rows]]:
+        """Yield rows and where they stand among all."""
+        start = 0
+        for part in self.operator.rows() if self.held is None else (self.held,):
+            yield slice(start, start + len(part)), part
+            start += len(part)
+
+
+def _inverse(lengths: _Lengths, damping: Damping) -> _DataInfInverse:
+    operator = lengths.operator
+    traces = {group: operator.weight * float(s.sum()) for group, s in lengths.squares.items()}
+    names = lengths.groups
+    sizes = {group: sum(operator.space[n].size for n in names[group]) for group in names}
+    dampings = absolute_dampings(damping, traces, sizes)
+    if not all(value > 0 for value in dampings.values()):
+        raise NumericsError(
+            "solver 'datainf': the damping is 0, and each r r^T + damping I has rank 1; give "
+            "damping > 0, or {'relative': 0.1}"
+        )
+    stats = {
+        "damping": max(dampings.values()),
+        "least_damping": min(dampings.values()),
+        "rows": float(lengths.count),
+        "rows_held": float(lengths.held is not None),
+    }
+    return _DataInfInverse(lengths, dampings, stats)
+
+
+@frozen(eq=False)
+class _DataInfInverse:
+    """One damping."""
+
+    lengths: _Lengths
+    dampings: Mapping[str, float]
+    stats: Mapping[str, float]
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether H is block diagonal."""
+        return self.lengths.operator.blockwise
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return the mean of the inverses times every row g.
+
+        An answer is formed, or kept as g and a combination of the rows of H where those are held
+        and that is the cheaper one to multiply with as many rows as H has. Where H is block
+        diagonal the rows may hold a part of the blocks.
+        """
+        space = self.lengths.operator.space
+        wanted = space.select(rows.space.names) if self.blockwise else space
+        wanted.require_same(rows.space, "inverse Hessian")
+        found: dict[str, Block] = {}
+        held = self.lengths.held
+        for where, part in self.lengths.parts():
+            for group, names in self.lengths.groups.items():
+                inside = [name for name in names if name in wanted]
+                if not inside:
+                    continue
+                shares = self._shares(group, inside, where, part, rows)
+                for name in inside:
+                    span = SpanBlock(shares, part.blocks[name])
+                    found[name] = _joined(found.get(name), span, kept=held is not None)
+        blocks: dict[str, Block] = {}
+        for group, names in self.lengths.groups.items():
+            scale = torch.full((len(rows),), 1 / self.dampings[group], dtype=torch.float64)
+            for name in (name for name in names if name in wanted):
+                own = rows.blocks[name].scale(scale)
+                blocks[name] = _sum_of(own, found.get(name))
+        return Rows(rows.space, blocks, rows.index, rows.aux)
+
+    def with_damping(self, damping: Damping) -> Inverse:
+        """Return the inverse at another damping, from the same lengths of rows."""
+        return _inverse(self.lengths, damping)
+
+    def _shares(self, group: str, names: list[str], where: slice, part: Rows, rows: Rows) -> Tensor:
+        """Return -w <r_i, g> / (damping (damping + N w |r_i|^2)) for every row g, ``[C, B]``."""
+        met: Tensor | None = None
+        for name in names:
+            block = part.blocks[name]
+            inner = block.inner(rows.blocks[name].to(block.device, block.dtype)).double()
+            met = inner if met is None else met.add_(inner)
+        assert met is not None
+        weight, damping = self.lengths.operator.weight, self.dampings[group]
+        lengths = self.lengths.count * weight * self.lengths.squares[group][where]
+        met /= (-damping / weight * (damping + lengths)).unsqueeze(1)
+        return met.T.to(self.lengths.operator.dtype)
+
+
+def _joined(before: Block | None, span: SpanBlock, *, kept: bool) -> Block:
+    """Return a held span where that is the cheaper form, else the sum of what is formed so far."""
+    if kept and explain_inner(span.base, span).order != "form":
+        return span
+    if before is None:
+        return span.dense()
+    total = before.dense().values
+    return DenseBlock(total.add_(span.dense().values))
+
+
+def _sum_of(own: Block, other: Block | None) -> Block:
+    if other is None:
+        return own
+    other = other.to(own.device, own.dtype)
+    if isinstance(other, DenseBlock):
+        return DenseBlock(own.dense().values + other.values)
+    return SumBlock((own, other))
