@@ -25,7 +25,7 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
     return Outlook(
         blockwise=step.blockwise,
         forms=bool(stage.needs),
-        rank=getattr(step, "rank", None),
+        rank=getattr(step, "row_rank", None),
         splits=_splits(step, space),
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),
