@@ -14,7 +14,7 @@ from oracles.toy_tasks import (
     states,
     world,
 )
-from routes import SMALL, costs_seen, taking
+from oracles.routes import SMALL, costs_seen, taking
 
 import dattri_core as dattri
 from dattri_core import Damping, InputError, Method, SpecError, Task

@@ -116,7 +116,7 @@ def test_a_cut_of_inverted_rows_is_that_of_their_matrices():
 
 def test_the_eigenbasis_of_the_inverse_does_not_show():
     """A rotation changes no singular value: both sides may be in the basis."""
-    from routes import costs_seen, taking
+    from oracles.routes import costs_seen, taking
 
     task, train, test = wide_world()
     method = Method(inverse_hessian=low(4, EKFAC))
@@ -237,7 +237,7 @@ def test_a_plan_before_the_fit_is_that_of_the_run(trained):
     method = Method(inverse_hessian=low(4, EKFAC))
     plan = method.attribute(task, train, test, memory="8MiB", dry_run=True)
     fitted = method.fit(task, train, memory="8MiB", progress=False)
-    from routes import costs_seen
+    from oracles.routes import costs_seen
 
     costs = costs_seen(lambda: fitted.attribute(test))
     assert plan.route in costs.routes
