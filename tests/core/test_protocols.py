@@ -79,6 +79,9 @@ def fitted() -> dict[str, Any]:
         "ReducedInverse": build_part("solver", "arnoldi").solve_for(operator, device),
         "SampledOperator": operator,
         "SpectralOperator": build_part("curvature", "diagonal").fit(problem),
+        "SplitInverse": build_part("solver", "spectral").solve_for(
+            build_part("curvature", "diagonal").fit(problem), device
+        ),
     }
 
 
@@ -110,6 +113,7 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
         "ReducedInverse",
         "SampledOperator",
         "SpectralOperator",
+        "SplitInverse",
     ],
 )
 def test_what_parts_become_answers_its_protocol(name: str, fitted: dict[str, Any]) -> None:
