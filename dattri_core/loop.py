@@ -10,13 +10,13 @@ from torch import Tensor
 from dattri_core.batch import Batch
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.halving import halving
+from dattri_core.measures import join_sides
 from dattri_core.memory import Plan
 from dattri_core.protocols import Fold, FoldState, Scored, Scorer, Side, Snapshot
 from dattri_core.snapshot import (
     Fitted,
     Queries,
     both_sides,
-    join_sides,
     make_queries,
     pair_batch,
     pair_rows,

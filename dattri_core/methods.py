@@ -12,11 +12,11 @@ from dattri_core import assemble
 from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.memory import Plan
-from dattri_core.protocols import Fold, InverseHessian, Projector, Scorer, Source
+from dattri_core.protocols import MEASURED, Fold, InverseHessian, Projector, Scorer, Source
 from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
 from dattri_core.space import Space
-from dattri_core.stages import Stage, check_stages, example_space
+from dattri_core.stages import Stage, check_stages, example_space, is_two_sided
 from dattri_core.task import Task
 
 
@@ -108,13 +108,20 @@ class Method:
                     "method: give either stages=[...] or the slots projector and inverse_hessian, "
                     "not both"
                 )
-        missing = self.scorer.needs - {"norm"} - self.source.provides
+        missing = self.scorer.needs - MEASURED - self.source.provides
         if missing:
             raise SpecError(
                 f"method: the scorer {assemble.name_of(self.scorer)!r} needs {sorted(missing)} "
                 f"with every row; the source {assemble.name_of(self.source)!r} provides "
                 f"{sorted(self.source.provides) or 'nothing'}; "
                 f"{assemble.who_provides('source', missing)}"
+            )
+        if "inverse-norm" in self.scorer.needs and any(map(is_two_sided, self.chain)):
+            raise SpecError(
+                f"method: the scorer {assemble.name_of(self.scorer)!r} needs the norm of "
+                "(H + damping I)^-1 g, and an inverse Hessian of form 'two-sided' leaves the test "
+                "side with its root only; use form='one-sided', or the scorer 'relatif' with "
+                "form='l', which both forms serve"
             )
         check_stages(self.chain, space or example_space())
         if task is not None:

@@ -112,9 +112,10 @@ def _one_hot_squares(outputs: Tensor, index: Tensor, size: int) -> Tensor:
 # --- factors ------------------------------------------------------------------------------------
 @frozen(eq=False)
 class FactorSums:
-    """Sums over the positions that count: those whose output gradient is not zero.
+    """Sums over the positions that count: those whose e x^T is not zero.
 
-    A padded or masked position has no gradient, and its input would only blur the factor.
+    A padded or masked position has no gradient; its input would only blur the factor. Both sides
+    are looked at, since a tied weight may hold the factors of one of its layers turned around.
     """
 
     outputs: Tensor  # [O, O], sum of e e^T
@@ -138,8 +139,8 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
 
     Args:
         block: Rows ``sum_t e_bt x_bt^T``.
-        average: Take one position for each row: the sum of e, and the mean of x where e counts
-            ("reduce" of Eschenhagen et al. 2023, arXiv 2311.00636). One-hot inputs keep their
+        average: Take one position for each row: the sum of e and the mean of x over those that
+            count ("reduce" of Eschenhagen et al. 2023, arXiv 2311.00636). One-hot inputs keep their
             positions, so that their sum stays diagonal.
 
     Raises:
@@ -155,11 +156,13 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
         frequency = torch.bincount(tokens, minlength=given.size).to(outputs.dtype)
         return FactorSums(chosen.mT @ chosen, frequency, len(chosen))
     inputs = accumulate(given)
+    counted &= (inputs != 0).any(2)
     if average and outputs.shape[1] > 1:
         weights = counted.to(inputs.dtype)
         shares = weights / weights.sum(1, keepdim=True).clamp_min(1)
         inputs = (shares.unsqueeze(1) @ inputs).squeeze(1)
-        outputs, counted = outputs.sum(1), counted.any(1)
+        outputs = (weights.unsqueeze(1) @ outputs).squeeze(1)
+        counted = counted.any(1)
     else:
         inputs, outputs, counted = inputs.flatten(0, 1), outputs.flatten(0, 1), counted.flatten()
     if not bool(counted.all()):

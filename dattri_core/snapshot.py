@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from attrs import define, frozen
+from attrs import Factory, define, field, frozen
 from torch import Tensor
 
 from dattri_core.activations import activation_bytes
@@ -15,6 +15,7 @@ from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator
 from dattri_core.halving import halving
+from dattri_core.measures import Measures, needs_inverse, take_side
 from dattri_core.memory import Costs
 from dattri_core.problem import TrainProblem, collect, require_complete
 from dattri_core.protocols import (
@@ -27,7 +28,16 @@ from dattri_core.protocols import (
     Source,
 )
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Stage, Step, all_blockwise, check_stages, space_after
+from dattri_core.stages import (
+    Chain,
+    Stage,
+    Step,
+    all_blockwise,
+    check_stages,
+    is_two_sided,
+    needs_data,
+    space_after,
+)
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
@@ -82,7 +92,8 @@ def fit_checkpoint(
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
     A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
-    costs are those of all stages, but no inverse Hessian is fitted or in the chain.
+    costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
+    are fitted on a few examples.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -104,25 +115,20 @@ def fit_checkpoint(
     step: Step
     for stage in stages:
         before, space = space, space_after(stage, space)
-        if isinstance(stage, Projector):
-            stream = RandomStream(seed, "projector", checkpoint.position)
-            step = stage.build(before, stream=stream, device=task.device)
-        else:
+        if not isinstance(stage, Projector):
             widest = max(widest, before.dim) if stage.needs else widest
-            reduced = reduced or space != before
+            reduced = reduced or space != before or is_two_sided(stage)
             if plan_only:
                 continue
-            step = stage.fit(
-                TrainProblem(
-                    source=bound,
-                    examples=examples,
-                    maps=chain.maps,
-                    batch=batch,
-                    random=RandomStream(seed, "curvature", checkpoint.position),
-                    memory=memory,
-                    advance=advance,
-                )
-            )
+        role = "projector" if isinstance(stage, Projector) else "curvature"
+        stream = RandomStream(seed, role, checkpoint.position)
+        if isinstance(stage, Projector) and not needs_data(stage):
+            step = stage.build(before, stream=stream, device=task.device)
+        else:
+            # A plan only asks what comes out of a projector: a few examples tell.
+            data = Examples("train", SAMPLE, "tensors", sample) if plan_only else examples
+            problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
+            step = stage.fit(problem)
         chain = Chain(bound, (*chain.steps, step))
     query, notes = _query_bytes(rows, chain, item)
     costs = Costs(
@@ -183,10 +189,7 @@ def both_sides(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> t
 
 def take_queries(queries: Queries, part: slice) -> Queries:
     """Return some of the queries."""
-    side = queries.side
-    norm = None if side.norm is None else side.norm[part]
-    aux = {key: value[part] for key, value in side.aux.items()}
-    return Queries(queries.rows.take(part), Side(side.index[part], aux, norm), queries.device)
+    return Queries(queries.rows.take(part), take_side(queries.side, part), queries.device)
 
 
 def _queries(fitted: Fitted, scorer: Scorer, rows: Rows) -> Queries:
@@ -198,8 +201,9 @@ def _queries(fitted: Fitted, scorer: Scorer, rows: Rows) -> Queries:
             f"examples {rows.index.tolist()[:8]}..., blocks {bad}; look for a diverged checkpoint, "
             "or raise the damping"
         )
-    norm = rows.pair_inner(rows).clamp_min(0).sqrt() if "norm" in scorer.needs else None
-    return Queries(rows, Side(rows.index, rows.aux, norm), _device(fitted.chain.source))
+    measures = Measures(scorer.needs)
+    measures.add(rows)
+    return Queries(rows, measures.side(rows.index, rows.aux), _device(fitted.chain.source))
 
 
 def pair_batch(
@@ -209,40 +213,50 @@ def pair_batch(
     pairing = _Pairing(scorer, queries)
     names: list[str] = []
     waiting: dict[str, Block] = {}
+    source, inverted = chain.source, needs_inverse(scorer)
+    streams = chain.blockwise and (chain.test_blockwise or not inverted)
+
+    def meet(rows: Rows) -> None:
+        if inverted:
+            pairing.add(*chain.both(rows))
+        else:
+            pairing.add(chain.train(rows))
 
     def sink(name: str, block: Block) -> None:
         names.append(name)
-        if chain.blockwise:
-            pairing.add(chain.train_block(name, block, index))
+        if streams:
+            meet(Rows(source.space.select([name]), {name: block}, index))
         else:
             waiting[name] = block
 
-    source = chain.source
     aux = source.stream(move(batch, queries.device), role, sink)
     require_complete(source.space, names)
     if waiting:
-        pairing.add(chain.train(Rows(source.space, waiting, index)))
-    return pairing.total(), Side(index, aux, pairing.norm())
+        meet(Rows(source.space, waiting, index))
+    return pairing.total(), pairing.measures.side(index, aux)
 
 
 def pair_rows(rows: Rows, scorer: Scorer, queries: Queries) -> tuple[Tensor, Side]:
-    """Return the sum over blocks ``[B, C]`` for whole rows after all stages, and their side."""
+    """Return the sum over blocks ``[B, B]`` for train rows and the same rows as queries."""
     pairing = _Pairing(scorer, queries)
-    pairing.add(rows)
-    return pairing.total(), Side(rows.index, rows.aux, pairing.norm())
+    pairing.add(rows, queries.rows)
+    return pairing.total(), pairing.measures.side(rows.index, rows.aux)
 
 
 @define(eq=False)
 class _Pairing:
-    """Adds up, over blocks, what the scorer pairs and the squared norms it needs."""
+    """Adds up, over blocks, what the scorer pairs and what it needs to know of train rows."""
 
     scorer: Scorer
     queries: Queries
+    measures: Measures = field(
+        default=Factory(lambda self: Measures(self.scorer.needs), takes_self=True)
+    )
     _total: Tensor | None = None
     _own: bool = False
-    _square: Tensor | None = None
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: Rows, inverted: Rows | None = None) -> None:
+        self.measures.add(rows, inverted)
         for name, block in rows.blocks.items():
             part = self.scorer.pair(block, self.queries.block(name, block))
             if self._total is None:
@@ -251,27 +265,10 @@ class _Pairing:
                 self._total += part
             else:  # the first part belongs to the scorer
                 self._total, self._own = self._total + part, True
-            if "norm" in self.scorer.needs:
-                square = block.pair_inner(block)
-                self._square = square if self._square is None else self._square + square
 
     def total(self) -> Tensor:
         assert self._total is not None
         return self._total
-
-    def norm(self) -> Tensor | None:
-        return None if self._square is None else self._square.clamp_min(0).sqrt()
-
-
-def join_sides(sides: Sequence[Side]) -> Side:
-    """Join the sides of consecutive batches."""
-    first = sides[0]
-    norms = [side.norm for side in sides if side.norm is not None]
-    return Side(
-        torch.cat([side.index for side in sides]),
-        {key: torch.cat([side.aux[key] for side in sides]) for key in first.aux},
-        torch.cat(norms) if norms else None,
-    )
 
 
 def require_finite(values: Tensor, index: Tensor, checkpoint: Checkpoint) -> None:

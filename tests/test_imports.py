@@ -46,6 +46,7 @@ ORDER = [
     "rows",
     "protocols",
     "capabilities",
+    "measures",
     "batch",
     "criteria",
     "losses",

@@ -31,7 +31,7 @@ ANSWERS = {
     "dense": ("dense",),
     "spectral": ("basis", "eigenvalues", "complete"),
     "rows": ("rows", "weight", "blockwise"),
-    "sampled": ("apply_on", "n_train"),
+    "sampled": ("apply_on", "n_train", "random"),
 }
 """What `Curvature.gives` says -> the members of the operator that answer it."""
 
@@ -202,6 +202,21 @@ def dense_is_apply(bench: CurvatureBench) -> None:
         dense = operator.dense()
         require_equal(dense.dtype, torch.float64, "dtype of dense()")
         require_close(dense, applied(operator, problem), f"dense() in {world.name}")
+
+
+@law("curvature", _gives("apply", "sampled"))
+def samples_are_means(bench: CurvatureBench) -> None:
+    """H of the examples i, i, k is (2 H_i + H_k) / 3, and H of each once is H."""
+    for world, problem in bench.places():
+        operator: Any = bench.part.fit(problem)
+        require_equal(operator.n_train, problem.n_train, f"n_train in {world.name}")
+        rows = flat_rows(problem.space, 3)
+        each = [operator.apply_on(rows, torch.tensor([i])).flat() for i in range(problem.n_train)]
+        drawn = operator.apply_on(rows, torch.tensor([5, 1, 5]))
+        require_close(drawn.flat(), (2 * each[5] + each[1]) / 3, f"H of a sample in {world.name}")
+        require_identical(drawn.index, rows.index, f"index in {world.name}")
+        mean = torch.stack(each).mean(0)
+        require_close(mean, operator.apply(rows).flat(), f"mean of all H_i in {world.name}")
 
 
 @law("curvature", _gives("apply", "spectral"))

@@ -7,24 +7,33 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from dattri_core.capabilities import DataProjector
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
-from dattri_core.laws.spaces import SPACE, flat_rows, formed, toy_rows
+from dattri_core.laws.spaces import SPACE, ToyProblem, flat_rows, formed, toy_rows
 from dattri_core.laws.spy import Operations
 from dattri_core.protocols import LinearMap, Projector, RandomStream
 from dattri_core.rows import Rows
+from dattri_core.stages import needs_data
 
 CPU = torch.device("cpu")
 
 
 @frozen(eq=False)
 class ProjectorBench:
-    """A projector, built on a space with every kind of block."""
+    """A projector, built on a space with every kind of block, or fitted on rows of it."""
 
     part: Projector
 
     def build(self, seed: int = 0) -> LinearMap:
         """Return the map for one seed."""
+        if needs_data(self.part):
+            return self.fit(toy_rows(9, seed=20), seed)
         return self.part.build(SPACE, stream=RandomStream(seed, "law"), device=CPU)
+
+    def fit(self, rows: Rows, seed: int = 0, batch: int = 4) -> LinearMap:
+        """Return the map fitted on a train set of rows."""
+        assert isinstance(self.part, DataProjector)
+        return self.part.fit(ToyProblem(rows, batch, seed))
 
 
 def _gives(capability: str) -> Any:
@@ -104,6 +113,23 @@ def map_is_of_its_stream(bench: ProjectorBench) -> None:
         first = bench.build().map(rows).flat()
         torch.manual_seed(2)
         require_identical(bench.build().map(rows).flat(), first, "the map built twice")
+
+
+def _fitted(bench: ProjectorBench) -> str | None:
+    return None if needs_data(bench.part) else "it is not fitted on data"
+
+
+@law("projector", _fitted)
+def fit_is_of_the_train_set(bench: ProjectorBench) -> None:
+    """The map fitted in batches of 1 or n, or on the rows in another order, is the same map."""
+    rows, given = toy_rows(9, seed=20), toy_rows(4)
+    order = torch.tensor([3, 8, 1, 0, 6, 2, 7, 5, 4])
+    want = bench.fit(rows).map(given).flat()
+    for size in (1, 9):
+        got = bench.fit(rows, batch=size).map(given).flat()
+        require_close(got, want, f"the map fitted in batches of {size}", 1e-7)
+    turned = bench.fit(rows.take(order)).map(given).flat()
+    require_close(turned, want, "the map fitted on the rows in another order", 1e-7)
 
 
 @law("projector")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -10,9 +10,9 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.blocks import Block, DenseBlock, OneHot, OuterBlock
-from dattri_core.errors import NumericsError
+from dattri_core.errors import NumericsError, SpecError
 from dattri_core.laws.worlds import integers, random
-from dattri_core.protocols import RandomStream
+from dattri_core.protocols import CurvatureKind, RandomStream, RowKind
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -82,6 +82,73 @@ def places(space: Space) -> dict[str, slice]:
     """Return where each block lies in a flat row."""
     offsets = space.offsets
     return {spec.name: slice(offsets[spec.name], offsets[spec.name] + spec.size) for spec in space}
+
+
+@frozen(eq=False)
+class ToyProblem:
+    """A train set that is its rows of `SPACE`, for parts that ask for rows and no model.
+
+    Args:
+        train_rows: The rows of the loss.
+        batch: Rows at a time.
+        seed: Of the fit.
+    """
+
+    train_rows: Rows
+    batch: int = 4
+    seed: int = 0
+    memory: ClassVar[int] = 2**28
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    @property
+    def space(self) -> Space:
+        """Return the space of the rows."""
+        return self.train_rows.space
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of rows."""
+        return len(self.train_rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the rows."""
+        return self.train_rows.dtype
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of the seed."""
+        return RandomStream(self.seed, "law")
+
+    def rows(
+        self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
+    ) -> Iterator[Rows]:
+        """Read the rows, all in order or those at the given positions; of the loss only."""
+        self._require_loss(kind)
+        chosen = torch.arange(self.n_train) if index is None else index
+        for start in range(0, len(chosen), self.batch):
+            yield self.train_rows.take(chosen[start : start + self.batch])
+
+    def stream(
+        self,
+        sink: Callable[[str, Block, Tensor], None],
+        *,
+        kind: RowKind = "loss",
+        draw: int = 0,
+        index: Tensor | None = None,
+    ) -> None:
+        """Hand the rows of `rows` over block by block, the last block first."""
+        for rows in self.rows(index, kind=kind, draw=draw):
+            for name in reversed(rows.space.names):
+                sink(name, rows.blocks[name], rows.index)
+
+    def product(self, vectors: Rows, kind: CurvatureKind, index: Tensor | None = None) -> Rows:
+        """Refuse: there is no model."""
+        raise SpecError(f"toy problem: its rows have no curvature {kind!r}")
+
+    def _require_loss(self, kind: RowKind) -> None:
+        if kind != "loss":
+            raise SpecError(f"toy problem: has rows of the loss, not of kind {kind!r}")
 
 
 @frozen(eq=False)

@@ -63,23 +63,36 @@ def register(registry: dattri.Registry) -> None:
         "optimization",
     )
     registry.method(
-        "if-woodbury",
+        "if-lissa",
         {
             "source": "per-example",
             "inverse_hessian": {
                 "curvature": "ggn",
-                "solver": {"name": "woodbury", "damping": 1e-3},
+                "solver": {"name": "lissa", "damping": 1e-3},
             },
             "scorer": "dot",
             "fold": "mean",
         },
-        summary="Influence function with the exact inverse of the Gauss-Newton matrix, from inner "
-        "products of rows",
-        formula="S_ij = <g_i, (G + damping I)^-1 h_j>, G = 1/n sum_i J_i^T C_i J_i, by the matrix "
-        "of inner products of its rows",
-        citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
-        "Functions, equation 2 (arXiv 1703.04730), with the matrix of Schraudolph 2002 and the "
-        "identity of Woodbury 1950",
+        summary="Influence function by the series LiSSA on samples of the train set",
+        formula="S_ij = <g_i, (G + damping I)^-1 h_j>, G the GGN of the mean train loss",
+        citation="Agarwal et al. 2017, Second-Order Stochastic Optimization for Machine Learning "
+        "in Linear Time (arXiv 1602.03943); Koh and Liang 2017, section 3 (arXiv 1703.04730)",
+    )
+    registry.method(
+        "if-arnoldi",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": "hessian",
+                "solver": {"name": "arnoldi", "damping": 1e-3, "reduced": True},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function in the eigenvectors of largest eigenvalue, found by Arnoldi",
+        formula="S_ij = <V^T g_i, (L + damping I)^-1 V^T h_j>, V and L the 100 eigenpairs of "
+        "largest magnitude of the Hessian of the mean train loss",
+        citation="Schioppa et al. 2022, Scaling Up Influence Functions (arXiv 2112.03052)",
     )
     registry.method(
         "if-diagonal",
@@ -107,6 +120,25 @@ def register(registry: dattri.Registry) -> None:
         "L = E[(Q^T g)^2] at labels drawn from the model",
         citation="George et al. 2018, Fast Approximate Natural Gradient Descent in a "
         f"Kronecker-factored Eigenbasis (arXiv 1806.03884); {GROSSE}",
+    )
+    registry.method(
+        "if-woodbury",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": "ggn",
+                "solver": {"name": "woodbury", "damping": 1e-3},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function with the exact inverse of the Gauss-Newton matrix, from inner "
+        "products of rows",
+        formula="S_ij = <g_i, (G + damping I)^-1 h_j>, G = 1/n sum_i J_i^T C_i J_i, by the matrix "
+        "of inner products of its rows",
+        citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
+        "Functions, equation 2 (arXiv 1703.04730), with the matrix of Schraudolph 2002 and the "
+        "identity of Woodbury 1950",
     )
     registry.method(
         "if-datainf",

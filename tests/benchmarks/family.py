@@ -8,6 +8,7 @@ from dattri_core import default_registry
 
 NAMES = (
     "if-explicit",
+    "if-woodbury",
     "if-cg",
     "if-lissa",
     "if-arnoldi",
@@ -25,6 +26,7 @@ DAMPING = 1e-2
 
 AS_DATTRI: dict[str, dict[str, Any]] = {
     "if-explicit": {},
+    "if-woodbury": {},
     "if-cg": {"maximum_iterations": STEPS["if-cg"], "tolerance": 0.0},
     "if-lissa": {"depth": STEPS["if-lissa"], "batch": 1, "repeats": 1, "scale": 50.0},
     "if-arnoldi": {"rank": STEPS["if-arnoldi"], "iterations": STEPS["if-arnoldi"]},

@@ -147,11 +147,11 @@ def floor_of(
     pairs = n * m * entries  # of factored rows with formed queries
     once = ("if-cg", "if-lissa", "if-arnoldi")  # their fit is made of products, counted below
     floor.passes(1 if method in once else 3 if method == "if-ekfac" else 2)
-    if method == "if-explicit":
-        # The smaller of the matrix of parameters and that of the rows of the Gauss-Newton matrix.
+    if method in ("if-explicit", "if-woodbury"):
+        # The matrix of parameters or that of the rows of the Gauss-Newton matrix: the smaller one.
         classes = sizes[-1][1]
         dual = n * (classes - 1)
-        if entries <= dual:
+        if method == "if-explicit" and entries <= dual:
             floor.products(n * classes * (classes + 1) / 2 * sum(i * i for i, _ in sizes))
             floor.decompositions("cholesky", [entries])
         else:

@@ -1,7 +1,8 @@
 """Runs kronfluence's EK-FAC on a saved world, in its own environment; prints one line of JSON.
 
-Usage: python peer_kronfluence.py JOB. JOB is JSON: ``world``, ``damping``, ``fit_batch``,
-``train_batch``, ``query_batch`` and optionally ``scores`` (a file for the matrix, [train, test]).
+Usage: python peer_kronfluence.py JOB. JOB is JSON: ``world``, ``damping`` (null: a tenth of each
+layer's mean eigenvalue), ``fit_batch``, ``train_batch``, ``query_batch`` and optionally ``scores``
+(a file for the matrix, [train, test]).
 """
 
 import json
@@ -40,6 +41,14 @@ class SummedLoss(Task):
 
     def compute_measurement(self, batch, model):
         return self.compute_train_loss(batch, model)
+
+    def get_attention_mask(self, batch):
+        """Return which positions count: the last character of a sequence predicts nothing."""
+        if self.world.loss != "causal-lm":
+            return None
+        mask = torch.ones_like(batch[0])
+        mask[:, -1] = 0
+        return mask
 
 
 def main(job, folder):

@@ -42,7 +42,7 @@ def test_preconditioned(
     sooner = benchmark.pedantic(processes.own, (job,), rounds=1)
     reached = sooner["solver"][0]
     ratio = plain["seconds"] / sooner["seconds"]
-    benchmark.extra_info.update(ratio=ratio, residual=residual, **reached)
+    benchmark.extra_info.update(ratio=ratio, goal=residual, reached=reached)
     table.put(
         name,
         **{

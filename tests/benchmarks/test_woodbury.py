@@ -21,8 +21,8 @@ THEME = Theme(
     "Fisher matrix (one); dattri 0.3.0 stops after ten iterations of conjugate gradients.",
 )
 CASES = {
-    "Gauss-Newton": {"name": "gauss-newton"},
-    "empirical Fisher": {"name": "fisher", "fisher": "empirical"},
+    "Gauss-Newton": "ggn",
+    "empirical Fisher": "gauss-newton",
 }
 
 
@@ -31,7 +31,7 @@ def test_woodbury(benchmark: Any, worlds: Any, table: Table, registered: Any, ca
     """Both in one run."""
     registered("solver", "woodbury")
     curvature = CASES[case]
-    registered("curvature", curvature["name"])
+    registered("curvature", curvature)
     path = worlds("mnist", MLP, 1000, 100)
     inverse = {"curvature": curvature, "solver": {"name": "woodbury", "damping": 1e-2}}
     method = {"source": "per-example", "inverse_hessian": inverse}

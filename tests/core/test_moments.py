@@ -127,14 +127,16 @@ def test_factor_sums_count_positions_with_a_gradient(sizes, seed):
     b, t, o, i = sizes
     outputs, inputs = normal(b, t, o), normal(b, t, i)
     index = torch.randint(i, (b, t))
-    dead = torch.rand(b, t) < 0.4
+    dead, silent = torch.rand(2, b, t) < 0.3
     outputs[dead] = 0
-    sums = factor_sums(OuterBlock(outputs, inputs))
-    live = [(x, y) for x, y in ((x, y) for x in range(b) for y in range(t)) if not dead[x, y]]
+    sums = factor_sums(OuterBlock(outputs, inputs.masked_fill(silent.unsqueeze(2), 0)))
+    places = [(x, y) for x in range(b) for y in range(t) if not dead[x, y]]
+    live = [place for place in places if not silent[place]]
     want_outputs, want_inputs, tokens = normal(o, o) * 0, normal(i, i) * 0, normal(i) * 0
     for place in live:
         want_outputs += torch.outer(outputs[place], outputs[place])
         want_inputs += torch.outer(inputs[place], inputs[place])
+    for place in places:
         tokens[index[place]] += 1
     assert sums.positions == len(live)
     torch.testing.assert_close(sums.outputs, want_outputs, rtol=1e-12, atol=1e-12)

@@ -75,6 +75,10 @@ def fitted() -> dict[str, Any]:
         "InverseRoot": TwoSided(root, bound.space),
         "RootSolver": build_part("solver", "cholesky"),
         "PreconditionedSolver": build_part("solver", "cg"),
+        "ReducingSolver": build_part("solver", "arnoldi"),
+        "ReducedInverse": build_part("solver", "arnoldi").solve_for(operator, device),
+        "SampledOperator": operator,
+        "SpectralOperator": build_part("curvature", "diagonal").fit(problem),
     }
 
 
@@ -102,6 +106,10 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
         "InverseRoot",
         "RootSolver",
         "PreconditionedSolver",
+        "ReducingSolver",
+        "ReducedInverse",
+        "SampledOperator",
+        "SpectralOperator",
     ],
 )
 def test_what_parts_become_answers_its_protocol(name: str, fitted: dict[str, Any]) -> None:

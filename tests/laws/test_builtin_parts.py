@@ -48,12 +48,26 @@ def test_built_in(kind, name):
         ("solver", "arnoldi", {"complement": "keep"}),
         ("solver", "lissa", {"batch": None}),
         ("solver", "lissa", {"repeats": 3, "depth": 200}),
+        ("curvature", "diagonal", {"fisher": "ggn"}),
+        ("curvature", "kfac", {"fisher": "ggn", "uncovered": "identity"}),
+        ("curvature", "kfac", {"fisher": "empirical", "approximation": "reduce"}),
+        ("curvature", "ekfac", {"draws": 2, "uncovered": "drop"}),
+        ("curvature", "ekfac", {"fisher": "empirical"}),
     ],
 )
 def test_other_settings_of_built_ins(kind, name, changes):
     part = attrs.evolve(default_registry().make(kind, name), **changes)
     report = check(kind, part)
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["if-diagonal", "if-kfac", "if-ekfac"])
+@pytest.mark.parametrize("fisher", ["empirical", "ggn"])
+def test_methods_that_draw_no_labels_ignore_the_order_of_the_train_set_too(name, fisher):
+    report = check("method", dattri.method(name, fisher=fisher))
+    assert report.ok, str(report)
+    status = {f.law: f.status for f in report.findings}
+    assert status["permuted-train-rows-permute-scores"] == "passed"
 
 
 def test_a_plugin_is_checked_whole():

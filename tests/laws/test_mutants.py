@@ -5,19 +5,18 @@ from toy_moment_parts import ToyMoment
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
+    ToyDataProjector,
     ToyFitting,
     ToyFold,
     ToyProjector,
     ToyScorer,
 )
+from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
-    ToyRootSolver,
-    ToySolver,
     ToySource,
-    ToySpectralSolver,
     ToySpectrum,
 )
 
@@ -38,7 +37,7 @@ def registry():
     made = Registry.discovered()
     made.part("source", "toy", "toy_world_parts:ToySource")
     made.part("curvature", "toy", "toy_world_parts:ToyGGN")
-    made.part("solver", "toy", "toy_world_parts:ToySolver")
+    made.part("solver", "toy", "toy_solver_parts:ToySolver")
     made.part("scorer", "toy", "toy_row_parts:ToyScorer")
     made.part("scorer", "forgetful", "toy_row_parts:ForgetfulScorer")
     return made
@@ -46,7 +45,7 @@ def registry():
 
 GOOD = {
     "source": [ToySource()],
-    "projector": [ToyProjector()],
+    "projector": [ToyProjector(), ToyDataProjector()],
     "curvature": [
         ToyGGN(),
         ToyFisher(),
@@ -102,6 +101,7 @@ BROKEN = {
         "map-is-of-the-row": ToyProjector("formed"),
         "map-keeps-index-and-aux": ToyProjector("index"),
         "map-is-of-its-stream": ToyProjector("global"),
+        "fit-is-of-the-train-set": ToyDataProjector("first"),
         "float32-map-is-close": ToyProjector("coarse"),
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
@@ -117,6 +117,7 @@ BROKEN = {
         "operator-is-linear": ToyGGN("absolute"),
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
+        "samples-are-means": ToyGGN("once"),
         "rows-are-of-the-operator": ToyMoment("weight"),
         "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
         "fit-is-repeatable": ToyFisher("noise"),

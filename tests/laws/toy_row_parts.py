@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch.utils.data import DataLoader
-from toy_world_parts import noise
+from toy_solver_parts import noise
 
 from dattri_core import BlockSpec, DenseBlock, Rows, Scored, Space
 
@@ -41,6 +41,23 @@ class ToyProjector:
             sizes = spec.shape if spec.kind == "outer" else (spec.size,)
             matrices[spec.name] = [normal(2 if len(sizes) == 2 else 3, size) for size in sizes]
         return ToyMap(self.fault, space, _out_space(space, 3), matrices)
+
+
+@frozen
+class ToyDataProjector(ToyProjector):
+    """The same matrices, times the mean square of all entries of the train rows."""
+
+    needs = frozenset({"rows"})
+
+    def fit(self, problem):
+        total = count = 0
+        for rows in problem.rows():
+            total, count = total + float(rows.flat().square().sum()), count + len(rows)
+            if self.fault == "first":
+                break
+        built = self.build(problem.space, stream=problem.random, device=problem.device)
+        scaled = {n: [m * total / count for m in ms] for n, ms in built.matrices.items()}
+        return evolve(built, matrices=scaled)
 
 
 def _out_space(space, dense):

@@ -41,7 +41,8 @@ class EKFAC:
         uncovered: Blocks without factors: ``"diagonal"``, ``"identity"``, ``"drop"`` or
             ``"error"``.
         approximation: Of the factors, ``"expand"`` or ``"reduce"``; the eigenvalues are measured
-            on whole rows either way.
+            on whole rows either way. With "reduce" and fewer examples than a layer has inputs, the
+            eigenvectors of the factor's null space are arbitrary, and rows have a part there.
     """
 
     fisher: Fisher = field(default="sampled", validator=validators.in_(FISHERS))

@@ -22,8 +22,8 @@ class Hessian:
     exact: ClassVar[bool] = True
 
     def gives(self, space: Space) -> frozenset[str]:
-        """Return that its operator can be applied and written down."""
-        return frozenset({"apply", "dense"})
+        """Return that its operator can be applied, on samples too, and written down."""
+        return frozenset({"apply", "dense", "sampled"})
 
     def fit(self, problem: Problem) -> Operator:
         """Return the operator; the work is done when it is applied."""

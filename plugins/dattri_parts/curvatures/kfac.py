@@ -29,11 +29,12 @@ class KFAC:
     """H_l = 1/(n M) (sum e e^T) (x) (sum x x^T): Kronecker-factored Fisher matrix of each layer.
 
     A layer's gradient of example b is sum_t e_bt x_bt^T, with x its input and e the gradient at its
-    output. The sums run over the M positions (b, t) whose e is not zero, so that padding and masks
-    do not count; with one position an example H is the mean of e e^T times the mean of x x^T. H
-    approximates the mean over *examples* of g g^T, as everywhere, so that a damping means the same
-    as in EK-FAC. The factor of an embedding's inputs is the diagonal of token counts. A module that
-    is used several times, or a tied weight, has the positions of all its uses.
+    output. The sums run over the M positions (b, t) whose e x^T is not zero, so that padding and
+    masks do not count; with one position an example H is the mean of e e^T times the mean of x x^T.
+    H approximates the mean over *examples* of g g^T, as everywhere, so that a damping means the
+    same as in EK-FAC. The factor of an embedding's inputs is the diagonal of token counts. A module
+    that is used several times, or a tied weight, has the positions of all its uses. With
+    ``fisher="ggn"`` a position counts once for every column that reaches it.
 
     Exact where e e^T and x x^T are independent over the data, as for linear regression with
     ``fisher="ggn"``. Source: Martens and Grosse 2015 (arXiv 1503.05671, section 3); Grosse and

@@ -6,7 +6,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core import CurvatureKind, NumericsError, Problem, Rows, Space
+from dattri_core import CurvatureKind, NumericsError, Problem, RandomStream, Rows, Space
 
 SLICE_LIMIT = 64 * 2**20
 """Bytes of the unit vectors that one pass over the train set takes."""
@@ -41,9 +41,23 @@ class ProductOperator:
         """Return the bytes that the fit may use."""
         return self.problem.memory
 
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return self.problem.n_train
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers of the fit."""
+        return self.problem.random
+
     def apply(self, rows: Rows) -> Rows:
         """Return H g for every row g."""
         return self.problem.product(rows, self.kind)
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H g for every row g, H the mean over the examples at some positions."""
+        return self.problem.product(rows, self.kind, index)
 
     def dense(self) -> Tensor:
         """Return H in float64, ``[d, d]``: its products with the unit vectors, symmetrised.

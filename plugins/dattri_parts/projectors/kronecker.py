@@ -22,6 +22,7 @@ from dattri_core import (
     SpecError,
 )
 from dattri_parts.projectors.entries import Distribution, random_matrix
+from dattri_parts.projectors.principal import principal_directions
 
 VERSION = 1
 """Of the rule that makes random entries; a key holds it, so that another rule is another sketch."""
@@ -119,7 +120,8 @@ class Kronecker:
         """
         if not self.needs:
             return self.build(problem.space, stream=problem.random, device=problem.device)
-        raise NotImplementedError
+        wanted = {(spec.name, side): rank for spec, side, rank, _ in self._sides(problem.space)}
+        return self._map(problem.space, principal_directions(problem, wanted))
 
     def _sides(self, space: Space) -> Iterable[tuple[BlockSpec, str, int, int]]:
         """Yield block, side, rank and length of every side that is shortened."""

@@ -65,33 +65,24 @@ class Arnoldi:
     needs: ClassVar[frozenset[str]] = frozenset({"apply"})
     exact: ClassVar[bool] = False
 
-    def __attrs_post_init__(self) -> None:
-        if self.rank > self.iterations:
-            raise SpecError(
-                f"solver 'arnoldi': rank {self.rank} of a Krylov space of {self.iterations} "
-                "dimensions; give at least as many iterations, better twice as many"
-            )
-        if self.reduced and self.complement == "keep":
-            raise SpecError(
-                "solver 'arnoldi': reduced rows have no part outside of the span; give "
-                "complement='drop' with reduced=True, or reduced=False"
-            )
-
     def out_space(self, space: Space) -> Space:
         """Return the space of k numbers where rows are reduced, else the space itself."""
         return self._coordinates(space) if self.reduced else space
 
     def check(self, space: Space) -> None:
-        """Raise `MemoryBudgetError` when the basis does not fit what is free."""
+        """Raise `SpecError` for fields that contradict, `MemoryBudgetError` for a large basis."""
+        self._require_consistent()
         self._require_fit(space.dim, 4, free_bytes(torch.device("cpu")), "are free")
 
     def solve_for(self, operator: Operator, device: torch.device) -> Inverse:
         """Build the Krylov space; nothing after it takes a product with H.
 
         Raises:
+            SpecError: The fields contradict each other.
             MemoryBudgetError: The basis does not fit the operator's memory.
             NumericsError: A product is not finite, or a kept eigenvalue plus damping is zero.
         """
+        self._require_consistent()
         space = operator.space
         dtype = torch.promote_types(operator.dtype, torch.float32)
         self._require_fit(space.dim, dtype.itemsize, operator.memory, "may be used")
@@ -105,6 +96,18 @@ class Arnoldi:
         pairs = ritz_pairs(built, min(self.rank, steps))
         fitted = _Spectrum(operator, self._coordinates(space), pairs, steps)
         return _inverse(self, fitted, self.damping)
+
+    def _require_consistent(self) -> None:
+        if self.rank > self.iterations:
+            raise SpecError(
+                f"solver 'arnoldi': rank {self.rank} of a Krylov space of {self.iterations} "
+                "dimensions; give at least as many iterations, better twice as many"
+            )
+        if self.reduced and self.complement == "keep":
+            raise SpecError(
+                "solver 'arnoldi': reduced rows have no part outside of the span; give "
+                "complement='drop' with reduced=True, or reduced=False"
+            )
 
     def _coordinates(self, space: Space) -> Space:
         return Space((BlockSpec("krylov", "dense", (min(self.rank, space.dim),)),))

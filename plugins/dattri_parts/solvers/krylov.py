@@ -109,9 +109,9 @@ def ritz_pairs(space: Krylov, count: int) -> RitzPairs:
 
 
 def largest_eigenvalue(
-    apply: Apply, size: int, *, dtype: torch.dtype, device: torch.device, steps: int = 12
+    apply: Apply, size: int, *, dtype: torch.dtype, device: torch.device, steps: int = 8
 ) -> float:
-    """Return a bound from above, up to chance, of the largest |eigenvalue| of H.
+    """Return an estimate of the largest |eigenvalue| of H, seldom more than a tenth too low.
 
     The largest Ritz value of a short Krylov space plus what its residual leaves open.
     """

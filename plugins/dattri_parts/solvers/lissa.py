@@ -25,7 +25,7 @@ from dattri_parts.solvers.krylov import largest_eigenvalue
 
 MARGIN = 1.1
 """Scale over the largest eigenvalue that is found; the series converges from 1/2 on."""
-PROBED = 8
+PROBED = 4
 """Samples whose largest eigenvalue is estimated."""
 CHECK = 10
 """Steps on samples between two looks at the lengths: each waits for the device."""
@@ -56,7 +56,7 @@ class LiSSA:
         depth: Steps of the series.
         repeats: Runs whose mean is taken.
         batch: Train examples of a step, drawn with replacement; None for the whole train set.
-        scale: s, or None for 1.1 times (the largest eigenvalue of H, or of 8 samples, + damping),
+        scale: s, or None for 1.1 times (the largest eigenvalue of H, or of 4 samples, + damping),
             estimated from short Krylov spaces.
     """
 
@@ -72,11 +72,6 @@ class LiSSA:
             raise SpecError(f"solver 'lissa': batch {self.batch}, expected 1 or more, or None")
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise SpecError(f"solver 'lissa': scale {self.scale}, expected a positive number")
-        if self.batch is None and self.repeats > 1:
-            raise SpecError(
-                f"solver 'lissa': {self.repeats} repeats on the whole train set are {self.repeats} "
-                "times the same; give batch=, or repeats=1"
-            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -84,7 +79,12 @@ class LiSSA:
         return frozenset({"apply"}) if self.batch is None else frozenset({"apply", "sampled"})
 
     def check(self, space: Space) -> None:
-        """Accept any space."""
+        """Raise `SpecError` for repeats without samples; accept any space."""
+        if self.batch is None and self.repeats > 1:
+            raise SpecError(
+                f"solver 'lissa': {self.repeats} repeats on the whole train set are {self.repeats} "
+                "times the same; give batch=, or repeats=1"
+            )
 
     def solve_for(self, operator: Any, device: torch.device) -> Inverse:
         """Return the inverse; the work is done when it is applied."""

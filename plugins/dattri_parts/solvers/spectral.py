@@ -56,16 +56,34 @@ class Spectral:
         Raises:
             NumericsError: H + damping I is singular to the operator's precision.
         """
-        return _inverse(operator, self.damping)
+        return _inverse(operator, self.damping, root=False)
+
+    def root_for(self, operator: SpectralOperator, device: torch.device) -> Inverse:
+        """Return the inverse whose ``apply`` is (H + damping I)^-1/2 g.
+
+        Raises:
+            NumericsError: H + damping I is singular, or has an eigenvalue below zero.
+        """
+        return _inverse(operator, self.damping, root=True)
 
 
 @frozen(eq=False)
 class _SpectralInverse:
-    """Weights of the eigenvectors at one damping."""
+    """A power of H + damping I: -1, or -1/2 as the root of the inverse.
+
+    Args:
+        operator: H.
+        root: Whether the power is -1/2.
+        outside: The power of damping alone, by block of the spectrum.
+        weights: The powers of L + damping, by block of the spectrum and of the shape of one row;
+            less those of damping alone where the spectrum is not complete.
+        stats: Eigenvalues and dampings.
+    """
 
     operator: SpectralOperator
-    dampings: Mapping[str, float]  # by block of the spectrum
-    weights: Mapping[str, Tensor]  # by block of the spectrum, of the shape of one row
+    root: bool
+    outside: Mapping[str, float]
+    weights: Mapping[str, Tensor]
     stats: Mapping[str, float]
 
     @property
@@ -74,7 +92,7 @@ class _SpectralInverse:
         return self.operator.basis.blockwise
 
     def apply(self, rows: Rows) -> Rows:
-        """Return (H + damping I)^-1 g for every row g, formed, in the rows' dtype.
+        """Return the power of H + damping I times every row, formed, in the rows' dtype.
 
         Where H is block diagonal the rows may hold a part of the blocks.
         """
@@ -90,7 +108,7 @@ class _SpectralInverse:
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping."""
-        return _inverse(self.operator, damping)
+        return _inverse(self.operator, damping, root=self.root)
 
     def _apply(self, rows: Rows) -> Rows:
         basis = self.operator.basis
@@ -102,48 +120,73 @@ class _SpectralInverse:
         answer = basis.adjoint(Rows(turned.space, blocks, rows.index, rows.aux))
         formed = {name: answer.blocks[name].dense().values for name in rows.space.names}
         if not self.operator.complete:
+            common = next(iter(self.outside.values()))  # of all, where there are no blocks
             for name, values in formed.items():
-                share = (
-                    self.dampings[name] if self.blockwise else next(iter(self.dampings.values()))
-                )
-                formed[name] = values + rows.blocks[name].dense().values.to(values.dtype) / share
+                share = self.outside.get(name, common)
+                formed[name] = values + share * rows.blocks[name].dense().values.to(values.dtype)
         back = {name: DenseBlock(values.to(rows.dtype)) for name, values in formed.items()}
         return Rows(rows.space, back, rows.index, rows.aux)
 
 
-def _inverse(operator: SpectralOperator, damping: Damping) -> _SpectralInverse:
+def _inverse(operator: SpectralOperator, damping: Damping, *, root: bool) -> _SpectralInverse:
     eigenvalues = {name: values.double() for name, values in operator.eigenvalues.items()}
     _require_finite(eigenvalues)
     dampings = block_dampings(operator, damping)
     precision = torch.finfo(operator.dtype).eps
-    weights, negative, condition = {}, 0, 1.0
+    condition = 1.0
     for name, values in eigenvalues.items():
-        added = dampings[name]
-        shifted = values + added
-        negative += int((shifted < 0).sum())
-        if operator.complete and not values.numel():
-            weights[name] = shifted
-            continue
-        sizes = shifted.abs().flatten()
+        sizes = (values + dampings[name]).abs().flatten()
         if not operator.complete:
-            sizes = torch.cat([sizes, sizes.new_tensor([added])])
+            sizes = torch.cat([sizes, sizes.new_tensor([dampings[name]])])
+        if not len(sizes):
+            continue
         least, greatest = float(sizes.min()), float(sizes.max())
-        _require_regular(name, values, least, greatest, precision, added)
+        _require_regular(name, values, least, greatest, precision, dampings[name])
         condition = max(condition, greatest / least)
-        weights[name] = 1 / shifted if operator.complete else -values / (added * shifted)
+    negative = sum(int((values + dampings[name] < 0).sum()) for name, values in eigenvalues.items())
     stats = _stats(operator, eigenvalues, dampings, damping)
-    stats["negative_eigenvalues"] = float(negative)
-    stats["condition"] = condition
+    stats |= {"negative_eigenvalues": float(negative), "condition": condition}
     if negative:
-        warnings.warn(
-            f"solver 'spectral': {negative} eigenvalues of the curvature stay negative with "
-            f"damping {stats['damping']:.3g} (the smallest is {stats['minimum_eigenvalue']:.3g} "
-            "before damping); the exact inverse is used, which turns these directions around; give "
-            "more damping or the curvature 'ggn'",
-            RuntimeWarning,
-            stacklevel=3,
+        _tell_negative(stats, root=root)
+    complete = operator.complete
+    weights = {
+        name: _weights(values, dampings[name], root=root, complete=complete)
+        for name, values in eigenvalues.items()
+    }
+    power = -0.5 if root else -1.0
+    outside = {name: 0.0 if complete else value**power for name, value in dampings.items()}
+    return _SpectralInverse(operator, root, outside, weights, stats)
+
+
+def _weights(values: Tensor, damping: float, *, root: bool, complete: bool) -> Tensor:
+    """Return (L + damping)^p, less damping^p where the rest of the space has that already."""
+    shifted = values + damping
+    if complete:
+        return shifted.rsqrt() if root else 1 / shifted
+    if not root:
+        return -values / (damping * shifted)
+    roots, outside = shifted.sqrt(), float(damping**0.5)
+    return -values / (outside * roots * (outside + roots))
+
+
+def _tell_negative(stats: Mapping[str, float], *, root: bool) -> None:
+    """Warn of eigenvalues of H + damping I below zero; raise where a root of them is asked for."""
+    found = (
+        f"{stats['negative_eigenvalues']:.0f} eigenvalues of the curvature stay negative with "
+        f"damping {stats['damping']:.3g} (the smallest is {stats['minimum_eigenvalue']:.3g} before "
+        "damping)"
+    )
+    if root:
+        raise NumericsError(
+            f"solver 'spectral': (H + damping I)^-1/2 does not exist: {found}; give more damping, "
+            "the curvature 'ggn', or form='one-sided'"
         )
-    return _SpectralInverse(operator, dampings, weights, stats)
+    warnings.warn(
+        f"solver 'spectral': {found}; the exact inverse is used, which turns these directions "
+        "around; give more damping or the curvature 'ggn'",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def block_dampings(operator: SpectralOperator, damping: Damping) -> dict[str, float]:

@@ -148,6 +148,37 @@ def test_a_curvature_of_zeros_is_refused_with_relative_damping_and_divided_by_an
     torch.testing.assert_close(inverse.apply(rows).flat(), rows.flat() / 0.5)
 
 
+# --- the root -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("damping", [0.25, {"relative": 0.1}])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        symmetric(torch.linspace(0.1, 4, 8), 0),
+        symmetric(torch.tensor([0.0, 0, 0, 1, 2, 3, 4, 5]), 0),
+        blocks_of([0.0, 0.0, 1.0, 2.0, 3.0, 6.0], [10.0, 30.0]),
+    ],
+    ids=["full", "singular", "blocks"],
+)
+def test_the_root_is_the_symmetric_root_of_the_inverse(matrix, damping):
+    root = Spectral(damping=damping).root_for(operator(matrix), CPU)
+    inverse = Spectral(damping=damping).solve_for(operator(matrix), CPU)
+    rows = rows_of(torch.eye(8, dtype=torch.float64))
+    half = root.apply(rows).flat()
+    torch.testing.assert_close(half, half.mT)
+    torch.testing.assert_close(half @ half, inverse.apply(rows).flat(), rtol=1e-9, atol=1e-9)
+    assert float(torch.linalg.eigvalsh(half)[0]) > 0
+    assert root.stats == inverse.stats
+    moved = root.with_damping(Damping(2.0)).apply(rows).flat()
+    want = Spectral(damping=2.0).root_for(operator(matrix), CPU).apply(rows).flat()
+    assert torch.equal(moved, want)
+
+
+def test_an_indefinite_curvature_has_no_root():
+    matrix = symmetric(torch.tensor([-1.5, -0.7, 0.2, 3.0]).double(), 1)
+    with pytest.raises(NumericsError, match=r"\^-1/2 does not exist: 2 eigenvalues.*'one-sided'"):
+        Spectral(damping=0.1).root_for(operator(matrix), CPU)
+
+
 # --- signs and singular spectra -----------------------------------------------------------------
 def test_negative_eigenvalues_are_inverted_exactly_and_said():
     matrix = symmetric(torch.tensor([-1.5, -0.7, 0.2, 3.0]).double(), 1)
