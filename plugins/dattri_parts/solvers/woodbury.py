@@ -31,6 +31,8 @@ FACTORS = 8
 """Dampings that are solved by a Cholesky factor each before eigenvectors serve all others."""
 SMALL = 1500
 """Rows up to which eigenvectors are computed for the second damping: about a second."""
+PRIMAL = 1.5
+"""Rows for each number of a row from which the matrix of the numbers is less work and memory."""
 ROUNDING = 1e-2
 """Relative rounding error from which a warning is given."""
 
@@ -46,8 +48,8 @@ class Woodbury:
     (Woodbury 1950; Henderson and Searle 1981). The right side needs inner products of rows alone,
     so that factored rows stay factored: no matrix of the size of the parameters squared and no
     vector of the size of the parameters is made, and an answer is kept as h and a combination of
-    rows of H. Blocks of a block diagonal H are inverted apart. Where there are more rows than
-    numbers in a row (a sketch, a small layer) H itself is the smaller matrix and is factorised.
+    rows of H. Blocks of a block diagonal H are inverted apart. Where there are 1.5 times more rows
+    than numbers in a row (a sketch, a small layer) H itself is less work and is factorised.
 
     The right side takes m (m + 1) / 2 inner products and a factorisation of m^3 / 3 multiply-adds
     in float64, and holds the rows and a factor of 8 m^2 bytes. Another damping takes no pass over
@@ -82,7 +84,7 @@ class Woodbury:
 
 @define(eq=False)
 class _Reading:
-    """One pass over the rows: held, or added up where numbers in a row are not more than they."""
+    """One pass over the rows: held, or added up where they are more than numbers in a row."""
 
     operator: RowsOperator
     device: torch.device
@@ -112,7 +114,7 @@ class _Reading:
         self.count += len(rows)
         small = kept(rows)
         for group, names in self.groups.items():
-            if group not in self.moments and self.count >= self.size(group):
+            if group not in self.moments and self.count >= PRIMAL * self.size(group):
                 self._turn(group)
             if group in self.moments:
                 self._accumulate(group, [small.blocks[name] for name in names])

@@ -99,14 +99,14 @@ def test_blockwise_equals_a_dense_solve_of_the_diagonal_blocks(name, n):
         for spec in some.space:
             at = problem.space.offsets[spec.name]
             assert gap(alone.blocks[spec.name].flat(), want[:, at : at + spec.size]) < 1e-8
-    small = sum(spec.size <= n for spec in problem.space)
+    small = sum(1.5 * spec.size <= n for spec in problem.space)
     assert inverse.stats["dual_blocks"] == len(problem.space) - small
 
 
 @pytest.mark.parametrize("curvature", [GaussNewton(), GGN(), Fisher(draws=2)])
 @pytest.mark.parametrize("sketch", [FlatSketch(6), OneWaySketch(6)])
 def test_in_a_sketch_the_matrix_itself_is_the_smaller_side(curvature, sketch):
-    task, train = network("perceptron")
+    task, train = network("perceptron", 10)
     problem = problem_of(task, train, sketches=[sketch])
     moment = torch.zeros(6, 6, dtype=torch.float64)
     operator = curvature.fit(problem)
@@ -310,7 +310,7 @@ def test_what_is_singular_is_refused_with_the_cure():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert inverted(GaussNewton(), sketched, 0.0).stats["damping"] == 0.0
-    once = problem_of(*network("perceptron", 1), batch=1, sketches=[FlatSketch(1)])
+    once = problem_of(*network("perceptron", 2), batch=1, sketches=[FlatSketch(1)])
     assert inverted(GaussNewton(), once, 0.0).stats["dual_blocks"] == 0
 
 
