@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
+    from dattri_core.blocks import concatenate as concatenate
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
@@ -172,6 +173,7 @@ _EXPORTS = {
     "batch_size": "batch",
     "causal_lm": "losses",
     "compact": "blocks",
+    "concatenate": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
     "explain_inner": "blocks",
