@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
+    from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
     from dattri_core.losses import logit as logit
     from dattri_core.losses import margin as margin
     from dattri_core.losses import squared_error as squared_error
-    from dattri_core.memory import Plan as Plan
     from dattri_core.memory import free_bytes as free_bytes
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_entries as factor_entries
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
+    from dattri_core.plans import Plan as Plan
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -138,8 +140,9 @@ _EXPORTS = {
     "Operator": "protocols",
     "OuterBlock": "blocks",
     "OutputSource": "capabilities",
+    "Outlook": "capabilities",
     "ParameterView": "space",
-    "Plan": "memory",
+    "Plan": "plans",
     "PluginError": "errors",
     "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
@@ -165,6 +168,7 @@ _EXPORTS = {
     "SpanBlock": "blocks",
     "SpecError": "errors",
     "SpectralOperator": "capabilities",
+    "SplitInverse": "capabilities",
     "StoreError": "errors",
     "SumBlock": "blocks",
     "Target": "losses",
