@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
+    from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
@@ -108,6 +109,7 @@ _EXPORTS = {
     "Block": "blocks",
     "BlockSpec": "space",
     "BoundSource": "protocols",
+    "ByUse": "capabilities",
     "Checkpoint": "checkpoint",
     "ConvergenceWarning": "errors",
     "Curvature": "protocols",
