@@ -183,7 +183,7 @@ def regression():
     return loss, normal(40, 4, seed=1), {"w": normal(4)}, {"target": normal(40, seed=2)}
 
 
-SAMPLED = {"argnums": 1, "in_dims": (0, None, 0), "batch": 8, "damping": 1.0}
+SAMPLED = {"argnums": 1, "in_dims": (0, None, 0), "batch": 20, "damping": 1.0}
 
 
 def test_lissa_draws_examples_of_the_arguments_that_in_dims_names():
@@ -191,11 +191,11 @@ def test_lissa_draws_examples_of_the_arguments_that_in_dims_names():
     matrix = 2 * x.mT @ x / 40 + torch.eye(4, dtype=torch.float64)
     vectors = {"w": normal(3, 4, seed=5)}
     want = torch.linalg.solve(matrix, vectors["w"].mT).mT
-    options = {**SAMPLED, "depth": 80}
-    mean = ihvp_lissa(loss, repeats=60, **options)((x, parameters, y), vectors)["w"]
+    options = {**SAMPLED, "depth": 60}
+    mean = ihvp_lissa(loss, repeats=20, **options)((x, parameters, y), vectors)["w"]
     one = ihvp_at_x_lissa(loss, x, parameters, y, **options)
     assert float((mean - want).norm() / want.norm()) < 0.06
-    assert float((one(vectors)["w"] - want).norm() / want.norm()) > 0.1
+    assert float((one(vectors)["w"] - want).norm() / want.norm()) > 0.06
     again = ihvp_at_x_lissa(loss, x, parameters, y, **options)
     assert torch.equal(again(vectors)["w"], one(vectors)["w"])
     seeded = ihvp_at_x_lissa(loss, x, parameters, y, seed=1, **options)
