@@ -8,6 +8,10 @@ GROSSE = (
     "Grosse et al. 2023, Studying Large Language Model Generalization with Influence Functions "
     "(arXiv 2308.03296)"
 )
+BARSHAN = (
+    "Barshan, Brunet and Dziugaite 2020, RelatIF: Identifying Explanatory Training Examples via "
+    "Relative Influence (arXiv 2003.11630)"
+)
 
 
 def spectral(curvature: str) -> dict[str, object]:
@@ -26,6 +30,16 @@ def spectral(curvature: str) -> dict[str, object]:
     }
 
 
+def relative(inverse: object) -> dict[str, object]:
+    """Return a method whose influences are relative to that of a train example on itself."""
+    return {
+        "source": "per-example",
+        "inverse_hessian": inverse,
+        "scorer": "relatif",
+        "fold": "mean",
+    }
+
+
 @dattri.hookimpl
 def register(registry: dattri.Registry) -> None:
     """Name them; nothing is imported until it is used."""
@@ -33,15 +47,14 @@ def register(registry: dattri.Registry) -> None:
         "if-explicit",
         {
             "source": "per-example",
-            "inverse_hessian": {
-                "curvature": "hessian",
-                "solver": {"name": "cholesky", "damping": 1e-3},
-            },
+            "inverse_hessian": {"name": "exact", "curvature": "hessian", "damping": 1e-3},
             "scorer": "dot",
             "fold": "mean",
         },
-        summary="Influence function with the Hessian written down and factorised",
-        formula="S_ij = <g_i, (H + damping I)^-1 h_j>, H the Hessian of the mean train loss",
+        summary="Influence function with the exact inverse of the Hessian, or, above 16384 "
+        "parameters, of the Gauss-Newton matrix",
+        formula="S_ij = <g_i, (H + damping I)^-1 h_j>, H the Hessian of the mean train loss, "
+        "written down and factorised, or the Gauss-Newton matrix from inner products of its rows",
         citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
         "Functions, equation 2 (arXiv 1703.04730)",
     )
@@ -155,4 +168,38 @@ def register(registry: dattri.Registry) -> None:
         formula="S_ij = sum over layers of <g_i, 1/n sum_k (g_k g_k^T + damping I)^-1 h_j>",
         citation="Kwon et al. 2024, DataInf: Efficiently Estimating Data Influence in LoRA-tuned "
         "LLMs and Diffusion Models, equation 5 (arXiv 2310.00902)",
+    )
+    registry.method(
+        "relatif-explicit",
+        relative({"curvature": "ggn", "solver": {"name": "cholesky", "damping": 1e-3}}),
+        summary="Relative influence with the Gauss-Newton matrix written down and factorised",
+        formula="S_ij = <g_i, (G + damping I)^-1 h_j> / sqrt(g_i^T (G + damping I)^-1 g_i)",
+        citation=BARSHAN,
+    )
+    registry.method(
+        "relatif-ekfac",
+        relative(spectral("ekfac")["inverse_hessian"]),
+        summary="Relative influence with the eigenvalue-corrected Kronecker-factored Fisher matrix",
+        formula="S_ij = <g_i, H^-1 h_j> / sqrt(g_i^T H^-1 g_i), both summed over layers, "
+        "H = Q (L + damping I) Q^T of each layer as in if-ekfac",
+        citation=f"{BARSHAN}; {GROSSE}",
+    )
+    registry.method(
+        "logra",
+        {
+            "source": "per-example",
+            "projector": {"name": "kronecker", "rank": 64, "uncovered": "sketch"},
+            "inverse_hessian": {
+                "curvature": {"name": "gauss-newton", "block": True},
+                "solver": {"name": "spectral", "damping": {"relative": 0.1}},
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function in a Kronecker sketch of each layer, with its Gauss-Newton "
+        "matrix there; initialisation='pca' for principal directions",
+        formula="S_ij = sum over layers of <k_i, (E[k k^T] + damping I)^-1 k_j>, "
+        "k = P_out G P_in^T of the gradient G",
+        citation="Choe et al. 2024, What is Your Data Worth to GPT? LLM-Scale Data Valuation with "
+        "Influence Functions, section 3 (arXiv 2405.13954)",
     )

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core import Operator, Problem, Rows, Space
+from dattri_core import Operator, Problem, RandomStream, Rows, Space
 from dattri_parts.curvatures.product import ProductOperator
 from dattri_parts.curvatures.second_moment import SecondMoment
 
@@ -64,9 +64,23 @@ class GGNOperator:
         """Return the bytes that the fit may use."""
         return self.products.memory
 
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return self.products.n_train
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers of the fit."""
+        return self.products.random
+
     def apply(self, rows: Rows) -> Rows:
         """Return G g for every row g, by products."""
         return self.products.apply(rows)
+
+    def apply_on(self, rows: Rows, index: Tensor) -> Rows:
+        """Return G g for every row g, G the mean over the examples at some positions."""
+        return self.products.apply_on(rows, index)
 
     def dense(self) -> Tensor:
         """Return G in float64, ``[d, d]``, by products."""

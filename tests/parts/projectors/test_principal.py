@@ -11,7 +11,7 @@ from dattri_parts.projectors.kronecker import Kronecker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.toy_parts import CountingSource
-from oracles.toy_tasks import examples, mlp, states, world
+from oracles.toy_tasks import examples, labels, mlp, normal, states, world
 from torch import nn
 
 from dattri_core import (
@@ -101,6 +101,25 @@ def test_a_rank_that_holds_the_train_set_keeps_its_inner_products(rank):
     assert bool((matrix(mapped, "0", "inputs")[3:] == 0).all())
     three = Method(projector=pca(100, rank_in=3)).attribute(task, train, test).values
     assert (method.attribute(task, train, test).values - three).abs().max() < 1e-12
+
+
+def test_inputs_near_a_plane_are_kept_by_principal_directions_and_not_by_random_ones():
+    """Inputs of 20 numbers, 1e-3 off a plane: with the bias they have three directions."""
+    plane, noise = normal(2, 20, seed=1), 1e-3
+
+    def data(count, seed):
+        near = normal(count, 2, seed=seed) @ plane + noise * normal(count, 20, seed=seed + 1)
+        return near, labels(count, 3, seed=seed)
+
+    task = Task(mlp((20, 5, 3)), parameters="0.*")
+    train, test = data(60, 2), data(20, 4)
+    exact = Method().attribute(task, train, test).values
+    gaps = []
+    for initialisation in ("pca", "random"):
+        sketch = Kronecker(100, rank_in=3, initialisation=initialisation)
+        got = Method(projector=sketch).attribute(task, train, test).values
+        gaps.append(float((got - exact).norm() / exact.norm()))
+    assert gaps[0] < 10 * noise < 0.1 < gaps[1]
 
 
 @settings(max_examples=20, deadline=None)
