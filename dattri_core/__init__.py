@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dattri_core.batch import take as take
     from dattri_core.blocks import Block as Block
     from dattri_core.blocks import DenseBlock as DenseBlock
+    from dattri_core.blocks import GroupedBlock as GroupedBlock
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
     from dattri_core.blocks import SpanBlock as SpanBlock
@@ -127,6 +128,7 @@ _EXPORTS = {
     "Fold": "protocols",
     "FoldState": "protocols",
     "FunctionalLoss": "losses",
+    "GroupedBlock": "blocks",
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
