@@ -100,9 +100,6 @@ class FakeCurvature(Silent):
     def gives(self, space: Any) -> frozenset[str]:
         return frozenset({"apply"})
 
-    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
-        return self.needs
-
 
 @frozen
 class FakeSolver(Silent):
