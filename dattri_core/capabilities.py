@@ -211,7 +211,8 @@ class Outlook:
         blockwise: See `Inverse.blockwise`.
         forms: Whether rows come out formed, and not as the factors that they were.
         rank: Largest number of outer products of a row that comes out, where it is bounded.
-        splits: Whether it is a `SplitInverse` that can be split.
+        splits: Whether it is a `SplitInverse` that can be split, and rows keep their kind in its
+            basis: factors stay factors.
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
     """

@@ -85,14 +85,14 @@ class CurvatureInverse:
     def outlook(self, space: Space) -> Outlook:
         """Return what is known of the inverse before the fit.
 
-        A curvature that is block diagonal may say so, by an ``outlook(space)`` of its own; it holds
-        for solvers that take the curvature as it is, by its spectrum or its rows.
+        A curvature that is block diagonal may say so, by an ``outlook(space, asked)`` of its own;
+        it holds for solvers that take the curvature as it is, by its spectrum or its rows.
         """
-        needs = self.solver.needs
-        if not needs <= {"spectral", "rows"} or not hasattr(self.curvature, "outlook"):
+        asked = self.solver.needs
+        if not asked <= {"spectral", "rows"} or not hasattr(self.curvature, "outlook"):
             return Outlook()
-        told: Outlook = self.curvature.outlook(space)
-        return attrs.evolve(told, splits=told.splits and "spectral" in needs)
+        told: Outlook = self.curvature.outlook(space, asked)
+        return told
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""
