@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
+    from dattri_core.blocks import concatenate as concatenate
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
+    from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -56,7 +59,6 @@ if TYPE_CHECKING:
     from dattri_core.losses import logit as logit
     from dattri_core.losses import margin as margin
     from dattri_core.losses import squared_error as squared_error
-    from dattri_core.memory import Plan as Plan
     from dattri_core.memory import free_bytes as free_bytes
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_entries as factor_entries
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
+    from dattri_core.plans import Plan as Plan
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -135,8 +138,9 @@ _EXPORTS = {
     "Operator": "protocols",
     "OuterBlock": "blocks",
     "OutputSource": "capabilities",
+    "Outlook": "capabilities",
     "ParameterView": "space",
-    "Plan": "memory",
+    "Plan": "plans",
     "PluginError": "errors",
     "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
@@ -162,6 +166,7 @@ _EXPORTS = {
     "SpanBlock": "blocks",
     "SpecError": "errors",
     "SpectralOperator": "capabilities",
+    "SplitInverse": "capabilities",
     "StoreError": "errors",
     "SumBlock": "blocks",
     "Target": "losses",
@@ -172,6 +177,7 @@ _EXPORTS = {
     "batch_size": "batch",
     "causal_lm": "losses",
     "compact": "blocks",
+    "concatenate": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
     "explain_inner": "blocks",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from dattri_core.protocols import (
@@ -88,6 +89,25 @@ class ReducedInverse(Inverse, Protocol):
     @property
     def train_map(self) -> LinearMap | None:
         """Return the map of the train side, whatever the damping; None where rows stay whole."""
+        ...
+
+
+@runtime_checkable
+class SplitInverse(Inverse, Protocol):
+    """An inverse whose eigenvectors are known: <g, Q M Q^T h> = <Q^T g, M Q^T h>.
+
+    The engine may then leave Q^T g to the train side, so that no row comes back from the
+    eigenbasis, and another damping is another M. Q is orthogonal and block diagonal, so norms stay
+    what they are, and is the same at every damping.
+    """
+
+    @property
+    def basis(self) -> LinearMap | None:
+        """Return Q, whose ``map`` is Q^T g; None where this inverse cannot be split."""
+        ...
+
+    def in_basis(self, rows: Rows) -> Rows:
+        """Return M k for rows k = Q^T h, all blocks or a part of them."""
         ...
 
 
@@ -181,3 +201,24 @@ class ByUse(Protocol):
     def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
         """Return what it asks of the problem where its operator answers ``asked`` alone."""
         ...
+
+
+@frozen
+class Outlook:
+    """What a plan may know of the inverse in a chain, without applying it.
+
+    Args:
+        blockwise: See `Inverse.blockwise`.
+        forms: Whether rows come out formed, and not as the factors that they were.
+        rank: Largest number of outer products of a row that comes out, where it is bounded.
+        splits: Whether it is a `SplitInverse` that can be split.
+        reduced: The space of rows after it, where it leaves a few numbers of each.
+        two_sided: Whether train rows pass it too, as its root.
+    """
+
+    blockwise: bool = False
+    forms: bool = True
+    rank: int | None = None
+    splits: bool = False
+    reduced: Space | None = None
+    two_sided: bool = False

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import attrs
 import torch
-from attrs import define, field
+from attrs import define
 
 from dattri_core import __version__, assemble
-from dattri_core.atomic import check_replaceable, discard_leftovers
+from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
+from dattri_core.contract import contraction_limit
+from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
-from dattri_core.loop import finished, fold_tiles, self_influence
-from dattri_core.memory import Plan, make_plan, parse_bytes
+from dattri_core.loop import By, Run, self_influence
+from dattri_core.memory import free_bytes, parse_bytes
+from dattri_core.pairing import WHOLE
+from dattri_core.plans import Plan, Work, make_plan
 from dattri_core.progress import bar
-from dattri_core.protocols import Damping, Projector
+from dattri_core.protocols import Damping, as_damping
 from dattri_core.registry import default_registry
+from dattri_core.requests import Request
+from dattri_core.runner import Runner, contractions, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.scores_writer import ScoresWriter
 from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
-from dattri_core.stages import CurvatureInverse
 from dattri_core.stream import Examples
 from dattri_core.task import Task
-from dattri_core.tiles import MemoryTiles, Tiles, budget_of, open_tiles
+from dattri_core.tiles import budget_of
 
 FIT_SHARE = 2  # a fit may use one part in two of the budget; the rest holds queries and batches
-LAYOUT = ("shard", "query_group", "groups", "train_batch", "test_batch", "budget")
 SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
 
 
@@ -49,7 +51,6 @@ class FittedMethod:
     budget: int
     progress: bool | None
     _held: Fitted | None = None
-    _reports: list[dict[str, Any]] = field(factory=list)
 
     @staticmethod
     def fit(
@@ -79,8 +80,12 @@ class FittedMethod:
         *,
         memory: str | int | None,
         out: str | Path | None,
+        by: By | None = None,
+        group: bool = False,
     ) -> Plan:
         """Return how the work would be cut to fit the memory; only a few examples are evaluated."""
+        request = Request((method,), by, group)
+        request.check(task, out)
         fitted = FittedMethod.fit(method, task, train, memory=memory, progress=False, lazy=True)
         probe = fit_checkpoint(
             method.source,
@@ -92,53 +97,73 @@ class FittedMethod:
             fitted.budget,
             plan_only=True,
         )
-        return fitted._plan(probe, Examples.of(test, "test"), out)
+        return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
     @property
     def stats(self) -> list[Mapping[str, float]]:
         """Return what each inverse Hessian of the fitted checkpoint reports."""
         return [] if self._held is None else [dict(i.stats) for i in self._held.chain.inverses]
 
-    def attribute(self, test: Any, *, out: str | Path | None = None) -> Scores:
+    @overload
+    def attribute(
+        self, test: Any, *, by: None = None, group: bool = False, out: str | Path | None = None
+    ) -> Scores: ...
+
+    @overload
+    def attribute(
+        self, test: Any, *, by: By, group: bool = False, out: str | Path | None = None
+    ) -> dict[str, Scores]: ...
+
+    def attribute(
+        self,
+        test: Any,
+        *,
+        by: By | None = None,
+        group: bool = False,
+        out: str | Path | None = None,
+    ) -> Scores | dict[str, Scores]:
         """Return the scores ``[n_train, n_test]`` for a test set.
 
         Args:
             test: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            by: Tell apart what each ``"block"`` (a module's parameters) or each ``"checkpoint"``
+                contributes: a mapping from their names, in order, to scores that add up to the
+                whole. The part of a block is what the scorer makes of that block's inner products
+                and of the whole rows' norms; that of a checkpoint what the fold makes of it while
+                all others score zero.
+            group: One column, of id ``"sum"``, for the sum over the test set: their rows are added
+                up before the inverse Hessian, which is then applied to one.
             out: Folder for the scores. They are then written to disk tile by tile, the same call
                 goes on with a run that was stopped, and `Scores.load` reads the result.
 
         Raises:
             InputError: The test set does not fit the task, or the weights changed since the fit.
             NumericsError: A number is not finite; checkpoint and examples are named.
+            SpecError: The scores cannot be told apart in that way.
         """
-        examples = Examples.of(test, "test")
-        if out is not None:
-            check_replaceable(Path(out), is_scores_folder)
-            if self._held is None:  # sums run as they did, so that not a bit differs
-                self.budget = budget_of(_run_folder(Path(out)), self.budget)
-        first = self._fit(self._first(), examples)
-        self._require_same_weights(first)
-        plan = self._plan(first, examples, out)
-        self._reports.clear()
-        provenance = self._provenance(first, examples)
-        events = default_registry()
-        names = ("method", "n_train", "n_test", "checkpoints")
-        events.emit("run_started", {name: provenance[name] for name in names})
-        started = time.monotonic()
-        if out is None:
-            scores = self._to_memory(plan, examples, provenance)
-        else:
-            scores = self._to_folder(Path(out), plan, examples, provenance, first.dtype)
-        seconds = time.monotonic() - started
-        events.emit(
-            "run_finished",
-            {
-                "method": provenance["method"],
-                "seconds": seconds,
-                "provenance": scores.provenance,
-            },
-        )
-        return scores
+        found = self._scores(test, Request((self.method,), by, group), out)
+        return found[WHOLE] if by is None else found
+
+    def sweep(self, test: Any, *, damping: Iterable[Any]) -> dict[Any, Scores]:
+        """Return the scores at each of several dampings, from one pass over the train set.
+
+        Train rows are computed once and meet the queries of every damping; each result is that of
+        ``with_(damping=d).attribute(test)`` up to rounding, its provenance included.
+
+        Args:
+            test: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            damping: Numbers, `Damping` values, or ``{"relative": x}``; these are the keys of the
+                result, the last as the `Damping` that it means.
+
+        Raises:
+            SpecError: The method has no damping, or one that cannot change without a new fit.
+        """
+        keys = [as_damping(d) if isinstance(d, Mapping) else d for d in damping]
+        if not keys or len(set(keys)) < len(keys):
+            raise SpecError(f"sweep: damping got {keys!r}; give one or more, each once")
+        methods = tuple(self._at_damping(as_damping(key)) for key in keys)
+        found = self._scores(test, Request(methods), None)
+        return dict(zip(keys, found.values(), strict=True))
 
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
@@ -153,12 +178,14 @@ class FittedMethod:
             )
         first = self._fit(self._first())
         self._require_same_weights(first)
-        costs = first.costs
-        per_row = costs.activations + 2 * costs.query + costs.query_work + costs.train_row
+        costs = first.outline.costs()
+        route = costs.routes[0]
+        per_row = costs.activations + 2 * route.kept + route.train_row
+        per_row += max(route.making, route.expanded)
         batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
         total = len(self.train) * len(self.task.checkpoints)
         with (
-            contraction_limit(_contractions(self.budget)),
+            contraction_limit(contractions(self.budget)),
             bar("self-influence", total, self.progress) as shown,
         ):
             return self_influence(
@@ -182,7 +209,19 @@ class FittedMethod:
         """
         changed = type(self.method)(**assemble.override(assemble.slots_of(self.method), overrides))
         changed.check(task=self.task)
-        return attrs.evolve(self, method=changed, held=self._reusable(changed), reports=[])
+        return attrs.evolve(self, method=changed, held=self._reusable(changed))
+
+    def _at_damping(self, damping: Damping) -> Any:
+        """Return the method at another damping."""
+        slots = assemble.slots_of(self.method)
+        stages = redamped(self.method.chain, damping)
+        if slots["stages"] is None:
+            slots["projector"], slots["inverse_hessian"] = stages
+        else:
+            slots["stages"] = stages
+        changed = type(self.method)(**slots)
+        changed.check(task=self.task)
+        return changed
 
     # --- fitting --------------------------------------------------------------------------------
     def _first(self) -> Checkpoint:
@@ -205,26 +244,12 @@ class FittedMethod:
         return self._held
 
     def _reusable(self, changed: Any) -> Fitted | None:
-        mine, theirs = self.method, changed
-        if self._held is None or (mine.source, mine.seed) != (theirs.source, theirs.seed):
+        """Return what is fitted as a changed method needs it, where no new fit is needed."""
+        held, mine = self._held, self.method
+        if held is None or (mine.source, mine.seed) != (changed.source, changed.seed):
             return None
-        if mine.chain == theirs.chain:
-            return self._held
-        if len(mine.chain) != len(theirs.chain):
-            return None
-        dampings = []
-        for old, new in zip(mine.chain, theirs.chain, strict=True):
-            if isinstance(old, CurvatureInverse) and isinstance(new, CurvatureInverse):
-                solver: Any = new.solver
-                as_old = attrs.evolve(solver, damping=old.solver.damping)
-                if old != attrs.evolve(new, solver=as_old):
-                    return None
-                dampings.append(new.solver.damping)
-            elif old != new:
-                return None
-            elif not isinstance(old, Projector):
-                dampings.append(Damping(0.0))  # an inverse without damping stays as it is
-        return attrs.evolve(self._held, chain=self._held.chain.with_damping(dampings))
+        dampings = dampings_between(mine.chain, changed.chain)
+        return None if dampings is None else _at_dampings(held, dampings)
 
     def _require_same_weights(self, fitted: Fitted) -> None:
         if fitted.checkpoint.source is not None or fitted.weights is None:
@@ -236,99 +261,76 @@ class FittedMethod:
             )
 
     # --- running --------------------------------------------------------------------------------
-    def _plan(self, fitted: Fitted, test: Examples, out: str | Path | None) -> Plan:
-        n_train, n_test = len(self.train), len(test)
-        plan = make_plan(
-            self.budget,
-            fitted.costs,
+    def _scores(self, test: Any, request: Request, out: str | Path | None) -> dict[str, Scores]:
+        """Return what is asked for, by name."""
+        request.check(self.task, out)
+        examples = Examples.of(test, "test")
+        if out is not None:
+            check_replaceable(Path(out), is_scores_folder)
+            if self._held is None:  # sums run as they did, so that not a bit differs
+                self.budget = budget_of(run_folder(Path(out)), self.budget)
+        first = self._fit(self._first(), examples)
+        self._require_same_weights(first)
+        plan = self._plan(first, examples, request, out)
+        provenance = self._provenance(first, examples, request)
+        dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
+        run = Run(
+            checkpoints=self.task.checkpoints,
+            scorer=self.method.scorer,
+            fold=self.method.fold,
+            train=self.train,
+            test=examples,
+            plan=plan,
+            dampings=tuple(changes or () for changes in dampings),
+            by=request.by,
+            blocks=request.blocks(first),
+            summed=request.group,
+        )
+        runner = Runner(run, request, provenance, self._fit, self.progress)
+        events = default_registry()
+        names = ("method", "n_train", "n_test", "checkpoints")
+        events.emit("run_started", {name: provenance[name] for name in names})
+        started = time.monotonic()
+        if out is None:
+            found = runner.to_memory(request.names(first, self.task))
+        else:
+            found = {WHOLE: runner.to_folder(Path(out), first)}
+        seconds = time.monotonic() - started
+        said = next(iter(found.values())).provenance
+        events.emit(
+            "run_finished",
+            {"method": provenance["method"], "seconds": seconds, "provenance": said},
+        )
+        return found
+
+    def _plan(
+        self, fitted: Fitted, test: Examples, request: Request, out: str | Path | None
+    ) -> Plan:
+        n_train, n_test = len(self.train), 1 if request.group else len(test)
+        variants, readings = request.counts(fitted, self.task)
+        result = readings * n_train * n_test * fitted.dtype.itemsize
+        work = Work(
             n_train=n_train,
             n_test=n_test,
             checkpoints=len(self.task.checkpoints),
-            # The tiles, and the matrix that they are put together into.
-            result_bytes=0 if out is not None else 2 * n_train * n_test * fitted.dtype.itemsize,
-            notes=fitted.notes,
+            # The tiles, and the matrices that they are put together into.
+            result_bytes=0 if out is not None else 2 * result,
+            variants=variants,
+            readings=readings,
+            summed=len(test) if request.group else 0,
+        )
+        plan = make_plan(
+            self.budget,
+            fitted.outline.costs(variants=variants > 1),
+            work,
+            host=free_bytes(torch.device("cpu")) if self.task.device.type == "cuda" else 0,
+            notes=fitted.outline.notes,
         )
         if out is None:
             return plan
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
 
-    def _fold(self, plan: Plan, test: Examples, tiles: Tiles) -> None:
-        events = default_registry()
-        total = plan.train_passes * len(self.train)
-        with (
-            contraction_limit(_contractions(plan.budget)),
-            bar("attribute", total, self.progress) as shown,
-        ):
-
-            def advance(count: int) -> None:
-                shown.advance(count)
-                events.emit("block_scored", {"done": shown.done, "total": shown.total})
-
-            fold_tiles(
-                self._fit,
-                self.task.checkpoints,
-                self.method.scorer,
-                self.method.fold,
-                self.train,
-                test,
-                plan,
-                tiles,
-                advance,
-                self._report,
-            )
-
-    def _report(self, fitted: Fitted, group: int) -> None:
-        for inverse in fitted.chain.inverses:
-            if inverse.stats:
-                self._reports.append(
-                    {"checkpoint": fitted.checkpoint.name, "group": group, **inverse.stats}
-                )
-
-    def _to_memory(self, plan: Plan, test: Examples, provenance: dict[str, Any]) -> Scores:
-        tiles = MemoryTiles()
-        self._fold(plan, test, tiles)
-        values: torch.Tensor | None = None
-        for rows, columns, tile in finished(
-            self.method.fold, self.method.scorer, len(self.train), len(test), plan, tiles
-        ):
-            if tile.shape == (len(self.train), len(test)):
-                values = tile
-                break
-            if values is None:
-                values = torch.empty(len(self.train), len(test), dtype=tile.dtype)
-            values[rows, columns] = tile
-        assert values is not None
-        return Scores(values, self.train.ids, test.ids, {**provenance, "solver": self._reports})
-
-    def _to_folder(
-        self,
-        out: Path,
-        plan: Plan,
-        test: Examples,
-        provenance: dict[str, Any],
-        dtype: torch.dtype,
-    ) -> Scores:
-        sizes = {name: getattr(plan, name) for name in LAYOUT}
-        folder = _run_folder(out)
-        for path in (out, folder):
-            discard_leftovers(path)
-        tiles, sizes = open_tiles(folder, provenance, sizes)
-        resumed: dict[str, Any] = dict(sizes)
-        plan = attrs.evolve(plan, **resumed)
-        self._fold(plan, test, tiles)
-        with ScoresWriter(out, len(self.train), len(test), dtype) as writer:
-            for rows, columns, tile in finished(
-                self.method.fold, self.method.scorer, len(self.train), len(test), plan, tiles
-            ):
-                writer.values[rows, columns] = tile.numpy()
-                writer.release()
-            scores = writer.finish(
-                self.train.ids, test.ids, {**provenance, "solver": self._reports}
-            )
-        tiles.close()
-        return scores
-
-    def _provenance(self, fitted: Fitted, test: Examples) -> dict[str, Any]:
+    def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
         target = self.task.target
         return {
             "method": self.method.to_spec(),
@@ -346,6 +348,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
+            **({"group": "sum"} if request.group else {}),
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,
@@ -354,10 +357,7 @@ class FittedMethod:
         }
 
 
-def _contractions(budget: int) -> int:
-    # Four intermediates of that size may live at once: a quarter of the budget for all of them.
-    return min(DEFAULT_LIMIT, budget // 16)
-
-
-def _run_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.run")
+def _at_dampings(fitted: Fitted, dampings: Sequence[Damping | None]) -> Fitted:
+    if not any(dampings):
+        return fitted
+    return attrs.evolve(fitted, chain=fitted.chain.with_damping(dampings))

@@ -1,142 +1,262 @@
-"""The one double loop: checkpoints, query groups, and one pass over the train set for each."""
+"""The one double loop: checkpoints, query groups, and one pass over the train set for each.
+
+A run gives one or more *readings* of the same pass: the scores; or those of every damping of a
+sweep, those that go through each block, or those of each checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch
 from dattri_core.checkpoint import Checkpoint
+from dattri_core.errors import SpecError
 from dattri_core.halving import halving
+from dattri_core.making import Variants, make_branches, pass_in_slabs, resident
 from dattri_core.measures import join_sides
-from dattri_core.memory import Plan
-from dattri_core.protocols import Fold, FoldState, Scored, Scorer, Side, Snapshot
-from dattri_core.snapshot import (
-    Fitted,
-    Queries,
-    both_sides,
-    make_queries,
-    pair_batch,
-    pair_rows,
-    require_finite,
-    take_queries,
-)
+from dattri_core.pairing import WHOLE, Paired, pair_batch, pair_rows, require_finite
+from dattri_core.plans import Plan
+from dattri_core.problem import collect
+from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot
+from dattri_core.queries import Branch, require_finite_queries
+from dattri_core.routes import shared_steps
+from dattri_core.snapshot import Fitted
 from dattri_core.stream import Examples
 from dattri_core.tiles import Tiles, shards
 
+By = Literal["block", "checkpoint"]
 Fit = Callable[[Checkpoint], Fitted]
-Report = Callable[[Fitted, int], None]
+Report = Callable[[Fitted, Sequence[Branch], int], None]
 DIAGONAL = 8
 """Rows that self-influence pairs at once: the square of it is formed, only its diagonal is kept."""
+ADDITIVE = 1e-3
+"""Largest difference, relative to the scores, of the sum over blocks where a scorer is additive."""
 
 
-def fold_tiles(
-    fit: Fit,
-    checkpoints: tuple[Checkpoint, ...],
-    scorer: Scorer,
-    fold: Fold,
-    train: Examples,
-    test: Examples,
-    plan: Plan,
-    tiles: Tiles,
-    advance: Callable[[int], None],
-    report: Report,
-) -> None:
-    """Fold every checkpoint into every tile; tiles that hold a checkpoint already are passed over.
+@frozen(eq=False)
+class Run:
+    """All that a run of the loop needs besides the fitted checkpoints.
 
     Args:
-        fit: Gives a fitted checkpoint; one is alive at a time.
         checkpoints: In their own order; ``fold.order`` says in which they are taken.
         scorer: Pairs rows.
         fold: Reduces checkpoints.
         train: The train set.
         test: The test set.
-        plan: Batch sizes, query groups and shards.
+        plan: Route, batch sizes, query groups and shards.
+        dampings: For each variant of the test side, the damping of each step where it differs from
+            the one that was fitted.
+        by: What the scores are told apart by, besides variants.
+        blocks: Names of the blocks, where they are told apart by block.
+        summed: Whether the one column is the sum over the test set.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    scorer: Scorer
+    fold: Fold
+    train: Examples
+    test: Examples
+    plan: Plan
+    dampings: tuple[tuple[Damping | None, ...], ...]
+    by: By | None = None
+    blocks: tuple[str, ...] = ()
+    summed: bool = False
+
+    @property
+    def shard(self) -> int:
+        """Return how many train rows a tile holds."""
+        column = self.scorer.locality == "column"
+        return self.plan.n_train if column else self.plan.shard
+
+    def variants(self, fitted: Fitted) -> Variants:
+        """Return the test sides at a checkpoint."""
+        split = self.plan.route.split
+        base = evolve(fitted.chain, split=split)
+        return Variants(
+            base,
+            len(self.dampings),
+            lambda k: base.with_damping(self.dampings[k]) if any(self.dampings[k]) else base,
+            shared_steps(fitted.outline.steps, split=split),
+        )
+
+    def columns(self, group: int) -> range:
+        """Return the columns of a query group."""
+        first = group * self.plan.query_group
+        return range(first, min(first + self.plan.query_group, self.plan.n_test))
+
+
+def fold_tiles(
+    run: Run, fit: Fit, tiles: Tiles, advance: Callable[[int], None], report: Report
+) -> None:
+    """Fold every checkpoint into every tile; tiles that hold a checkpoint already are passed over.
+
+    Args:
+        run: What is computed.
+        fit: Gives a fitted checkpoint; one is alive at a time.
         tiles: Where the states are kept.
         advance: Called with the number of train examples scored.
         report: Called with each fitted checkpoint after its inverse Hessians were applied.
     """
-    ordered = checkpoints if fold.order == "forward" else checkpoints[::-1]
+    ordered = run.checkpoints if run.fold.order == "forward" else run.checkpoints[::-1]
     for done, checkpoint in enumerate(ordered):
-        snapshot = snapshot_of(checkpoint)
-        for group in range(plan.groups):
-            first = group * plan.query_group
+        for group in range(run.plan.groups):
             waiting = [
                 shard
-                for shard in shards(len(train), _shard(plan, scorer))
+                for shard in shards(len(run.train), run.shard)
                 if tiles.done(group, shard[0]) <= done
             ]
-            skipped = len(train) - sum(stop - start for start, stop in waiting)
-            advance(skipped)
+            advance(len(run.train) - sum(stop - start for start, stop in waiting))
             if not waiting:
                 continue
             fitted = fit(checkpoint)
-            last = min(first + plan.query_group, len(test))
-            queries = make_queries(fitted, scorer, test, first, last, plan.test_batch)
-            report(fitted, group)
+            branches = make_branches(
+                run.variants(fitted),
+                run.scorer,
+                run.test,
+                run.columns(group),
+                run.plan,
+                fitted.device,
+                checkpoint.name,
+                summed=run.summed,
+            )
+            report(fitted, branches, group)
             for start, stop in waiting:
-                scored = score_tile(fitted, scorer, queries, train, start, stop, plan, advance)
-                state = fold.update(tiles.get(group, start), scored, snapshot)
-                tiles.put(group, start, done + 1, state)
+                scored = score_tile(run, fitted, branches, start, stop, advance)
+                states = _updated(run, tiles.get(group, start), scored, checkpoint)
+                tiles.put(group, start, done + 1, states)
 
 
-def finished(
-    fold: Fold, scorer: Scorer, n_train: int, n_test: int, plan: Plan, tiles: Tiles
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (train range, test range, scores) of each tile, and forget the tile."""
-    for group in range(plan.groups):
-        first = group * plan.query_group
-        columns = slice(first, min(first + plan.query_group, n_test))
-        for start, stop in shards(n_train, _shard(plan, scorer)):
-            state = tiles.get(group, start)
-            assert state is not None
-            values = fold.finish(state)
+def finished(run: Run, tiles: Tiles) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+    """Yield (train range, test range, scores by reading) of each tile, and forget the tile."""
+    for group in range(run.plan.groups):
+        columns = run.columns(group)
+        for start, stop in shards(len(run.train), run.shard):
+            held = tiles.get(group, start)
+            assert held is not None
+            values = [run.fold.finish(state) for state in _apart(held)]
             tiles.drop(group, start)
-            yield slice(start, stop), columns, values
+            yield slice(start, stop), slice(columns.start, columns.stop), values
 
 
+# --- readings -------------------------------------------------------------------------------------
+def _updated(
+    run: Run, held: FoldState | None, scored: Sequence[Scored], checkpoint: Checkpoint
+) -> FoldState:
+    """Return a tile's state after one more checkpoint: the fold's, once for each reading."""
+    if run.by == "checkpoint":
+        (one,) = scored
+        nothing = Scored(torch.zeros_like(one.values), one.weight)
+        scored = [one if c is checkpoint else nothing for c in run.checkpoints]
+    before = [None] * len(scored) if held is None else _apart(held)
+    snapshot = snapshot_of(checkpoint)
+    return _together(
+        [run.fold.update(s, one, snapshot) for s, one in zip(before, scored, strict=True)]
+    )
+
+
+def _together(states: Sequence[FoldState]) -> FoldState:
+    return {f"{at}.{key}": value for at, state in enumerate(states) for key, value in state.items()}
+
+
+def _apart(state: FoldState) -> list[FoldState]:
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        at, _, key = name.partition(".")
+        states.setdefault(int(at), {})[key] = value
+    return [states[at] for at in sorted(states)]
+
+
+# --- tiles ----------------------------------------------------------------------------------------
 def score_tile(
+    run: Run,
     fitted: Fitted,
-    scorer: Scorer,
-    queries: Queries,
-    train: Examples,
+    branches: Sequence[Branch],
     start: int,
     stop: int,
-    plan: Plan,
     advance: Callable[[int], None],
-) -> Scored:
-    """Return the scores of the train rows ``start:stop`` for a group of queries, on the CPU."""
-    values: list[Tensor] = []
-    weights: list[Tensor] = []
-    sides: list[Side] = []
-
-    def keep(scored: Scored, index: Tensor) -> None:
-        require_finite(scored.values, index, fitted.checkpoint)
-        values.append(scored.values.to("cpu"))
-        if scored.weight is not None:
-            weights.append(scored.weight.to("cpu"))
+) -> list[Scored]:
+    """Return the scores of the train rows ``start:stop`` for each reading, on the CPU."""
+    column = run.scorer.locality == "column"
+    parts: list[list[Paired]] = []
+    kept: list[list[Scored]] = []
 
     def work(index: Tensor, batch: Batch) -> None:
-        total, side = pair_batch(fitted.chain, scorer, queries, index, batch, "train")
-        if scorer.locality == "column":
-            values.append(total)
-            sides.append(side)
+        paired = pair_batch(
+            fitted.chain.source,
+            branches,
+            run.scorer,
+            index,
+            batch,
+            "train",
+            by_block=run.by == "block",
+        )
+        if column:
+            parts.append(paired)
         else:
-            keep(scorer.finish(total, side, queries.side), index)
+            kept.append(_read(run, paired, fitted.checkpoint))
         advance(len(index))
 
-    for index, batch in train.batches(plan.train_batch, start, stop):
+    for index, batch in run.train.batches(run.plan.train_batch, start, stop):
         halving(work, index, batch, "train rows")
-    if scorer.locality == "column":
-        whole = join_sides(sides)
-        total = torch.cat(values)
-        values.clear()
-        keep(scorer.finish(total, whole, queries.side), whole.index)
-    return Scored(torch.cat(values), torch.cat(weights) if weights else None)
+    if column:
+        whole = [_join_paired(of_variant) for of_variant in zip(*parts, strict=True)]
+        parts.clear()
+        kept.append(_read(run, whole, fitted.checkpoint))
+    return [_join_scored(of_reading) for of_reading in zip(*kept, strict=True)]
 
 
+def _read(run: Run, paired: Sequence[Paired], checkpoint: Checkpoint) -> list[Scored]:
+    """Return the scores of some train rows for each reading, on the CPU."""
+    readings: list[Scored] = []
+    for one in paired:
+        scored = [
+            run.scorer.finish(one.totals[name], one.train, one.test)
+            for name in (run.blocks or (WHOLE,))
+        ]
+        if run.by == "block":
+            _require_additive(run.scorer, one, scored)
+        readings += scored
+    for scored_one in readings:
+        require_finite(scored_one.values, paired[0].train.index, checkpoint)
+    return [
+        Scored(s.values.to("cpu"), None if s.weight is None else s.weight.to("cpu"))
+        for s in readings
+    ]
+
+
+def _require_additive(scorer: Scorer, paired: Paired, parts: Sequence[Scored]) -> None:
+    """Raise unless the scores of the blocks add up to the score of all blocks together."""
+    totals = list(paired.totals.values())
+    whole = scorer.finish(torch.stack(totals).sum(0), paired.train, paired.test).values
+    gap = (torch.stack([part.values for part in parts]).sum(0) - whole).abs().max()
+    size = max(float(whole.abs().max()), *(float(part.values.abs().max()) for part in parts))
+    if float(gap) > ADDITIVE * size:
+        raise SpecError(
+            f"attribute(by='block'): the scorer {type(scorer).__name__} is not additive over "
+            f"blocks: their scores differ from the whole by {float(gap):.2g}, the largest being "
+            f"{size:.2g}; use 'dot' or 'cosine', or attribute(parameters=...) of one block"
+        )
+
+
+def _join_paired(parts: Sequence[Paired]) -> Paired:
+    first = parts[0]
+    totals = {name: torch.cat([part.totals[name] for part in parts]) for name in first.totals}
+    return Paired(totals, join_sides([part.train for part in parts]), first.test)
+
+
+def _join_scored(parts: Sequence[Scored]) -> Scored:
+    weights = [part.weight for part in parts if part.weight is not None]
+    return Scored(
+        torch.cat([part.values for part in parts]), torch.cat(weights) if weights else None
+    )
+
+
+# --- self-influence -------------------------------------------------------------------------------
 def self_influence(
     fit: Fit,
     checkpoints: tuple[Checkpoint, ...],
@@ -162,27 +282,27 @@ def self_influence(
                 "self-influence",
             )
             advance(len(index))
-        weights = [part.weight for part in parts if part.weight is not None]
-        scored = Scored(
-            torch.cat([part.values for part in parts]), torch.cat(weights) if weights else None
-        )
-        state = fold.update(state, scored, snapshot_of(checkpoint))
+        state = fold.update(state, _join_scored(parts), snapshot_of(checkpoint))
     assert state is not None
     return fold.finish(state)[:, 0]
 
 
 def _diagonal(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> Scored:
-    rows, queries = both_sides(fitted, scorer, index, batch)
-    values, weights = [], []
+    rows = collect(fitted.chain.source, batch, index, "train", fitted.device)
+    ahead = fitted.chain.train(rows)
+    behind = pass_in_slabs(fitted.chain.test_steps, rows, 0)
+    require_finite_queries(behind.blocks, index, fitted.checkpoint.name)
+    parts = []
     for start in range(0, len(index), DIAGONAL):
         part = slice(start, start + DIAGONAL)
-        total, side = pair_rows(rows.take(part), scorer, take_queries(queries, part))
-        scored = scorer.finish(total, side, take_queries(queries, part).side)
+        some = behind.take(part)
+        queries = resident(some, scorer, fitted.device, fitted.checkpoint.name)
+        paired = pair_rows(ahead.take(part), some, scorer, queries)
+        scored = scorer.finish(paired.totals[WHOLE], paired.train, paired.test)
         require_finite(scored.values, index[part], fitted.checkpoint)
-        values.append(scored.values.diagonal().unsqueeze(1).cpu())
-        if scored.weight is not None:
-            weights.append(scored.weight.cpu())
-    return Scored(torch.cat(values), torch.cat(weights) if weights else None)
+        weight = None if scored.weight is None else scored.weight.cpu()
+        parts.append(Scored(scored.values.diagonal().unsqueeze(1).cpu(), weight))
+    return _join_scored(parts)
 
 
 def snapshot_of(checkpoint: Checkpoint) -> Snapshot:
@@ -190,7 +310,3 @@ def snapshot_of(checkpoint: Checkpoint) -> Snapshot:
     return Snapshot(
         checkpoint.position, checkpoint.count, checkpoint.name, checkpoint.learning_rate
     )
-
-
-def _shard(plan: Plan, scorer: Scorer) -> int:
-    return plan.n_train if scorer.locality == "column" else plan.shard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import define, field
@@ -53,27 +53,24 @@ class Measures:
 
     def _root(self, name: str) -> Tensor | None:
         square = self._sums.get(name)
-        return None if square is None else square.clamp_min(0).sqrt()
+        return None if square is None else root(square)
 
 
-def take_side(side: Side, part: slice) -> Side:
-    """Return what is known of some of the rows."""
-    return _each([side], lambda values: values[0][part])
+def root(squares: Tensor) -> Tensor:
+    """Return the roots of sums of squares; one that rounding left below zero is zero."""
+    return squares.clamp_min(0).sqrt()
 
 
 def join_sides(sides: Sequence[Side]) -> Side:
     """Join the sides of consecutive batches."""
-    return _each(sides, torch.cat)
 
-
-def _each(sides: Sequence[Side], function: Callable[[list[Tensor]], Tensor]) -> Side:
     def optional(values: list[Tensor | None]) -> Tensor | None:
         present = [value for value in values if value is not None]
-        return function(present) if present else None
+        return torch.cat(present) if present else None
 
     return Side(
-        function([side.index for side in sides]),
-        {key: function([side.aux[key] for side in sides]) for key in sides[0].aux},
+        torch.cat([side.index for side in sides]),
+        {key: torch.cat([side.aux[key] for side in sides]) for key in sides[0].aux},
         optional([side.norm for side in sides]),
         optional([side.self_influence for side in sides]),
         optional([side.inverse_norm for side in sides]),

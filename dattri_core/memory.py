@@ -1,4 +1,4 @@
-"""The memory budget: one number in, batch sizes and query groups out."""
+"""The memory budget: how it is read, what is free, and what running out looks like."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from attrs import field, frozen
 
 from dattri_core.errors import InputError, MemoryBudgetError, format_bytes
 
@@ -21,10 +20,6 @@ for _power, _letter in enumerate("kmgt", start=1):
 DEFAULT_SHARE = 0.5
 MAXIMUM_BATCH = 2048
 MINIMUM_BUDGET = 2**20
-SCORE_BYTES = 8  # of one number of a tile, at most
-PAIR_BYTES = (
-    4 * SCORE_BYTES
-)  # while rows are paired: a total, a block's part, its slices, the result
 
 
 def parse_bytes(memory: str | int | float | None, device: torch.device) -> int:
@@ -77,120 +72,6 @@ def _cgroup() -> int:
         return int(limit) - int(used) if limit != "max" else 0
     except (OSError, ValueError):
         return 0
-
-
-@frozen
-class Costs:
-    """Bytes per example, as measured on a sample and read off the space.
-
-    Args:
-        activations: What a forward and backward pass keeps for one example.
-        train_row: One train row as the source gives it, the largest block only.
-        query: One test row as it is kept for the pass over the train set.
-        query_work: What one test row needs beside that while its inverse is computed.
-    """
-
-    activations: int
-    train_row: int
-    query: int
-    query_work: int
-
-
-@frozen
-class Plan:
-    """How a run fits its budget: sizes, passes over the data, and the bytes of each part.
-
-    ``str(plan)`` is what ``dry_run=True`` shows.
-    """
-
-    budget: int
-    train_batch: int
-    test_batch: int
-    query_group: int
-    groups: int
-    checkpoints: int
-    n_train: int
-    n_test: int
-    shard: int
-    bytes: dict[str, int] = field(factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def train_passes(self) -> int:
-        """Return how often gradients of the whole train set are computed to score it."""
-        return self.groups * self.checkpoints
-
-    def __str__(self) -> str:
-        lines = [
-            f"budget            {format_bytes(self.budget)}",
-            f"train examples    {self.n_train} in batches of {self.train_batch}",
-            f"test examples     {self.n_test} in batches of {self.test_batch}",
-            f"query groups      {self.groups} of {self.query_group}",
-            f"checkpoints       {self.checkpoints}",
-            f"train passes      {self.train_passes} to score",
-            *(f"{name:<17} {format_bytes(size)}" for name, size in self.bytes.items()),
-            *self.notes,
-        ]
-        return "\n".join(lines)
-
-
-def make_plan(
-    budget: int,
-    costs: Costs,
-    *,
-    n_train: int,
-    n_test: int,
-    checkpoints: int,
-    result_bytes: int,
-    notes: tuple[str, ...] = (),
-) -> Plan:
-    """Choose batch sizes and query groups: as many queries at once as half of the budget holds.
-
-    Each further group of queries costs another pass over the train set, while larger train batches
-    only save overhead; so queries come first.
-
-    Raises:
-        MemoryBudgetError: Not even one query and one train example fit; says what would.
-    """
-    per_train = max(1, costs.activations + costs.train_row)
-    per_query = max(1, costs.query + costs.query_work + PAIR_BYTES)
-    least = per_train + per_query + result_bytes
-    left = budget - result_bytes
-    if left < per_train + per_query:
-        raise MemoryBudgetError(
-            f"memory: the budget of {format_bytes(budget)} does not hold one train example "
-            f"({format_bytes(per_train)}), one query ({format_bytes(per_query)}) and the scores "
-            f"({format_bytes(result_bytes)}); give at least {format_bytes(least)}, or out= to keep "
-            "the scores on disk, or attribute fewer parameters"
-        )
-    group = max(1, min(n_test, int(min(left * 0.5, left - per_train) // per_query)))
-    groups = -(-n_test // group)
-    group = -(-n_test // groups)  # even groups
-    rest = left - group * per_query
-    # Half of the rest: contractions and the allocator need room beside the batch itself.
-    train_batch = max(
-        1, min(n_train, MAXIMUM_BATCH, int(rest * 0.5 // (per_train + PAIR_BYTES * group)))
-    )
-    test_batch = max(1, min(group, MAXIMUM_BATCH, int(rest * 0.5 // per_train)))
-    shard = max(train_batch, min(n_train, int(0.25 * rest // (SCORE_BYTES * max(1, n_test)))))
-    return Plan(
-        budget=budget,
-        train_batch=train_batch,
-        test_batch=test_batch,
-        query_group=group,
-        groups=groups,
-        checkpoints=checkpoints,
-        n_train=n_train,
-        n_test=n_test,
-        shard=shard,
-        bytes={
-            "queries": group * costs.query,
-            "query work": group * costs.query_work,
-            "train batch": train_batch * per_train,
-            "scores": result_bytes,
-        },
-        notes=notes,
-    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

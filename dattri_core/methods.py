@@ -11,7 +11,8 @@ from attrs import field, frozen
 from dattri_core import assemble
 from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
-from dattri_core.memory import Plan
+from dattri_core.loop import By
+from dattri_core.plans import Plan
 from dattri_core.protocols import MEASURED, Fold, InverseHessian, Projector, Scorer, Source
 from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
@@ -176,6 +177,8 @@ class Method:
         test: Any,
         *,
         dry_run: Literal[True],
+        by: By | None = None,
+        group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
         progress: bool | None = None,
@@ -188,7 +191,24 @@ class Method:
         train: Any,
         test: Any,
         *,
+        by: By,
         dry_run: Literal[False] = False,
+        group: bool = False,
+        memory: str | int | None = None,
+        out: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, Scores]: ...
+
+    @overload
+    def attribute(
+        self,
+        task: Task,
+        train: Any,
+        test: Any,
+        *,
+        by: None = None,
+        dry_run: Literal[False] = False,
+        group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
         progress: bool | None = None,
@@ -201,10 +221,12 @@ class Method:
         test: Any,
         *,
         dry_run: bool = False,
+        by: By | None = None,
+        group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
         progress: bool | None = None,
-    ) -> Scores | Plan:
+    ) -> Scores | dict[str, Scores] | Plan:
         """Return the scores ``[n_train, n_test]`` of every train example for every test example.
 
         Args:
@@ -212,15 +234,22 @@ class Method:
             train: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
             test: The same for the test set.
             dry_run: Only say how the work would be cut to fit the memory, and what it costs.
+            by: Tell apart what each ``"block"`` or ``"checkpoint"`` contributes; see
+                `FittedMethod.attribute`.
+            group: One column, for the sum over the test set, at the cost of one query.
             memory: Budget such as ``"16GiB"``; default half of what is free.
             out: Folder for scores that do not fit in memory, and to resume a run that was stopped.
             progress: Show a bar; default only on a terminal.
         """
         self.check(task=task)
         if dry_run:
-            return FittedMethod.plan(self, task, train, test, memory=memory, out=out)
+            return FittedMethod.plan(
+                self, task, train, test, memory=memory, out=out, by=by, group=group
+            )
         fitted = FittedMethod.fit(self, task, train, memory=memory, progress=progress, lazy=True)
-        return fitted.attribute(test, out=out)
+        if by is None:
+            return fitted.attribute(test, group=group, out=out)
+        return fitted.attribute(test, by=by, group=group, out=out)
 
     def to_spec(self) -> dict[str, Any]:
         """Return the method as plain data; ``Method(**spec)`` gives it back."""
@@ -255,6 +284,8 @@ def attribute(
     method: str | Any,
     *,
     dry_run: bool = False,
+    by: By | None = None,
+    group: bool = False,
     memory: str | int | None = None,
     out: str | Path | None = None,
     progress: bool | None = None,
@@ -265,8 +296,16 @@ def attribute(
     See `Method.attribute` for the settings and `method` for the overrides.
     """
     made = _named(method, overrides)
+    settings: dict[str, Any] = {}
+    if by is not None or group:
+        if not isinstance(made, Method):
+            raise SpecError(
+                f"attribute: by= and group= take the rows of a method apart or add them up, and a "
+                f"{type(made).__name__} is not made of parts and has none"
+            )
+        settings = {"by": by, "group": group}
     return made.attribute(
-        task, train, test, dry_run=dry_run, memory=memory, out=out, progress=progress
+        task, train, test, dry_run=dry_run, memory=memory, out=out, progress=progress, **settings
     )
 
 

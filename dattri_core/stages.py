@@ -19,10 +19,12 @@ from dattri_core.capabilities import (
     ByUse,
     DataProjector,
     InverseRoot,
+    Outlook,
     PreconditionedSolver,
     ReducedInverse,
     ReducingSolver,
     RootSolver,
+    SplitInverse,
 )
 from dattri_core.errors import SpecError
 from dattri_core.protocols import (
@@ -80,6 +82,18 @@ class CurvatureInverse:
         """Return the space of rows after it: another one for a solver that reduces them."""
         return self.solver.out_space(space) if isinstance(self.solver, ReducingSolver) else space
 
+    def outlook(self, space: Space) -> Outlook:
+        """Return what is known of the inverse before the fit.
+
+        A curvature that is block diagonal may say so, by an ``outlook(space)`` of its own; it holds
+        for solvers that take the curvature as it is, by its spectrum or its rows.
+        """
+        needs = self.solver.needs
+        if not needs <= {"spectral", "rows"} or not hasattr(self.curvature, "outlook"):
+            return Outlook()
+        told: Outlook = self.curvature.outlook(space)
+        return attrs.evolve(told, splits=told.splits and "spectral" in needs)
+
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""
         given = self.curvature.gives(space)
@@ -134,6 +148,33 @@ class CurvatureInverse:
 
 
 @frozen(eq=False)
+class InBasis:
+    """What a split inverse leaves to the test side alone, as a step."""
+
+    inverse: SplitInverse
+
+    @property
+    def blockwise(self) -> bool:
+        """Return True: only inverses of blocks are split."""
+        return True
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """Return what the inverse reports."""
+        return self.inverse.stats
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return M k for rows k in the eigenbasis."""
+        return self.inverse.in_basis(rows)
+
+    def with_damping(self, damping: Damping) -> Inverse:
+        """Return the same of the inverse at another damping."""
+        inverse = self.inverse.with_damping(damping)
+        assert isinstance(inverse, SplitInverse)
+        return InBasis(inverse)
+
+
+@frozen(eq=False)
 class TwoSided:
     """R = (H + damping I)^-1/2, symmetric, as a map of the rows of both sides.
 
@@ -174,10 +215,17 @@ class TwoSided:
 
 @frozen(eq=False)
 class Chain:
-    """The stages of one checkpoint, built and fitted."""
+    """The stages of one checkpoint, built and fitted.
+
+    Args:
+        source: At the checkpoint.
+        steps: In the order in which rows pass them.
+        split: Whether the last step, a `SplitInverse`, is carried by both sides.
+    """
 
     source: BoundSource
     steps: tuple[Step, ...] = ()
+    split: bool = False
 
     @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
@@ -187,27 +235,48 @@ class Chain:
     @cached_property
     def inverses(self) -> tuple[Inverse, ...]:
         """Return the inverse Hessians, of either form."""
-        return tuple(step for step in self.steps if _is_inverse(step))
+        return tuple(step for step in self.steps if is_inverse(step))
+
+    @property
+    def train_steps(self) -> tuple[LinearMap, ...]:
+        """Return the steps of the train side."""
+        return (*self.maps, self._basis) if self.split else self.maps
+
+    @property
+    def test_steps(self) -> tuple[Step, ...]:
+        """Return the steps of the test side."""
+        if not self.split:
+            return self.steps
+        last = self.steps[-1]
+        assert isinstance(last, SplitInverse)
+        return (*self.steps[:-1], self._basis, InBasis(last))
+
+    @property
+    def _basis(self) -> LinearMap:
+        last = self.steps[-1]
+        assert isinstance(last, SplitInverse)
+        assert last.basis is not None
+        return last.basis
 
     @property
     def space(self) -> Space:
         """Return the space of rows after all steps."""
-        maps = self.maps
+        maps = self.train_steps
         return maps[-1].out_space if maps else self.source.space
 
     @property
     def blockwise(self) -> bool:
         """Return whether train rows can pass block by block."""
-        return all(step.blockwise for step in self.maps)
+        return all(step.blockwise for step in self.train_steps)
 
     @property
     def test_blockwise(self) -> bool:
         """Return whether rows can pass the stages of the test side block by block."""
-        return all(step.blockwise for step in self.steps)
+        return all(step.blockwise for step in self.test_steps)
 
     def train(self, rows: Rows) -> Rows:
         """Return A g for train rows, whole or (when `blockwise`) in parts."""
-        for step in self.maps:
+        for step in self.train_steps:
             rows = step.map(rows)
         return rows
 
@@ -217,14 +286,12 @@ class Chain:
 
     def test(self, rows: Rows) -> Rows:
         """Return B g for test rows."""
-        for step in self.steps:
-            rows = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
-        return rows
+        return pass_steps(self.test_steps, rows)
 
     def both(self, rows: Rows) -> tuple[Rows, Rows]:
         """Return A g and B g for rows g; steps that both sides begin with are taken once."""
         train = test = rows
-        for step in self.steps:
+        for step in self.test_steps:
             across, shared = _train_map(step), train is test
             if across is not None:
                 train = across.map(train)
@@ -234,13 +301,24 @@ class Chain:
                 test = train if shared else step.map(test)
         return train, test
 
-    def with_damping(self, dampings: Sequence[Damping]) -> Chain:
-        """Return the chain with each inverse Hessian at another damping, without a new fit."""
-        waiting = iter(dampings)
-        steps = tuple(
-            step.with_damping(next(waiting)) if _is_inverse(step) else step for step in self.steps
-        )
-        return attrs.evolve(self, steps=steps)
+    def with_damping(self, dampings: Sequence[Damping | None]) -> Chain:
+        """Return the chain with some steps at another damping, without a new fit.
+
+        Args:
+            dampings: One entry a step; None leaves it as it is.
+        """
+        steps: list[Any] = list(self.steps)
+        for at, damping in enumerate(dampings):
+            if damping is not None:
+                steps[at] = steps[at].with_damping(damping)
+        return attrs.evolve(self, steps=tuple(steps))
+
+
+def pass_steps(steps: Sequence[Step], rows: Rows) -> Rows:
+    """Return rows after some steps of the test side."""
+    for step in steps:
+        rows = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
+    return rows
 
 
 def check_stages(stages: Sequence[Stage], space: Space, source: BoundSource | None = None) -> Space:
@@ -279,7 +357,8 @@ def check_stages(stages: Sequence[Stage], space: Space, source: BoundSource | No
 
 def space_after(stage: Stage, space: Space) -> Space:
     """Return the space of rows after one stage."""
-    return stage.out_space(space) if isinstance(stage, (Projector, CurvatureInverse)) else space
+    after: Space = stage.out_space(space) if hasattr(stage, "out_space") else space
+    return after
 
 
 def all_blockwise(stages: Sequence[Stage], space: Space) -> bool:
@@ -304,7 +383,8 @@ def is_two_sided(stage: Stage) -> bool:
     return isinstance(stage, CurvatureInverse) and stage.form == "two-sided"
 
 
-def _is_inverse(step: Step) -> TypeGuard[Inverse]:
+def is_inverse(step: Step) -> TypeGuard[Inverse]:
+    """Return whether a step is a fitted inverse Hessian, of either form."""
     return isinstance(step, InverseRoot) or not isinstance(step, LinearMap)
 
 

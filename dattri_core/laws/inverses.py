@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.capabilities import InverseRoot
+from dattri_core.capabilities import InverseRoot, SplitInverse
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -21,7 +22,7 @@ from dattri_core.laws.law import (
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
 from dattri_core.laws.spaces import formed
 from dattri_core.laws.worlds import N_TRAIN, World
-from dattri_core.protocols import Inverse, InverseHessian
+from dattri_core.protocols import Damping, Inverse, InverseHessian
 from dattri_core.rows import Rows
 
 
@@ -107,6 +108,52 @@ def require_blockwise(inverse: Inverse, rows: Rows, what: str) -> None:
         got, want = inverse.apply(rows.select(part)), whole.select(part)
         require_equal(got.space.names, want.space.names, f"{what}: blocks of a part")
         require_close(got.flat(), want.flat(), f"{what} of the blocks {part} alone", 1e-7)
+
+
+def _splits(bench: InverseBench) -> str | None:
+    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    return None if any(map(splits, inverses)) else "its inverse cannot be split"
+
+
+@law("inverse_hessian", _splits)
+def split_is_true(bench: InverseBench) -> None:
+    """<Q^T g, M Q^T h> = <g, A h> and |Q^T g| = |g|, block by block, Q the same at any damping."""
+    for world, problem in bench.places():
+        inverse = bench.part.fit(problem)
+        if splits(inverse):
+            rows = problem.train_rows
+            left, right = rows.take(slice(0, 4)), rows.take(slice(4, 8))
+            require_split(inverse, left, right, f"Q in {world.name}")
+
+
+def splits(inverse: Inverse) -> TypeGuard[SplitInverse]:
+    """Return whether an inverse can be left to both sides."""
+    return isinstance(inverse, SplitInverse) and inverse.basis is not None
+
+
+def require_split(inverse: SplitInverse, left: Rows, right: Rows, what: str) -> None:
+    """Raise `LawBroken` unless the halves of an inverse make the whole.
+
+    Args:
+        inverse: One that can be split.
+        left: Rows of the space that it was fitted on.
+        right: The same, other rows.
+        what: How messages call it.
+    """
+    basis = inverse.basis
+    assert basis is not None
+    require(basis.blockwise and inverse.blockwise, f"{what}: an inverse of whole rows is split")
+    ahead, turned = basis.map(left), basis.map(right)
+    behind = inverse.in_basis(turned)
+    want = left.flat() @ inverse.apply(right).flat().T
+    require_close(ahead.flat() @ behind.flat().T, want, f"{what}: <Q^T g, M Q^T h>", 1e-7)
+    lengths = ahead.flat().norm(dim=1)
+    require_close(lengths, left.flat().norm(dim=1), f"{what}: |Q^T g| against |g|", 1e-7)
+    for name in right.space.names:
+        part = inverse.in_basis(basis.map(right.select([name]))).blocks[name]
+        require_close(part.flat(), behind.blocks[name].flat(), f"{what}: M of {name!r} alone", 1e-7)
+    moved: Any = inverse.with_damping(Damping(0.7))
+    require_identical(moved.basis.map(left).flat(), ahead.flat(), f"{what}, at another damping")
 
 
 def _two_sided(bench: InverseBench) -> str | None:

@@ -13,7 +13,7 @@ from attrs import frozen
 from torch import Tensor
 
 from dattri_core.capabilities import ReducedInverse, ReducingSolver, RootSolver
-from dattri_core.laws.inverses import require_blockwise
+from dattri_core.laws.inverses import require_blockwise, require_split, splits
 from dattri_core.laws.law import (
     law,
     require,
@@ -229,7 +229,19 @@ def _blockwise(bench: SolverBench) -> str | None:
 @law("solver", _needs_given, _blockwise)
 def blockwise_is_true(bench: SolverBench) -> None:
     """Block k of apply(g) needs block k of g only: apply of a part is that part of apply(g)."""
-    require_blockwise(bench.inverse(BLOCKS), toy_rows(4), "apply")
+    require_blockwise(bench.inverse(BLOCKS), toy_rows(4), "apply on a block diagonal H")
+
+
+def _splits(bench: SolverBench) -> str | None:
+    return None if splits(bench.inverse(BLOCKS)) else "its inverse cannot be split"
+
+
+@law("solver", _needs_given, _splits)
+def split_is_true(bench: SolverBench) -> None:
+    """<Q^T g, M Q^T h> = <g, apply(h)> and |Q^T g| = |g|, Q the same at any damping."""
+    inverse = bench.inverse(BLOCKS)
+    assert splits(inverse)
+    require_split(inverse, toy_rows(4), toy_rows(3, seed=9), "Q")
 
 
 def _rooted(bench: SolverBench) -> str | None:

@@ -55,6 +55,12 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "inverse_hessian",
+        "low-rank",
+        "dattri_parts.inverse_hessians.low_rank:LowRank",
+        "Another inverse Hessian, each layer of a test row cut to a low rank",
+    )
+    registry.part(
+        "inverse_hessian",
         "composed",
         "dattri_core.stages:CurvatureInverse",
         "A curvature and a solver: (H + damping I)^-1",

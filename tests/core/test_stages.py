@@ -105,7 +105,7 @@ def test_another_damping_is_a_chain_that_shares_the_fit(after_sketch):
     fresh, *_ = fitted([FlatSketch()] * after_sketch + [inverse(HessianColumns(), 0.1)])
     from dattri_core import Damping
 
-    changed = chain.with_damping([Damping(0.1)])
+    changed = chain.with_damping([None] * after_sketch + [Damping(0.1)])
     queries = in_space(chain, test)
     assert torch.equal(changed.test(queries).flat(), fresh.test(queries).flat())
     assert hessian.counts["fit"] == 1

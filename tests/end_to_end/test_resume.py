@@ -88,7 +88,7 @@ MOMENTS = [
     ("dattri_core.loop.score_tile", 12),
     ("dattri_core.tiles.save", 1),
     ("dattri_core.tiles.save", 7),
-    ("dattri_core.fitted.ScoresWriter", 1),
+    ("dattri_core.runner.ScoresWriter", 1),
     ("dattri_core.scores_file.write_text", 1),
 ]
 

@@ -243,6 +243,19 @@ class ToySpectralInverse:
     def with_damping(self, damping):
         return evolve(self, damping=damping)
 
+    @property
+    def basis(self):
+        return self.operator.basis if self.blockwise and self.operator.complete else None
+
+    def in_basis(self, rows):
+        blocks = {}
+        for name, block in rows.blocks.items():
+            weight = 1 / (self.operator.eigenvalues[name] + self._damping(name))
+            if self.fault == "unsplit":
+                weight = 1.001 * weight
+            blocks[name] = DenseBlock(block.flat() * weight.to(block.dtype))
+        return Rows(rows.space, blocks, rows.index, rows.aux)
+
     def _damping(self, name):
         values, space = self.operator.eigenvalues, self.operator.space
         if self.blockwise and self.fault != "whole":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from attrs import evolve, frozen
-from toy_solver_parts import ToyInverse, ToyRoot, block_diagonal, noise
+from toy_solver_parts import ToyInverse, ToyRoot, ToySpectralInverse, block_diagonal, noise
 
 from dattri_core import (
     Damping,
@@ -241,6 +241,7 @@ class ToyInverseHessian:
     fault: str = ""
     blockwise: bool = False
     two_sided: bool = False
+    split: bool = False
     needs = frozenset({"rows"})
 
     def check(self, space):
@@ -250,6 +251,10 @@ class ToyInverseHessian:
         matrix = fisher(self.fault, problem)
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
+        if self.split:
+            matrix = block_diagonal(problem.space, matrix) + 0.05 * torch.eye(len(matrix))
+            operator = ToyOperator(problem.space, matrix)
+            return ToySpectralInverse(self.fault, operator, Damping(0.1))
         values, vectors = torch.linalg.eigh(matrix)
         parts = (self.fault, problem.space, values, vectors, Damping(0.1))
         if self.two_sided:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from attrs import field, frozen, validators
 
-from dattri_core import Operator, Problem, Space
+from dattri_core import Operator, Outlook, Problem, Space
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
 from dattri_parts.curvatures.squares import Squares
@@ -39,6 +39,10 @@ class Diagonal:
     def needs(self) -> frozenset[str]:
         """Return the kind of rows that it reads."""
         return frozenset({NEEDS[self.fisher]})
+
+    def outlook(self, space: Space) -> Outlook:
+        """Return what an inverse made from its spectrum will be."""
+        return Outlook(blockwise=True, splits=True)
 
     def gives(self, space: Space) -> frozenset[str]:
         """Return that its operator can be applied, written down, and knows its eigenvectors."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from attrs import field, frozen, validators
 
-from dattri_core import Operator, Problem, Space
+from dattri_core import Operator, Outlook, Problem, Space
 from dattri_parts.curvatures.factors import FactorReader
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.kfac import APPROXIMATIONS, Approximation
@@ -58,6 +58,11 @@ class EKFAC:
     def needs(self) -> frozenset[str]:
         """Return the kind of rows that it reads."""
         return frozenset({NEEDS[self.fisher]})
+
+    def outlook(self, space: Space) -> Outlook:
+        """Return what an inverse made from its spectrum will be."""
+        dropped = self.uncovered == "drop" and any(spec.kind != "outer" for spec in space)
+        return Outlook(blockwise=True, splits=not dropped)
 
     def gives(self, space: Space) -> frozenset[str]:
         """Return that its operator can be applied, written down, and knows its eigenvectors.

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from attrs import field, frozen, validators
 
-from dattri_core import Block, Operator, Problem, Space
+from dattri_core import Block, Operator, Outlook, Problem, Space
 from dattri_parts.curvatures.factors import FactorReader
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
@@ -65,6 +65,11 @@ class KFAC:
     def needs(self) -> frozenset[str]:
         """Return the kind of rows that it reads."""
         return frozenset({NEEDS[self.fisher]})
+
+    def outlook(self, space: Space) -> Outlook:
+        """Return what an inverse made from its spectrum will be."""
+        dropped = self.uncovered == "drop" and any(spec.kind != "outer" for spec in space)
+        return Outlook(blockwise=True, splits=not dropped)
 
     def gives(self, space: Space) -> frozenset[str]:
         """Return that its operator can be applied, written down, and knows its eigenvectors.

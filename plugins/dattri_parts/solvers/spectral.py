@@ -11,9 +11,11 @@ from attrs import field, frozen
 from torch import Tensor
 
 from dattri_core import (
+    Block,
     Damping,
     DenseBlock,
     Inverse,
+    LinearMap,
     NumericsError,
     Rows,
     Space,
@@ -106,18 +108,25 @@ class _SpectralInverse:
             blocks[name] = self._apply(rows.select([name])).blocks[name]
         return Rows(rows.space, blocks, rows.index, rows.aux)
 
+    @property
+    def basis(self) -> LinearMap | None:
+        """Return Q, or None where a part of a row lies outside of its span."""
+        basis = self.operator.basis
+        whole = self.operator.complete and basis.out_space.dim == self.operator.space.dim
+        return basis if whole and self.blockwise else None
+
+    def in_basis(self, rows: Rows) -> Rows:
+        """Return (L + damping)^-1 k for rows k = Q^T g, formed."""
+        blocks = {name: self._weighted(name, block) for name, block in rows.blocks.items()}
+        return Rows(rows.space, blocks, rows.index, rows.aux)
+
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping."""
         return _inverse(self.operator, damping, root=self.root)
 
     def _apply(self, rows: Rows) -> Rows:
         basis = self.operator.basis
-        turned = basis.map(rows)
-        blocks = {}
-        for name, block in turned.blocks.items():
-            values = block.dense().values
-            blocks[name] = DenseBlock(values * self.weights[name].to(values.device, values.dtype))
-        answer = basis.adjoint(Rows(turned.space, blocks, rows.index, rows.aux))
+        answer = basis.adjoint(self.in_basis(basis.map(rows)))
         formed = {name: answer.blocks[name].dense().values for name in rows.space.names}
         if not self.operator.complete:
             common = next(iter(self.outside.values()))  # of all, where there are no blocks
@@ -126,6 +135,10 @@ class _SpectralInverse:
                 formed[name] = values + share * rows.blocks[name].dense().values.to(values.dtype)
         back = {name: DenseBlock(values.to(rows.dtype)) for name, values in formed.items()}
         return Rows(rows.space, back, rows.index, rows.aux)
+
+    def _weighted(self, name: str, block: Block) -> DenseBlock:
+        values = block.dense().values
+        return DenseBlock(values * self.weights[name].to(values.device, values.dtype))
 
 
 def _inverse(operator: SpectralOperator, damping: Damping, *, root: bool) -> _SpectralInverse:

@@ -1,0 +1,53 @@
+"""What is known of an inverse before it is applied, and of an inverse Hessian before the fit."""
+
+from __future__ import annotations
+
+import attrs
+
+from dattri_core.capabilities import InverseRoot, Outlook, SplitInverse
+from dattri_core.protocols import InverseHessian, LinearMap
+from dattri_core.space import Space
+from dattri_core.stages import Stage, Step, is_inverse, is_two_sided, space_after
+
+
+def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
+    """Return a fitted map as it is, and what is known of a fitted inverse.
+
+    Args:
+        stage: Whose step it is.
+        step: Fitted.
+        space: Before it.
+    """
+    if not is_inverse(step):
+        assert isinstance(step, LinearMap)
+        return step
+    assert isinstance(stage, InverseHessian)
+    return Outlook(
+        blockwise=step.blockwise,
+        forms=bool(stage.needs),
+        rank=getattr(step, "rank", None),
+        splits=isinstance(step, SplitInverse) and step.basis is not None,
+        reduced=_reduced(stage, space),
+        two_sided=isinstance(step, InverseRoot),
+    )
+
+
+def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
+    """Return what an inverse Hessian says of its inverse, ``stage.outlook(space)``, where it does.
+
+    One that says nothing is taken to need whole rows and to form them: the most that it can cost.
+    """
+    told = Outlook(blockwise=not stage.needs)
+    if hasattr(stage, "outlook"):
+        told = stage.outlook(space)
+    return attrs.evolve(
+        told,
+        forms=bool(stage.needs),
+        reduced=_reduced(stage, space),
+        two_sided=is_two_sided(stage),
+    )
+
+
+def _reduced(stage: InverseHessian, space: Space) -> Space | None:
+    after = space_after(stage, space)
+    return None if after == space else after

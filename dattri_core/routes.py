@@ -1,0 +1,244 @@
+"""Routes: what each way of test rows to the train rows costs, from the shapes of one row.
+
+Inverses are not applied to find out: a blockwise inverse is taken to turn each block into a basis
+of the size of its factors and back, the most that the parts at hand do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import evolve, frozen
+
+from dattri_core.blocks import Block, DenseBlock, OuterBlock, shape_of
+from dattri_core.capabilities import Outlook
+from dattri_core.contract import plan_inner
+from dattri_core.plans import Route
+from dattri_core.protocols import LinearMap
+from dattri_core.rows import Rows
+
+EXPANSION = 4
+"""Blocks alive while one is expanded: as kept, formed, what the step holds, the result."""
+NOMINAL = 256
+"""Rows of each side for which the order of a contraction is judged before a batch is known."""
+
+
+@frozen(eq=False)
+class Stop:
+    """A test row after some steps of its side.
+
+    Args:
+        row: A row of the shapes that it has there.
+        lead: Whether only linear maps lead here.
+        blockwise: Whether the step that leads here is.
+        work: Multiply-adds of that step.
+    """
+
+    row: Rows
+    lead: bool = True
+    blockwise: bool = True
+    work: int = 0
+
+
+def routes_of(
+    steps: Sequence[LinearMap | Outlook], row: Rows, *, variants: bool = False
+) -> tuple[Route, ...]:
+    """Return the routes that a chain allows, the plainest first.
+
+    Args:
+        steps: In the order in which rows pass them; of an inverse, what is known of it.
+        row: One row as the source gives it.
+        variants: Whether several dampings share what is kept of a deferred query.
+    """
+    last = steps[-1] if steps else None
+    splits = isinstance(last, Outlook) and last.splits and last.blockwise
+    return tuple(
+        route
+        for split in ((False, True) if splits else (False,))
+        for route in _routes(steps, row, variants=variants, split=split)
+    )
+
+
+def shared_steps(steps: Sequence[LinearMap | Outlook], *, split: bool) -> int:
+    """Return how many steps of the test side are the same at every damping."""
+    inverses = (k for k, step in enumerate(steps) if isinstance(step, Outlook) and step.forms)
+    first = next(inverses, len(steps))
+    return first + (1 if split and first == len(steps) - 1 else 0)
+
+
+def gradient_work(row: Rows) -> int:
+    """Return the multiply-adds of a forward and a backward pass for one example."""
+    shapes = [shape_of(block) for block in row.blocks.values()]
+    return 2 * sum((s.positions or 1) * s.outputs * s.inputs for s in shapes if not s.one_hot)
+
+
+def contractions_of(row: Rows) -> tuple[str, ...]:
+    """Return how each block of train and test rows will most likely be contracted."""
+    blocks = ((spec, row.blocks[spec.name]) for spec in row.space)
+    return tuple(f"inner of {spec.name} {spec.shape}: {_order(block)}" for spec, block in blocks)
+
+
+def _routes(
+    steps: Sequence[LinearMap | Outlook],
+    row: Rows,
+    *,
+    variants: bool,
+    split: bool,
+) -> list[Route]:
+    stops = _stops(steps, row, split=split)
+    end = len(stops) - 1
+    item = max(4, row.dtype.itemsize)
+    streams = all(map(streams_through, steps))
+    whole = row.nbytes + 2 * row.space.dim * item
+    lead = max(k for k in range(len(stops)) if stops[k].lead)
+    largest = EXPANSION * max(spec.size for spec in stops[-1].row.space) * item
+    parts = all(stop.blockwise for stop in stops[lead + 1 :])
+    kept = _resident_bytes(stops[-1].row)
+    if lead == end:  # what is formed only when it is met is there as factors before
+        making = max(0, stops[-1].row.nbytes - kept)
+    else:
+        making = 0 if parts else 3 * max(stop.row.space.dim for stop in stops[lead:]) * item
+    resident = Route(
+        deferred=False,
+        cut=end,
+        train_row=_train_row(steps, row, largest) if streams else whole,
+        test_row=row.nbytes,
+        kept=kept,
+        making=making,
+        expanded=largest if parts and lead < end else 0,
+        once=sum(stop.work for stop in stops),
+        train=stops[-2].work if split else 0,
+        split=split,
+    )
+    cut = _cut(stops, shared_steps(steps, split=split) if variants else end)
+    if cut is None or stops[cut].row.nbytes >= resident.kept:
+        return [resident]
+    deferred = evolve(
+        resident,
+        deferred=True,
+        cut=cut,
+        kept=stops[cut].row.nbytes,
+        making=0 if stops[cut].lead else making,
+        expanded=largest if cut < end else 0,
+        once=sum(stop.work for stop in stops[: cut + 1]),
+        each=sum(stop.work for stop in stops[cut + 1 :]) + _forming(stops[-1].row),
+    )
+    return [resident, deferred]
+
+
+def streams_through(step: LinearMap | Outlook) -> bool:
+    """Return whether train rows pass a step block by block."""
+    if isinstance(step, LinearMap) or step.two_sided:
+        return step.blockwise
+    return step.reduced is None
+
+
+def _train_row(steps: Sequence[LinearMap | Outlook], row: Rows, expanded: int) -> int:
+    """Return the bytes of the largest block of a train row on its way."""
+    roots = any(isinstance(step, Outlook) and step.two_sided for step in steps)
+    return expanded if roots else max(block.nbytes for block in row.blocks.values())
+
+
+def _cut(stops: Sequence[Stop], most: int) -> int | None:
+    """Return after how many steps a row is smallest, where blocks can pass the rest one by one."""
+    names = stops[-1].row.space.names
+    allowed = [
+        k
+        for k in range(most + 1)
+        if all(stop.blockwise for stop in stops[k + 1 :]) and stops[k].row.space.names == names
+    ]
+    return min(allowed, key=lambda k: (stops[k].row.nbytes, -k), default=None)
+
+
+# --- one row on its way ---------------------------------------------------------------------------
+def _stops(steps: Sequence[LinearMap | Outlook], row: Rows, *, split: bool) -> list[Stop]:
+    stops = [Stop(row)]
+    for step in steps:
+        if isinstance(step, LinearMap):
+            stops.append(_mapped(stops[-1], step))
+            continue
+        before = stops[-1].row
+        work = _forming(before)
+        if split and step is steps[-1]:
+            # Turned into the basis of the inverse: factors of the same size.
+            stops.append(Stop(before, stops[-1].lead, work=_turning(before)))
+        else:
+            work += _turning(before) + _turning(_formed(before))
+        stops.append(_inverted(stops[-1], step, work))
+    return stops
+
+
+def _mapped(before: Stop, step: LinearMap) -> Stop:
+    row = step.map(before.row)
+    work = 0
+    for name, block in row.blocks.items():
+        if row is not before.row and name in before.row.blocks:
+            of, into = shape_of(before.row.blocks[name]), shape_of(block)
+            turn = of.outputs * into.outputs + of.inputs * into.inputs
+            work += turn * (into.positions or max(1, of.outputs))
+    return Stop(row, before.lead, step.blockwise, work)
+
+
+def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
+    if not step.forms and step.rank is None:
+        return Stop(before.row, before.lead, step.blockwise)
+    row = before.row
+    if step.reduced is not None:
+        zero = torch.zeros((), dtype=row.dtype)
+        row = Rows.from_flat(step.reduced, zero.expand(1, step.reduced.dim), row.index)
+    elif step.forms:
+        row = _formed(row)
+    if step.rank is not None:
+        row = _of_rank(row, step.rank)
+    return Stop(row, lead=False, blockwise=step.blockwise, work=work)
+
+
+def _formed(row: Rows) -> Rows:
+    zero = torch.zeros((), dtype=row.dtype)
+    return row.map_blocks(lambda _, block: DenseBlock(zero.expand(1, *block.shape)))
+
+
+def _of_rank(row: Rows, rank: int) -> Rows:
+    zero = torch.zeros((), dtype=row.dtype)
+
+    def cut(name: str, block: Block) -> Block:
+        if row.space[name].kind != "outer":
+            return block
+        outputs, inputs = block.shape
+        factors = OuterBlock(zero.expand(1, rank, outputs), zero.expand(1, rank, inputs))
+        return factors if factors.nbytes < block.nbytes else block
+
+    return row.map_blocks(cut)
+
+
+# --- multiply-adds and bytes ----------------------------------------------------------------------
+def _turning(row: Rows) -> int:
+    """Return the multiply-adds of one linear map on the inputs and one on the outputs."""
+    shapes = [shape_of(block) for block in row.blocks.values()]
+    factored = sum(s.positions * (s.outputs**2 + s.inputs**2) for s in shapes if s.positions)
+    formed = [s for s in shapes if s.positions is None]
+    return factored + sum(s.outputs * s.inputs * (s.outputs + s.inputs) for s in formed)
+
+
+def _forming(row: Rows) -> int:
+    return sum(
+        s.positions * s.outputs * (1 if s.one_hot else s.inputs)
+        for s in map(shape_of, row.blocks.values())
+        if s.positions is not None
+    )
+
+
+def _order(block: Block) -> str:
+    shape = evolve(shape_of(block), rows=NOMINAL)
+    return plan_inner(shape, shape).order
+
+
+def _resident_bytes(row: Rows) -> int:
+    """Return the bytes of a query that is formed once, where its contraction forms it."""
+    item = max(4, row.dtype.itemsize)
+    total = 0
+    for spec in row.space:
+        block = row.blocks[spec.name]
+        total += spec.size * item if _order(block) == "form" else block.nbytes
+    return total

@@ -1,0 +1,130 @@
+"""Running the loop for one request: into memory, or into a folder where it can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, field
+
+from dattri_core.atomic import discard_leftovers
+from dattri_core.checkpoint import Checkpoint
+from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
+from dattri_core.loop import Run, finished, fold_tiles
+from dattri_core.pairing import WHOLE
+from dattri_core.progress import bar
+from dattri_core.queries import Branch
+from dattri_core.registry import default_registry
+from dattri_core.requests import Request
+from dattri_core.scores import Scores
+from dattri_core.scores_writer import ScoresWriter
+from dattri_core.snapshot import Fitted
+from dattri_core.tiles import MemoryTiles, Tiles, open_tiles
+
+LAYOUT = ("shard", "query_group", "groups", "train_batch", "test_batch", "budget", "choice")
+"""What a resumed run keeps of the plan that it began with."""
+
+
+@define(eq=False)
+class Runner:
+    """One pass of the loop, and what the inverse Hessians reported on it.
+
+    Args:
+        run: What is computed.
+        request: What was asked.
+        provenance: Of the whole run, JSON-ready.
+        fit: Gives a fitted checkpoint; one is alive at a time.
+        progress: Show a bar; None: on a terminal.
+    """
+
+    run: Run
+    request: Request
+    provenance: dict[str, Any]
+    fit: Callable[[Checkpoint], Fitted]
+    progress: bool | None
+    _reports: list[tuple[int, dict[str, Any]]] = field(factory=list)
+
+    def to_memory(self, names: Sequence[str]) -> dict[str, Scores]:
+        """Return the scores of each reading, by its name."""
+        run, tiles = self.run, MemoryTiles()
+        self._fold(tiles)
+        shape = (len(run.train), run.plan.n_test)
+        whole: list[torch.Tensor] = []
+        for rows, columns, values in finished(run, tiles):
+            if values[0].shape == shape:
+                whole = values
+                break
+            if not whole:
+                whole = [torch.empty(shape, dtype=tile.dtype) for tile in values]
+            for held, tile in zip(whole, values, strict=True):
+                held[rows, columns] = tile
+        train_ids, test_ids = run.train.ids, self.request.test_ids(run.test)
+        return {
+            name: Scores(values, train_ids, test_ids, self._facts(at, name))
+            for at, (name, values) in enumerate(zip(names, whole, strict=True))
+        }
+
+    def to_folder(self, out: Path, first: Fitted) -> Scores:
+        """Return the scores on disk; a run of the same facts that was stopped goes on."""
+        sizes = {name: getattr(self.run.plan, name) for name in LAYOUT}
+        folder = run_folder(out)
+        for path in (out, folder):
+            discard_leftovers(path)
+        tiles, sizes = open_tiles(folder, self.provenance, sizes)
+        resumed: dict[str, Any] = dict(sizes)
+        route = first.outline.costs().choices[sizes["choice"] - 1]
+        self.run = run = attrs.evolve(
+            self.run, plan=attrs.evolve(self.run.plan, route=route, **resumed)
+        )
+        self._fold(tiles)
+        n_test = run.plan.n_test
+        with ScoresWriter(out, len(run.train), n_test, first.dtype) as writer:
+            for rows, columns, (tile,) in finished(run, tiles):
+                writer.values[rows, columns] = tile.numpy()
+                writer.release()
+            test_ids = self.request.test_ids(run.test)
+            scores = writer.finish(run.train.ids, test_ids, self._facts(0, WHOLE))
+        tiles.close()
+        return scores
+
+    def _fold(self, tiles: Tiles) -> None:
+        events, plan = default_registry(), self.run.plan
+        total = plan.train_passes * len(self.run.train)
+        with (
+            contraction_limit(contractions(plan.budget)),
+            bar("attribute", total, self.progress) as shown,
+        ):
+
+            def advance(count: int) -> None:
+                shown.advance(count)
+                events.emit("block_scored", {"done": shown.done, "total": shown.total})
+
+            fold_tiles(self.run, self.fit, tiles, advance, self._report)
+
+    def _report(self, fitted: Fitted, branches: Sequence[Branch], group: int) -> None:
+        place = {"checkpoint": fitted.checkpoint.name, "group": group}
+        for branch in branches:
+            for variant, reports in branch.stats.items():
+                self._reports += [(variant, {**place, **stats}) for stats in reports]
+
+    def _facts(self, at: int, name: str) -> dict[str, Any]:
+        """Return the provenance of one reading."""
+        variant = at if len(self.run.dampings) > 1 else 0
+        said = [stats for of, stats in self._reports if of == variant]
+        return {**self.provenance, **self.request.facts(at, name), "solver": said}
+
+
+def contractions(budget: int) -> int:
+    """Return the bytes that one contraction may use.
+
+    Four intermediates of that size may live at once: a quarter of the budget for all of them.
+    """
+    return min(DEFAULT_LIMIT, budget // 16)
+
+
+def run_folder(out: Path) -> Path:
+    """Return where a run keeps its tiles until its scores are written."""
+    return out.with_name(f"{out.name}.run")
