@@ -24,11 +24,13 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
     assert isinstance(stage, InverseHessian)
     return Outlook(
         blockwise=step.blockwise,
-        forms=bool(stage.needs),
+        damped=bool(stage.needs),
+        forms=bool(stage.needs) and getattr(step, "forms", True),
         rank=getattr(step, "rank", None),
-        splits=isinstance(step, SplitInverse) and step.basis is not None,
+        splits=isinstance(step, SplitInverse) and _keeps_factors(step.basis, space),
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),
+        base=getattr(step, "base", 0),
     )
 
 
@@ -42,10 +44,18 @@ def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
         told = stage.outlook(space)
     return attrs.evolve(
         told,
-        forms=bool(stage.needs),
+        damped=bool(stage.needs),
+        forms=bool(stage.needs) and told.forms,
         reduced=_reduced(stage, space),
         two_sided=is_two_sided(stage),
     )
+
+
+def _keeps_factors(basis: LinearMap | None, space: Space) -> bool:
+    """Return whether rows in a basis come as factors where they did before."""
+    if basis is None:
+        return False
+    return [spec.kind for spec in basis.out_space] == [spec.kind for spec in space]
 
 
 def _reduced(stage: InverseHessian, space: Space) -> Space | None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from attrs import field, frozen, validators
 
-from dattri_core import Operator, Problem, RowKind, Space, SpecError
+from dattri_core import Operator, Outlook, Problem, RowKind, Space, SpecError
 from dattri_parts.curvatures.second_moment import SecondMoment, answers
 
 
@@ -48,6 +48,10 @@ class Fisher:
     def exact(self) -> bool:
         """Return whether nothing is drawn or left out."""
         return self.kind == "empirical" and not self.block
+
+    def outlook(self, space: Space) -> Outlook:
+        """Return whether its inverse acts block by block."""
+        return Outlook(blockwise=self.block)
 
     def gives(self, space: Space) -> frozenset[str]:
         """Return what its operator answers: also eigenvectors, where blocks are small."""

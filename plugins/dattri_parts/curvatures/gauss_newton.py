@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from dattri_core import Operator, Problem, Space
+from dattri_core import Operator, Outlook, Problem, Space
 from dattri_parts.curvatures.second_moment import SecondMoment, answers
 
 
@@ -30,6 +30,10 @@ class GaussNewton:
     def exact(self) -> bool:
         """Return whether nothing is left out."""
         return not self.block
+
+    def outlook(self, space: Space) -> Outlook:
+        """Return whether its inverse acts block by block."""
+        return Outlook(blockwise=self.block)
 
     def gives(self, space: Space) -> frozenset[str]:
         """Return what its operator answers: also eigenvectors, where blocks are small."""
