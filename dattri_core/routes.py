@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from attrs import evolve, frozen
 
-from dattri_core.blocks import Block, DenseBlock, OuterBlock, shape_of
+from dattri_core.blocks import Block, DenseBlock, OuterBlock, SpanBlock, SumBlock, shape_of
 from dattri_core.capabilities import Outlook
-from dattri_core.contract import plan_inner
+from dattri_core.contract import plan_inner, with_rows
 from dattri_core.plans import Route
 from dattri_core.protocols import LinearMap
 from dattri_core.rows import Rows
@@ -33,12 +33,14 @@ class Stop:
         lead: Whether only linear maps lead here.
         blockwise: Whether the step that leads here is.
         work: Multiply-adds of that step.
+        making: Bytes beside the row while whole rows take that step.
     """
 
     row: Rows
     lead: bool = True
     blockwise: bool = True
     work: int = 0
+    making: int = 0
 
 
 def routes_of(
@@ -67,7 +69,7 @@ def routes_of(
 
 def shared_steps(steps: Sequence[LinearMap | Outlook], *, split: bool) -> int:
     """Return how many steps of the test side are the same at every damping."""
-    inverses = (k for k, step in enumerate(steps) if isinstance(step, Outlook) and step.forms)
+    inverses = (k for k, step in enumerate(steps) if isinstance(step, Outlook) and step.damped)
     first = next(inverses, len(steps))
     return first + (1 if split and first == len(steps) - 1 else 0)
 
@@ -102,7 +104,7 @@ def _routes(
     if lead == end:  # what is formed only when it is met is there as factors before
         making = max(0, stops[-1].row.nbytes - kept)
     else:
-        making = 0 if parts else 3 * max(stop.row.space.dim for stop in stops[lead:]) * item
+        making = 0 if parts else max(stop.making for stop in stops[lead + 1 :])
     resident = Route(
         deferred=False,
         cut=end,
@@ -190,13 +192,18 @@ def _mapped(before: Stop, step: LinearMap) -> Stop:
             of, into = shape_of(before.row.blocks[name]), shape_of(block)
             turn = of.outputs * into.outputs + of.inputs * into.inputs
             work += turn * (into.positions or max(1, of.outputs))
-    return Stop(row, before.lead, step.blockwise, work)
+    making = 0 if before.lead else _three_of(before.row, row)
+    return Stop(row, before.lead, step.blockwise, work, making)
 
 
 def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
-    if not step.forms and step.rank is None:
+    if not step.damped and step.rank is None:
         return Stop(before.row, before.lead, step.blockwise)
     row = before.row
+    if not step.forms and step.damped and step.rank is None:
+        row, work = _combined(row, step.base)
+        making = 3 * 8 * step.base  # of products with the base, in float64
+        return Stop(row, lead=False, blockwise=step.blockwise, work=work, making=making)
     if step.reduced is not None:
         zero = torch.zeros((), dtype=row.dtype)
         row = Rows.from_flat(step.reduced, zero.expand(1, step.reduced.dim), row.index)
@@ -204,7 +211,28 @@ def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
         row = _formed(row)
     if step.rank is not None:
         row = _of_rank(row, step.rank)
-    return Stop(row, lead=False, blockwise=step.blockwise, work=work)
+    making = _three_of(before.row, row)
+    return Stop(row, lead=False, blockwise=step.blockwise, work=work, making=making)
+
+
+def _three_of(*rows: Rows) -> int:
+    """Return the bytes of three formed rows of the larger space."""
+    return 3 * max(row.space.dim for row in rows) * max(4, rows[0].dtype.itemsize)
+
+
+def _combined(row: Rows, count: int) -> tuple[Rows, int]:
+    """Return a row plus a combination of others like it, and the work of meeting those."""
+    blocks: dict[str, Block] = {}
+    work = 0
+    zero = torch.zeros((), dtype=row.dtype)  # expanded: of their shapes, without their memory
+    for name, block in row.blocks.items():
+        base: Block = DenseBlock(zero.expand(count, *block.shape))
+        if block.positions is not None:
+            outputs, inputs = (zero.expand(count, block.positions, n) for n in block.shape)
+            base = OuterBlock(outputs, inputs)
+        blocks[name] = SumBlock((block, SpanBlock(zero.expand(1, count), base)))
+        work += plan_inner(shape_of(base), shape_of(block)).multiply_adds
+    return Rows(row.space, blocks, row.index), work
 
 
 def _formed(row: Rows) -> Rows:
@@ -243,7 +271,7 @@ def _forming(row: Rows) -> int:
 
 
 def _order(block: Block) -> str:
-    shape = evolve(shape_of(block), rows=NOMINAL)
+    shape = with_rows(shape_of(block), NOMINAL)
     return plan_inner(shape, shape).order
 
 

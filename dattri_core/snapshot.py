@@ -71,9 +71,10 @@ class Outline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return how each block will be contracted."""
+        """Return what was decided of inverses, and how each block will be contracted."""
         row = self.after
-        return FLAT if row is None else contractions_of(row)
+        told = (step.note for step in self.steps if isinstance(step, Outlook) and step.note)
+        return (*told, *(FLAT if row is None else contractions_of(row)))
 
 
 @frozen(eq=False)

@@ -85,14 +85,15 @@ class CurvatureInverse:
     def outlook(self, space: Space) -> Outlook:
         """Return what is known of the inverse before the fit.
 
-        A curvature that is block diagonal may say so, by an ``outlook(space)`` of its own; it holds
-        for solvers that take the curvature as it is, by its spectrum or its rows.
+        A curvature that is block diagonal may say so, by an ``outlook(space, asked)`` of its own;
+        it holds for solvers that take the curvature as it is, by its spectrum or its rows. A solver
+        whose answers are not formed may say so by ``forms``.
         """
-        needs = self.solver.needs
-        if not needs <= {"spectral", "rows"} or not hasattr(self.curvature, "outlook"):
-            return Outlook()
-        told: Outlook = self.curvature.outlook(space)
-        return attrs.evolve(told, splits=told.splits and "spectral" in needs)
+        asked, told = self.solver.needs, Outlook()
+        if asked <= {"spectral", "rows"} and hasattr(self.curvature, "outlook"):
+            told = self.curvature.outlook(space, asked)
+        forms = getattr(self.solver, "forms", True)
+        return attrs.evolve(told, splits=told.splits and "spectral" in asked, forms=forms)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""

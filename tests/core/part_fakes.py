@@ -97,6 +97,9 @@ class FakeCurvature(Silent):
     exact: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        return self.needs
+
     def gives(self, space: Any) -> frozenset[str]:
         return frozenset({"apply"})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 
 from dattri_core import (
     ByUse,
@@ -13,6 +13,7 @@ from dattri_core import (
     CurvatureInverse,
     Damping,
     Inverse,
+    Outlook,
     Problem,
     Rows,
     Solver,
@@ -62,6 +63,10 @@ class Exact:
             return self.curvature.needs_for(asked)
         return self.curvature.needs
 
+    def outlook(self, space: Space) -> Outlook:
+        """Return what is known before the fit, and which curvature will be inverted."""
+        return evolve(self.route(space).outlook(space), note=self.told(space))
+
     def check(self, space: Space) -> None:
         """Raise `SpecError` when a curvature does not take the space."""
         self.route(space).check(space)
@@ -92,7 +97,7 @@ class Exact:
         route = self.route(space)
         names = [type(part).__name__ for part in (route.curvature, route.solver)]
         if route.curvature == self.curvature:
-            return f"inverse Hessian   {names[0]} by {names[1]}"
+            return f"inverse Hessian   {names[0]} of {space.dim} parameters by {names[1]}"
         return (
             f"inverse Hessian: the {type(self.curvature).__name__} of {space.dim} parameters is a "
             f"matrix of {format_bytes(8 * space.dim**2)} and no sum of squares; the {names[0]} "

@@ -73,9 +73,14 @@ class Dual:
         return len(next(iter(self.blocks.values())))
 
     @property
+    def row_bytes(self) -> int:
+        """Return the bytes of the rows."""
+        return sum(block.nbytes for block in self.blocks.values())
+
+    @property
     def nbytes(self) -> int:
-        """Return the bytes of the factor and of the rows."""
-        return 8 * self.rows**2 + sum(block.nbytes for block in self.blocks.values())
+        """Return the bytes of the rows and of the factor."""
+        return self.row_bytes + 8 * self.rows**2
 
     def factorise(self, damping: float) -> None:
         """Hold a Cholesky factor of G G^T + damping/w I."""

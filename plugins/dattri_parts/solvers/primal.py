@@ -31,6 +31,7 @@ class Primal:
     dtype: torch.dtype
     kind: ClassVar[str] = "primal"
     negligible: ClassVar[int] = 0
+    row_bytes: ClassVar[int] = 0
     _damping: float | None = None  # of the factor
     _lower: Tensor | None = None
     _condition: float = 1.0

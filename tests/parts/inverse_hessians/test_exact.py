@@ -116,3 +116,24 @@ def test_its_spec_holds_what_was_changed():
     assert dattri.Method(**changed.to_spec()) == changed
     with pytest.raises(SpecError, match="largest"):
         dattri.method("if-explicit", largest=-1)
+
+
+def test_a_dry_run_tells_which_curvature_it_will_be():
+    task, train = network("images")
+    method = dattri.method("if-explicit", largest=10)
+    plan = method.attribute(task, train, train, dry_run=True)
+    assert "the GGN takes its place" in str(plan)
+    plan = dattri.method("if-explicit").attribute(task, train, train, dry_run=True)
+    assert "Hessian of 204 parameters by Cholesky" in str(plan)
+
+
+def test_a_plan_does_not_take_answers_that_are_not_formed_for_formed_ones():
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Tanh(), torch.nn.Linear(500, 3))
+    train = torch.randn(60, 600, generator=generator), torch.randint(3, (60,), generator=generator)
+    task, size = dattri.Task(model), 4 * sum(p.numel() for p in model.parameters())
+    unformed, formed = (
+        dattri.method(name, damping=0.1).attribute(task, train, train, dry_run=True)
+        for name in ("if-woodbury", "if-cg")
+    )
+    assert unformed.bytes["queries"] < 0.1 * 60 * size < formed.bytes["queries"]
