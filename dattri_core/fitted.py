@@ -347,7 +347,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
-            **({"group": "sum"} if request.group else {}),
+            "group": "sum" if request.group else None,
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,
