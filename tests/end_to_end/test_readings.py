@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from oracles.routes import SMALL, costs_seen, taking
 from oracles.toy_parts import ColumnRank, CountingSource, FlatSketch, Gram, ResidualDot, inverse
 from oracles.toy_tasks import (
     cross_entropies,
@@ -14,7 +15,6 @@ from oracles.toy_tasks import (
     states,
     world,
 )
-from oracles.routes import SMALL, costs_seen, taking
 
 import dattri_core as dattri
 from dattri_core import Damping, InputError, Method, SpecError, Task
