@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from dattri_core.capabilities import InverseRoot, Outlook, SplitInverse
-from dattri_core.protocols import InverseHessian, LinearMap
+from dattri_core.protocols import Inverse, InverseHessian, LinearMap
 from dattri_core.space import Space
 from dattri_core.stages import Stage, Step, is_inverse, is_two_sided, space_after
 
@@ -24,11 +24,13 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
     assert isinstance(stage, InverseHessian)
     return Outlook(
         blockwise=step.blockwise,
-        forms=bool(stage.needs),
-        rank=getattr(step, "rank", None),
-        splits=isinstance(step, SplitInverse) and step.basis is not None,
+        damped=bool(stage.needs),
+        forms=bool(stage.needs) and getattr(step, "forms", True),
+        rank=getattr(step, "row_rank", None),
+        splits=_splits(step, space),
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),
+        base=getattr(step, "base", 0),
     )
 
 
@@ -42,10 +44,20 @@ def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
         told = stage.outlook(space)
     return attrs.evolve(
         told,
-        forms=bool(stage.needs),
+        damped=bool(stage.needs),
+        forms=bool(stage.needs) and told.forms,
         reduced=_reduced(stage, space),
         two_sided=is_two_sided(stage),
     )
+
+
+def _splits(step: Inverse, space: Space) -> bool:
+    """Whether both sides may carry half of an inverse, and rows are no larger in its basis."""
+    basis = step.basis if isinstance(step, SplitInverse) else None
+    if basis is None:
+        return False
+    pairs = zip(space, basis.out_space, strict=True)
+    return all((a.kind, a.size) == (b.kind, b.size) for a, b in pairs)
 
 
 def _reduced(stage: InverseHessian, space: Space) -> Space | None:

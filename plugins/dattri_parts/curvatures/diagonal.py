@@ -40,7 +40,7 @@ class Diagonal:
         """Return the kind of rows that it reads."""
         return frozenset({NEEDS[self.fisher]})
 
-    def outlook(self, space: Space) -> Outlook:
+    def outlook(self, space: Space, asked: frozenset[str]) -> Outlook:
         """Return what an inverse made from its spectrum will be."""
         return Outlook(blockwise=True, splits=True)
 

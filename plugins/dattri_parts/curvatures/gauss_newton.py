@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from dattri_core import Operator, Problem, Space
-from dattri_parts.curvatures.second_moment import SecondMoment, answers
+from dattri_core import Operator, Outlook, Problem, Space
+from dattri_parts.curvatures.second_moment import SecondMoment, answers, outlook
 
 
 @frozen
@@ -34,6 +34,10 @@ class GaussNewton:
     def gives(self, space: Space) -> frozenset[str]:
         """Return what its operator answers: also eigenvectors, where blocks are small."""
         return answers(space, blockwise=self.block)
+
+    def outlook(self, space: Space, asked: frozenset[str]) -> Outlook:
+        """Return what an inverse made from its eigenvectors or its rows will be."""
+        return outlook(space, asked, blockwise=self.block)
 
     def fit(self, problem: Problem) -> Operator:
         """Return the operator; rows are read when it is used."""

@@ -66,7 +66,7 @@ class KFAC:
         """Return the kind of rows that it reads."""
         return frozenset({NEEDS[self.fisher]})
 
-    def outlook(self, space: Space) -> Outlook:
+    def outlook(self, space: Space, asked: frozenset[str]) -> Outlook:
         """Return what an inverse made from its spectrum will be."""
         dropped = self.uncovered == "drop" and any(spec.kind != "outer" for spec in space)
         return Outlook(blockwise=True, splits=not dropped)

@@ -14,6 +14,7 @@ from dattri_core import (
     Block,
     DenseBlock,
     MemoryBudgetError,
+    Outlook,
     Problem,
     RandomStream,
     RowKind,
@@ -189,3 +190,10 @@ def answers(space: Space, *, blockwise: bool) -> frozenset[str]:
     apart = blockwise or len(space) == 1
     small = apart and all(spec.size <= LARGEST_SPECTRUM for spec in space)
     return frozenset({"apply", "dense", "rows", "sampled"}) | ({"spectral"} if small else set())
+
+
+def outlook(space: Space, asked: frozenset[str], *, blockwise: bool) -> Outlook:
+    """Return what the inverse of a `SecondMoment` will be, from what its solver asks for."""
+    if "spectral" not in asked:
+        return Outlook(blockwise=blockwise)
+    return Outlook(blockwise=True, splits=all(spec.kind == "dense" for spec in space))

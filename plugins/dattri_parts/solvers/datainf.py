@@ -141,6 +141,16 @@ class _DataInfInverse:
         """Return whether H is block diagonal."""
         return self.lengths.operator.blockwise
 
+    @property
+    def forms(self) -> bool:
+        """Return whether answers are formed: where rows are not held."""
+        return self.lengths.held is None
+
+    @property
+    def base(self) -> int:
+        """Return of how many rows of H an answer may be a combination."""
+        return 0 if self.lengths.held is None else self.lengths.count
+
     def apply(self, rows: Rows) -> Rows:
         """Return the mean of the inverses times every row g.
 

@@ -10,7 +10,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, SpanBlock, SumBlock
-from dattri_parts.solvers.factor import largest_eigenvalue, require_regular
+from dattri_parts.solvers.factor import power_iteration, require_regular
 from dattri_parts.solvers.held import squares_of
 
 TILE = 2048
@@ -73,9 +73,14 @@ class Dual:
         return len(next(iter(self.blocks.values())))
 
     @property
+    def row_bytes(self) -> int:
+        """Return the bytes of the rows."""
+        return sum(block.nbytes for block in self.blocks.values())
+
+    @property
     def nbytes(self) -> int:
-        """Return the bytes of the factor and of the rows."""
-        return 8 * self.rows**2 + sum(block.nbytes for block in self.blocks.values())
+        """Return the bytes of the rows and of the factor."""
+        return self.row_bytes + 8 * self.rows**2
 
     def factorise(self, damping: float) -> None:
         """Hold a Cholesky factor of G G^T + damping/w I."""
@@ -85,7 +90,7 @@ class Dual:
         self._lower = None  # the one before goes first
         matrix = gram(list(self.blocks.values()))
         if not self._largest and self.trace > 0:
-            self._largest = largest_eigenvalue(lambda v: matrix @ v, matrix)
+            self._largest = power_iteration(lambda v: matrix @ v, matrix)
         self._lower, self._shift = _cholesky(matrix, shift), shift
 
     def rounding(self, damping: float) -> float:

@@ -11,7 +11,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, Space
-from dattri_parts.solvers.factor import largest_eigenvalue, require_regular, triangular
+from dattri_parts.solvers.factor import power_iteration, require_regular, triangular
 
 
 @define(eq=False)
@@ -31,6 +31,7 @@ class Primal:
     dtype: torch.dtype
     kind: ClassVar[str] = "primal"
     negligible: ClassVar[int] = 0
+    row_bytes: ClassVar[int] = 0
     _damping: float | None = None  # of the factor
     _lower: Tensor | None = None
     _condition: float = 1.0
@@ -76,7 +77,7 @@ class Primal:
 
     @cached_property
     def _greatest(self) -> float:
-        return largest_eigenvalue(lambda v: self.matrix @ v, self.matrix) if self.trace > 0 else 0.0
+        return power_iteration(lambda v: self.matrix @ v, self.matrix) if self.trace > 0 else 0.0
 
     def invert(
         self, rows: Rows, names: Sequence[str], damping: float, *, spectral: bool

@@ -67,6 +67,7 @@ class Woodbury:
     damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
     needs: ClassVar[frozenset[str]] = frozenset({"rows"})
     exact: ClassVar[bool] = True
+    forms: ClassVar[bool] = False
 
     def check(self, space: Space) -> None:
         """Accept any space: what is held depends on the number of rows."""
@@ -217,7 +218,8 @@ class _State:
             "rows": float(max(side.rows for side in sides)),
             "negligible_rows": float(min(side.negligible for side in sides)),
             "dual_blocks": float(sum(isinstance(side, Dual) for side in sides)),
-            "held_bytes": float(sum(side.nbytes for side in sides)),
+            "row_bytes": float(sum(side.row_bytes for side in sides)),
+            "factor_bytes": float(sum(side.nbytes - side.row_bytes for side in sides)),
             "rounding": rounding,
         }
 
@@ -235,6 +237,17 @@ class _WoodburyInverse:
     def blockwise(self) -> bool:
         """Return whether H is block diagonal."""
         return self.state.operator.blockwise
+
+    @property
+    def forms(self) -> bool:
+        """Return whether every block of an answer is formed."""
+        return not self.base
+
+    @property
+    def base(self) -> int:
+        """Return of how many rows of H an answer is a combination."""
+        sides = self.state.sides.values()
+        return max((side.rows for side in sides if isinstance(side, Dual)), default=0)
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, unformed on the side of inner products.
