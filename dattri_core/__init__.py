@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from dattri_core.batch import take as take
     from dattri_core.blocks import Block as Block
     from dattri_core.blocks import DenseBlock as DenseBlock
+    from dattri_core.blocks import GroupedBlock as GroupedBlock
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
+    from dattri_core.blocks import concatenate as concatenate
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
+    from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
@@ -107,6 +110,7 @@ _EXPORTS = {
     "Block": "blocks",
     "BlockSpec": "space",
     "BoundSource": "protocols",
+    "ByUse": "capabilities",
     "Checkpoint": "checkpoint",
     "ConvergenceWarning": "errors",
     "Curvature": "protocols",
@@ -124,6 +128,7 @@ _EXPORTS = {
     "Fold": "protocols",
     "FoldState": "protocols",
     "FunctionalLoss": "losses",
+    "GroupedBlock": "blocks",
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
@@ -176,6 +181,7 @@ _EXPORTS = {
     "batch_size": "batch",
     "causal_lm": "losses",
     "compact": "blocks",
+    "concatenate": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
     "explain_inner": "blocks",

@@ -209,6 +209,7 @@ class Outlook:
 
     Args:
         blockwise: See `Inverse.blockwise`.
+        damped: Whether it is made of a curvature and a damping, and not the identity.
         forms: Whether rows come out formed, and not as the factors that they were.
         rank: Largest number of outer products of a row that comes out, where it is bounded; a
             fitted inverse says so by an attribute ``row_rank``.
@@ -216,11 +217,16 @@ class Outlook:
             basis: factors stay factors.
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
+        base: Rows of the curvature that an answer is a combination of, beside the row itself.
+        note: One line of what was decided, for the plan of a dry run.
     """
 
     blockwise: bool = False
+    damped: bool = True
     forms: bool = True
     rank: int | None = None
     splits: bool = False
     reduced: Space | None = None
     two_sided: bool = False
+    base: int = 0
+    note: str = ""

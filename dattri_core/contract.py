@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from dattri_core.errors import SpecError, format_bytes
 
@@ -66,6 +66,12 @@ class Shape:
     distinct: int | None = None
     base: Shape | None = None
     parts: tuple[Shape, ...] = ()
+
+
+def with_rows(shape: Shape, rows: int) -> Shape:
+    """Return the shape of another number of rows of the same kind."""
+    parts = tuple(with_rows(part, rows) for part in shape.parts)
+    return evolve(shape, rows=rows, parts=parts)
 
 
 @frozen

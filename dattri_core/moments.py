@@ -9,7 +9,15 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core.blocks import Block, LinearFunction, OneHot, OuterBlock, accumulate, shape_of
+from dattri_core.blocks import (
+    Block,
+    GroupedBlock,
+    LinearFunction,
+    OneHot,
+    OuterBlock,
+    accumulate,
+    shape_of,
+)
 from dattri_core.blocks.inputs import is_one_hot
 from dattri_core.contract import Order, limit_now, plan_squares, rows_per_slice
 from dattri_core.errors import SpecError
@@ -118,9 +126,9 @@ class FactorSums:
     are looked at, since a tied weight may hold the factors of one of its layers turned around.
     """
 
-    outputs: Tensor  # [O, O], sum of e e^T
-    inputs: Tensor  # [I, I], sum of x x^T; its diagonal [I] for one-hot inputs
-    positions: int
+    outputs: Tensor  # [O, O], sum of e e^T; [G, O, O] for rows of G groups
+    inputs: Tensor  # [I, I], sum of x x^T; its diagonal [I] for one-hot inputs; [G, I, I]
+    positions: int | Tensor  # how many; [G]
 
 
 def factor_entries(block: Block) -> int:
@@ -129,6 +137,9 @@ def factor_entries(block: Block) -> int:
     Raises:
         SpecError: The rows are formed.
     """
+    if isinstance(block, GroupedBlock):
+        groups, outputs, inputs = (*block.outputs.shape[2:], block.inputs.shape[3])
+        return int(groups * (outputs * outputs + inputs * inputs))
     outer = _require_factors(block)
     outputs, inputs = outer.shape
     return outputs * outputs + (inputs if is_one_hot(outer.inputs) else inputs * inputs)
@@ -138,7 +149,7 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
     """Return the sums of e e^T and x x^T over the positions of all rows.
 
     Args:
-        block: Rows ``sum_t e_bt x_bt^T``.
+        block: Rows ``sum_t e_bt x_bt^T``, or stacks of such sums.
         average: Take one position for each row: the sum of e and the mean of x over those that
             count ("reduce" of Eschenhagen et al. 2023, arXiv 2311.00636). One-hot inputs keep their
             positions, so that their sum stays diagonal.
@@ -146,6 +157,8 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
     Raises:
         SpecError: The rows are formed.
     """
+    if isinstance(block, GroupedBlock):
+        return _grouped_sums(accumulate(block.outputs), accumulate(block.inputs), average=average)
     outer = _require_factors(block)
     outputs = accumulate(outer.outputs)
     counted = (outputs != 0).any(2)  # [B, T]
@@ -168,6 +181,24 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
     if not bool(counted.all()):
         inputs, outputs = inputs[counted], outputs[counted]
     return FactorSums(outputs.mT @ outputs, inputs.mT @ inputs, len(outputs))
+
+
+def _grouped_sums(outputs: Tensor, inputs: Tensor, *, average: bool) -> FactorSums:
+    """Return the sums for each group of ``[B, T, G, O]`` and ``[B, T, G, I]``."""
+    counted = (outputs != 0).any(3) & (inputs != 0).any(3)  # [B, T, G]
+    weights = counted.to(outputs.dtype).unsqueeze(3)
+    outputs, inputs = outputs * weights, inputs * weights
+    if average:
+        inputs = inputs.sum(1) / weights.sum(1).clamp_min(1)
+        outputs, counted = outputs.sum(1), counted.any(1)
+    else:
+        inputs, outputs, counted = (
+            inputs.flatten(0, 1),
+            outputs.flatten(0, 1),
+            counted.flatten(0, 1),
+        )
+    left, right = outputs.permute(1, 2, 0), inputs.permute(1, 2, 0)  # [G, O, B T]
+    return FactorSums(left @ left.mT, right @ right.mT, counted.sum(0))
 
 
 def _require_factors(block: Block) -> OuterBlock:

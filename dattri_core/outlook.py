@@ -24,11 +24,13 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
     assert isinstance(stage, InverseHessian)
     return Outlook(
         blockwise=step.blockwise,
-        forms=bool(stage.needs),
+        damped=bool(stage.needs),
+        forms=bool(stage.needs) and getattr(step, "forms", True),
         rank=getattr(step, "row_rank", None),
         splits=_splits(step, space),
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),
+        base=getattr(step, "base", 0),
     )
 
 
@@ -42,7 +44,8 @@ def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
         told = stage.outlook(space)
     return attrs.evolve(
         told,
-        forms=bool(stage.needs),
+        damped=bool(stage.needs),
+        forms=bool(stage.needs) and told.forms,
         reduced=_reduced(stage, space),
         two_sided=is_two_sided(stage),
     )

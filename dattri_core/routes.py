@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from attrs import evolve, frozen
 
-from dattri_core.blocks import Block, DenseBlock, OuterBlock, shape_of
+from dattri_core.blocks import Block, DenseBlock, OuterBlock, SpanBlock, SumBlock, shape_of
 from dattri_core.capabilities import Outlook
-from dattri_core.contract import plan_inner
+from dattri_core.contract import plan_inner, with_rows
 from dattri_core.plans import Route
 from dattri_core.protocols import LinearMap
 from dattri_core.rows import Rows
@@ -33,16 +33,22 @@ class Stop:
         lead: Whether only linear maps lead here.
         blockwise: Whether the step that leads here is.
         work: Multiply-adds of that step.
+        making: Bytes beside the row while whole rows take that step.
     """
 
     row: Rows
     lead: bool = True
     blockwise: bool = True
     work: int = 0
+    making: int = 0
 
 
 def routes_of(
-    steps: Sequence[LinearMap | Outlook], row: Rows, *, variants: bool = False
+    steps: Sequence[LinearMap | Outlook],
+    row: Rows,
+    *,
+    variants: bool = False,
+    measured: bool = False,
 ) -> tuple[Route, ...]:
     """Return the routes that a chain allows, the plainest first.
 
@@ -50,19 +56,20 @@ def routes_of(
         steps: In the order in which rows pass them; of an inverse, what is known of it.
         row: One row as the source gives it.
         variants: Whether several dampings share what is kept of a deferred query.
+        measured: Whether train rows pass the test side too, for what a scorer needs of them.
     """
     last = steps[-1] if steps else None
     splits = isinstance(last, Outlook) and last.splits and last.blockwise
     return tuple(
         route
         for split in ((False, True) if splits else (False,))
-        for route in _routes(steps, row, variants=variants, split=split)
+        for route in _routes(steps, row, variants=variants, measured=measured, split=split)
     )
 
 
 def shared_steps(steps: Sequence[LinearMap | Outlook], *, split: bool) -> int:
     """Return how many steps of the test side are the same at every damping."""
-    inverses = (k for k, step in enumerate(steps) if isinstance(step, Outlook) and step.forms)
+    inverses = (k for k, step in enumerate(steps) if isinstance(step, Outlook) and step.damped)
     first = next(inverses, len(steps))
     return first + (1 if split and first == len(steps) - 1 else 0)
 
@@ -84,13 +91,12 @@ def _routes(
     row: Rows,
     *,
     variants: bool,
+    measured: bool,
     split: bool,
 ) -> list[Route]:
     stops = _stops(steps, row, split=split)
     end = len(stops) - 1
     item = max(4, row.dtype.itemsize)
-    streams = all(map(streams_through, steps))
-    whole = row.nbytes + 2 * row.space.dim * item
     lead = max(k for k in range(len(stops)) if stops[k].lead)
     largest = EXPANSION * max(spec.size for spec in stops[-1].row.space) * item
     parts = all(stop.blockwise for stop in stops[lead + 1 :])
@@ -98,11 +104,11 @@ def _routes(
     if lead == end:  # what is formed only when it is met is there as factors before
         making = max(0, stops[-1].row.nbytes - kept)
     else:
-        making = 0 if parts else 3 * max(stop.row.space.dim for stop in stops[lead:]) * item
+        making = 0 if parts else max(stop.making for stop in stops[lead + 1 :])
     resident = Route(
         deferred=False,
         cut=end,
-        train_row=_train_row(steps, row, largest) if streams else whole,
+        train_row=_train_row(steps, stops, largest, measured=measured),
         test_row=row.nbytes,
         kept=kept,
         making=making,
@@ -134,10 +140,19 @@ def streams_through(step: LinearMap | Outlook) -> bool:
     return step.reduced is None
 
 
-def _train_row(steps: Sequence[LinearMap | Outlook], row: Rows, expanded: int) -> int:
-    """Return the bytes of the largest block of a train row on its way."""
-    roots = any(isinstance(step, Outlook) and step.two_sided for step in steps)
-    return expanded if roots else max(block.nbytes for block in row.blocks.values())
+def _train_row(
+    steps: Sequence[LinearMap | Outlook], stops: Sequence[Stop], expanded: int, *, measured: bool
+) -> int:
+    """Return the bytes of a train row on its way: of its largest block where it streams."""
+    row, item = stops[0].row, max(4, stops[0].row.dtype.itemsize)
+    inverted = measured and not stops[-1].lead
+    if all(map(streams_through, steps)) and (not inverted or all(s.blockwise for s in stops)):
+        roots = any(isinstance(step, Outlook) and step.two_sided for step in steps)
+        block = max(block.nbytes for block in row.blocks.values())
+        return block + (expanded if roots or inverted else 0)
+    whole = row.nbytes + 2 * row.space.dim * item
+    # As the train side leaves it, and what an inverse of whole rows works with beside it.
+    return whole + (4 * max(stop.row.space.dim for stop in stops) * item if inverted else 0)
 
 
 def _cut(stops: Sequence[Stop], most: int) -> int | None:
@@ -177,13 +192,18 @@ def _mapped(before: Stop, step: LinearMap) -> Stop:
             of, into = shape_of(before.row.blocks[name]), shape_of(block)
             turn = of.outputs * into.outputs + of.inputs * into.inputs
             work += turn * (into.positions or max(1, of.outputs))
-    return Stop(row, before.lead, step.blockwise, work)
+    making = 0 if before.lead else _three_of(before.row, row)
+    return Stop(row, before.lead, step.blockwise, work, making)
 
 
 def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
-    if not step.forms and step.rank is None:
+    if not step.damped and step.rank is None:
         return Stop(before.row, before.lead, step.blockwise)
     row = before.row
+    if not step.forms and step.damped and step.rank is None:
+        row, work = _combined(row, step.base)
+        making = 3 * 8 * step.base  # of products with the base, in float64
+        return Stop(row, lead=False, blockwise=step.blockwise, work=work, making=making)
     if step.reduced is not None:
         zero = torch.zeros((), dtype=row.dtype)
         row = Rows.from_flat(step.reduced, zero.expand(1, step.reduced.dim), row.index)
@@ -191,7 +211,28 @@ def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
         row = _formed(row)
     if step.rank is not None:
         row = _of_rank(row, step.rank)
-    return Stop(row, lead=False, blockwise=step.blockwise, work=work)
+    making = _three_of(before.row, row)
+    return Stop(row, lead=False, blockwise=step.blockwise, work=work, making=making)
+
+
+def _three_of(*rows: Rows) -> int:
+    """Return the bytes of three formed rows of the larger space."""
+    return 3 * max(row.space.dim for row in rows) * max(4, rows[0].dtype.itemsize)
+
+
+def _combined(row: Rows, count: int) -> tuple[Rows, int]:
+    """Return a row plus a combination of others like it, and the work of meeting those."""
+    blocks: dict[str, Block] = {}
+    work = 0
+    zero = torch.zeros((), dtype=row.dtype)  # expanded: of their shapes, without their memory
+    for name, block in row.blocks.items():
+        base: Block = DenseBlock(zero.expand(count, *block.shape))
+        if block.positions is not None:
+            outputs, inputs = (zero.expand(count, block.positions, n) for n in block.shape)
+            base = OuterBlock(outputs, inputs)
+        blocks[name] = SumBlock((block, SpanBlock(zero.expand(1, count), base)))
+        work += plan_inner(shape_of(base), shape_of(block)).multiply_adds
+    return Rows(row.space, blocks, row.index), work
 
 
 def _formed(row: Rows) -> Rows:
@@ -230,7 +271,7 @@ def _forming(row: Rows) -> int:
 
 
 def _order(block: Block) -> str:
-    shape = evolve(shape_of(block), rows=NOMINAL)
+    shape = with_rows(shape_of(block), NOMINAL)
     return plan_inner(shape, shape).order
 
 

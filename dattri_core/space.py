@@ -12,7 +12,7 @@ from attrs import field, frozen
 
 from dattri_core.errors import SpecError
 
-Kind = Literal["outer", "dense"]
+Kind = Literal["outer", "grouped", "dense"]
 
 
 def _shape(sizes: Iterable[int]) -> tuple[int, ...]:
@@ -43,7 +43,8 @@ class BlockSpec:
     """One block of a row: its name, the shape of one row, and whether it comes as factors.
 
     ``kind`` is ``"outer"`` when every row is a sum of outer products (a layer's weight gradient),
-    so that a part may ask for its factors, and ``"dense"`` otherwise.
+    so that a part may ask for its factors, ``"grouped"`` when it is a stack of such sums over parts
+    of its outputs (a grouped convolution's), and ``"dense"`` otherwise.
     """
 
     name: str
@@ -52,9 +53,10 @@ class BlockSpec:
     parameters: tuple[ParameterView, ...] = field(default=(), converter=_views)
 
     def __attrs_post_init__(self) -> None:
-        if self.kind == "outer" and len(self.shape) != 2:
+        if self.kind != "dense" and len(self.shape) != 2:
             raise SpecError(
-                f"block {self.name!r}: an outer block has shape (outputs, inputs), got {self.shape}"
+                f"block {self.name!r}: an {self.kind} block has shape (outputs, inputs), got "
+                f"{self.shape}"
             )
 
     @property

@@ -78,6 +78,11 @@ class CurvatureInverse:
             asked = self.curvature.needs_for(self.solver.needs)
         return asked | more
 
+    @property
+    def exact(self) -> bool:
+        """Return whether it is the exact inverse of the curvature that it is named after."""
+        return self.curvature.exact and self.solver.exact
+
     def out_space(self, space: Space) -> Space:
         """Return the space of rows after it: another one for a solver that reduces them."""
         return self.solver.out_space(space) if isinstance(self.solver, ReducingSolver) else space
@@ -86,13 +91,14 @@ class CurvatureInverse:
         """Return what is known of the inverse before the fit.
 
         A curvature that is block diagonal may say so, by an ``outlook(space, asked)`` of its own;
-        it holds for solvers that take the curvature as it is, by its spectrum or its rows.
+        it holds for solvers that take the curvature as it is, by its spectrum or its rows. A solver
+        whose answers are not formed may say so by ``forms``.
         """
-        asked = self.solver.needs
-        if not asked <= {"spectral", "rows"} or not hasattr(self.curvature, "outlook"):
-            return Outlook()
-        told: Outlook = self.curvature.outlook(space, asked)
-        return told
+        asked, told = self.solver.needs, Outlook()
+        if asked <= {"spectral", "rows"} and hasattr(self.curvature, "outlook"):
+            told = self.curvature.outlook(space, asked)
+        forms = getattr(self.solver, "forms", True)
+        return attrs.evolve(told, splits=told.splits and "spectral" in asked, forms=forms)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""

@@ -40,6 +40,7 @@ ORDER = [
     "blocks.block",
     "blocks.inputs",
     "blocks.dense",
+    "blocks.grouped",
     "blocks.outer",
     "blocks.span",
     "blocks",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dattri_core.blocks.block import Block, LinearFunction, explain_inner
 from dattri_core.blocks.dense import DenseBlock
+from dattri_core.blocks.grouped import GroupedBlock
 from dattri_core.blocks.inputs import OneHot, Shared, accumulate, held_by, take_own
 from dattri_core.blocks.outer import OuterBlock, join_outer, low_rank
 from dattri_core.blocks.span import SpanBlock, SumBlock
@@ -22,6 +23,7 @@ from dattri_core.contract import Shape
 __all__ = [
     "Block",
     "DenseBlock",
+    "GroupedBlock",
     "LinearFunction",
     "OneHot",
     "OuterBlock",
@@ -49,7 +51,8 @@ def shape_of(block: Block) -> Shape:
 def concatenate(blocks: Sequence[Block]) -> Block:
     """Join rows of several blocks of one shape; factors stay factors, positions are zero-padded.
 
-    Spans of one base stay spans, sums of as many parts stay sums; other mixtures are formed.
+    Spans of one base stay spans, sums of as many parts stay sums; other mixtures, and stacks of
+    factors, are formed.
     """
     if len(blocks) == 1:
         return blocks[0]
@@ -94,7 +97,7 @@ def share(block: Block, group: Tensor) -> Block:
 
 def compact(block: Block) -> Block:
     """Return the same rows, formed where that takes fewer bytes: many positions, a small layer."""
-    if not isinstance(block, OuterBlock):
+    if not isinstance(block, (OuterBlock, GroupedBlock)):
         return block
     formed = len(block) * math.prod(block.shape) * max(4, block.dtype.itemsize)
     return block.dense() if formed < block.nbytes else block

@@ -229,7 +229,7 @@ def _blockwise(bench: SolverBench) -> str | None:
 @law("solver", _needs_given, _blockwise)
 def blockwise_is_true(bench: SolverBench) -> None:
     """Block k of apply(g) needs block k of g only: apply of a part is that part of apply(g)."""
-    require_blockwise(bench.inverse(BLOCKS), toy_rows(4), "apply")
+    require_blockwise(bench.inverse(BLOCKS), toy_rows(4), "apply on a block diagonal H")
 
 
 def _splits(bench: SolverBench) -> str | None:

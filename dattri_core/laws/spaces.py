@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import ClassVar
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.blocks import Block, DenseBlock, OneHot, OuterBlock
-from dattri_core.errors import SpecError
+from dattri_core.errors import NumericsError, SpecError
 from dattri_core.laws.worlds import integers, random
 from dattri_core.protocols import CurvatureKind, RandomStream, RowKind
 from dattri_core.rows import Rows
@@ -151,13 +152,22 @@ class ToyProblem:
             raise SpecError(f"toy problem: has rows of the loss, not of kind {kind!r}")
 
 
+@cache
+def _parts(size: int) -> Tensor:
+    """Return E, -E, F, -F: what each example of a `ToyOperator` adds, ``[4, size, size]``."""
+    one, other = (symmetric(size, -0.04, 0.04, seed=seed) for seed in (78, 79))
+    return torch.stack([one, -one, other, -other])
+
+
 @frozen(eq=False)
 class ToyOperator:
     """An operator that is a matrix: it answers all of `GIVEN`.
 
     As a mean over examples it is that of the matrices H + E, H - E, H + F, H - F. The spectrum is
     taken block by block when the matrix is block diagonal, and without the eigenvalues that are
-    zero.
+    zero. Its rows are eigenvectors times the roots of their eigenvalues; where the matrix is block
+    diagonal, one row has an eigenvector of each block, so that blocks of ``sum r r^T`` that are off
+    the diagonal are not zero.
     """
 
     space: Space
@@ -166,6 +176,7 @@ class ToyOperator:
     memory: int = 2**28
     n_train: ClassVar[int] = 4
     random: ClassVar[RandomStream] = RandomStream(0, "law")
+    weight: ClassVar[float] = 0.25
 
     def apply(self, rows: Rows) -> Rows:
         """Return H g for every row g."""
@@ -174,10 +185,8 @@ class ToyOperator:
 
     def apply_on(self, rows: Rows, index: Tensor) -> Rows:
         """Return H g for every row g, H the mean over some examples."""
-        size, flat = self.space.dim, rows.flat()
-        turns = [symmetric(size, -0.04, 0.04, seed=seed) for seed in (78, 79)]
-        signs = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[index].mean(0)
-        matrix = self.matrix + sum(float(s) * t for s, t in zip(signs, turns, strict=True))
+        flat = rows.flat()
+        matrix = self.matrix + _parts(self.space.dim)[index].mean(0)
         return Rows.from_flat(self.space, flat @ matrix.to(flat.dtype), rows.index, rows.aux)
 
     def dense(self) -> Tensor:
@@ -199,9 +208,31 @@ class ToyOperator:
         """Return whether no eigenvalue is zero."""
         return sum(len(values) for values in self.eigenvalues.values()) == self.space.dim
 
+    @property
+    def blockwise(self) -> bool:
+        """Return whether the matrix is block diagonal."""
+        return torch.equal(self.matrix, block_diagonal(self.matrix, self.space))
+
+    def rows(self) -> Iterator[Rows]:
+        """Read rows r with H = weight sum r r^T, seven at a time, the first block as factors."""
+        spectra = list(self._spectra().values())
+        if any(bool((values < 0).any()) for values, _ in spectra):
+            raise NumericsError("an indefinite matrix is no sum of squares")
+        most, columns = max(len(values) for values, _ in spectra), []
+        for values, vectors in spectra:
+            rooted = vectors * (values / self.weight).sqrt()
+            columns.append(torch.nn.functional.pad(rooted, (0, most - len(values))))
+        flat = torch.cat(columns).T
+        whole = Rows.from_flat(self.space, flat, torch.arange(len(flat)))
+        for start in range(0, len(flat), 7):
+            part = whole.take(slice(start, start + 7))
+            first = self.space.blocks[0]
+            inputs = torch.eye(first.shape[1]).to(flat).expand(len(part), -1, -1)
+            factors = OuterBlock(part.blocks[first.name].dense().values.mT, inputs)
+            yield evolve(part, blocks={**part.blocks, first.name: factors})
+
     def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
-        blockwise = torch.equal(self.matrix, block_diagonal(self.matrix, self.space))
-        parts = places(self.space) if blockwise else {"all": slice(0, self.space.dim)}
+        parts = places(self.space) if self.blockwise else {"all": slice(0, self.space.dim)}
         found = {}
         for name, where in parts.items():
             values, vectors = torch.linalg.eigh(self.matrix[where, where])
@@ -244,5 +275,5 @@ class ToyBasis:
         return Rows.from_flat(space, torch.cat(flat, 1), rows.index, rows.aux)
 
 
-GIVEN = frozenset({"apply", "dense", "sampled", "spectral"})
+GIVEN = frozenset({"apply", "dense", "rows", "sampled", "spectral"})
 """What `ToyOperator` answers."""

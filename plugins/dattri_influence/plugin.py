@@ -47,15 +47,14 @@ def register(registry: dattri.Registry) -> None:
         "if-explicit",
         {
             "source": "per-example",
-            "inverse_hessian": {
-                "curvature": "hessian",
-                "solver": {"name": "cholesky", "damping": 1e-3},
-            },
+            "inverse_hessian": {"name": "exact", "curvature": "hessian", "damping": 1e-3},
             "scorer": "dot",
             "fold": "mean",
         },
-        summary="Influence function with the Hessian written down and factorised",
-        formula="S_ij = <g_i, (H + damping I)^-1 h_j>, H the Hessian of the mean train loss",
+        summary="Influence function with the exact inverse of the Hessian, or, above 16384 "
+        "parameters, of the Gauss-Newton matrix",
+        formula="S_ij = <g_i, (H + damping I)^-1 h_j>, H the Hessian of the mean train loss, "
+        "written down and factorised, or the Gauss-Newton matrix from inner products of its rows",
         citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
         "Functions, equation 2 (arXiv 1703.04730)",
     )

@@ -66,6 +66,12 @@ def register(registry: dattri.Registry) -> None:
         "A curvature and a solver: (H + damping I)^-1",
     )
     registry.part(
+        "inverse_hessian",
+        "exact",
+        "dattri_parts.inverse_hessians.exact:Exact",
+        "The exact inverse of a curvature at any size",
+    )
+    registry.part(
         "curvature",
         "hessian",
         "dattri_parts.curvatures.hessian:Hessian",

@@ -185,8 +185,10 @@ def floor_of(
             2 * (n + m) * (i * k + o * q) for (i, o), (k, q) in zip(sizes, ranks, strict=True)
         )
         kept = [k * q for k, q in ranks]
-        floor.products(sketch + n * sum(k * k for k in kept) + n * m * sum(kept))
-        floor.decompositions("cholesky", kept)
+        sides = [min(n, k) for k in kept]  # of the matrix in the sketch, or of its rows
+        moments = n * sum(k * side for k, side in zip(kept, sides, strict=True))
+        floor.products(sketch + moments + n * m * sum(kept))
+        floor.decompositions("cholesky", sides)
     else:
         raise ValueError(f"no floor of {method!r} is known")
     return floor

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from attrs import field, frozen
 
+from dattri_core import capabilities, protocols
 from dattri_core.protocols import Damping, Fold, Projector, Solver
 from dattri_core.registry import Registry
 
@@ -14,11 +15,20 @@ def as_damping(value: float | Damping) -> Damping:
     return value if isinstance(value, Damping) else Damping(float(value))
 
 
+def members(module: Any) -> set[str]:
+    """Return the names that the protocols of a module ask for."""
+    own = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
+    return {name for c in own for name in vars(c) if not name.startswith("_")}
+
+
+BESIDES = members(capabilities) - members(protocols)
+
+
 class Silent:
-    """Answers every function of a protocol with None."""
+    """Answers every function of a part's own protocol with None, and nothing besides."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_") or name in BESIDES:
             raise AttributeError(name)
         return lambda *args, **kwargs: None
 
@@ -86,6 +96,9 @@ class FakeCurvature(Silent):
     seed: int = 0
     exact: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def needs_for(self, asked: frozenset[str]) -> frozenset[str]:
+        return self.needs
 
     def gives(self, space: Any) -> frozenset[str]:
         return frozenset({"apply"})

@@ -117,7 +117,7 @@ def test_map_scale_take(kind, b, t, o, i, k, r, seed):
     on_out = torch.randn(r, o, generator=generator, dtype=torch.float64)
     mapped = block.map(lambda x: x @ on_in.T, lambda y: y @ on_out.T)
     assert mapped.shape == (r, k)
-    assert (mapped.positions is None) == (kind == "dense")  # factors stay factors
+    assert (mapped.positions is None) == (kind in FORMED)  # factors stay factors
     same(mapped.dense().values, on_out @ formed @ on_in.T)
     weights = torch.randn(b, generator=generator, dtype=torch.float64)
     same(block.scale(weights).dense().values, weights[:, None, None] * formed)

@@ -67,7 +67,7 @@ def test_a_misspelt_override_is_refused_with_the_valid_ones(no_tensors, override
     with pytest.raises(
         SpecError, match=r"(?s)did you mean '(damping|solver\.damping|scorer|.*damping)'"
     ):
-        dattri.method("if-explicit", **overrides)
+        dattri.method("if-cg", **overrides)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest(no_tensors):
@@ -256,11 +256,11 @@ def test_evolve_checks_again(no_tensors):
 
 
 def test_overrides_reach_the_one_part_with_the_field():
-    made = dattri.method("if-explicit", damping=0.25, scorer="cosine")
+    made = dattri.method("if-cg", damping=0.25, scorer="cosine")
     assert made.inverse_hessian.solver.damping.value == 0.25
     assert made.scorer == Method(scorer="cosine").scorer
-    assert dattri.method("if-explicit", **{"solver.damping": 0.25, "scorer": "cosine"}) == made
-    assert dattri.method("if-explicit", solver="cg").inverse_hessian.curvature == (
+    assert dattri.method("if-cg", **{"solver.damping": 0.25, "scorer": "cosine"}) == made
+    assert dattri.method("if-cg", solver="cholesky").inverse_hessian.curvature == (
         made.inverse_hessian.curvature
     )
 

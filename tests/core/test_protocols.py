@@ -62,6 +62,7 @@ def fitted() -> dict[str, Any]:
     bound = method.source.bind(task, task.checkpoints[0], train)
     stream, device = dattri.RandomStream(0, "test"), torch.device("cpu")
     root = build_part("solver", "cholesky").root_for(operator, device)
+    spectral = build_part("curvature", "diagonal").fit(problem)
     return {
         "BoundSource": bound,
         "OutputSource": bound,
@@ -78,10 +79,10 @@ def fitted() -> dict[str, Any]:
         "ReducingSolver": build_part("solver", "arnoldi"),
         "ReducedInverse": build_part("solver", "arnoldi").solve_for(operator, device),
         "SampledOperator": operator,
-        "SpectralOperator": build_part("curvature", "diagonal").fit(problem),
-        "SplitInverse": build_part("solver", "spectral").solve_for(
-            build_part("curvature", "diagonal").fit(problem), device
-        ),
+        "SpectralOperator": spectral,
+        "RowsOperator": build_part("curvature", "gauss-newton").fit(problem),
+        "ByUse": build_part("curvature", "ggn"),
+        "SplitInverse": build_part("solver", "spectral").solve_for(spectral, device),
     }
 
 
@@ -113,6 +114,8 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
         "ReducedInverse",
         "SampledOperator",
         "SpectralOperator",
+        "RowsOperator",
+        "ByUse",
         "SplitInverse",
     ],
 )

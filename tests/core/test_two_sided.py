@@ -38,6 +38,28 @@ def test_both_forms_give_the_same_scores(damping):
     assert (one - two).abs().max() < 1e-9 * max(1, float(one.abs().max()))
 
 
+@pytest.mark.parametrize("curvature", ["diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("damping", [0.1, {"relative": 0.1}])
+def test_a_spectrum_gives_both_forms_layer_by_layer(curvature, damping):
+    """<R g, R h> = <g, H^-1 h>; a full-rank sketch after it changes nothing, a small one does."""
+    task, train, test = world()
+    inverse = {"curvature": curvature, "solver": {"name": "spectral", "damping": damping}}
+    root = {"inverse_hessian": {**inverse, "form": "two-sided"}}
+    one = scores(task, train, test, {"inverse_hessian": inverse})
+    two = scores(task, train, test, root)
+    scale = float(one.abs().max())
+    assert (one - two).abs().max() < 1e-9 * scale
+    sketched = scores(task, train, test, root, {"projector": Kronecker(100)})
+    assert (one - sketched).abs().max() < 1e-9 * scale
+    assert (one - scores(task, train, test, root, {"projector": Kronecker(2)})).abs().max() > 1e-3
+    fitted = Method(stages=[root, {"projector": Kronecker(2)}]).fit(task, train)
+    assert fitted._held.chain.blockwise  # train rows pass a layer at a time
+    own = fitted.self_influence()
+    assert (own - fitted.attribute(train).values.diagonal()).abs().max() < 1e-9 * scale
+    swept = fitted.with_(damping=0.7)
+    assert swept._held.chain.inverses[0].stats["damping"] == pytest.approx(0.7)
+
+
 def test_each_side_is_multiplied_by_the_symmetric_root():
     task, train, _ = world()
     curvature = Gram()

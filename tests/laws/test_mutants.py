@@ -1,6 +1,7 @@
 """Broken parts, one a law: each breaks that law, and no other unless the table says so."""
 
 import pytest
+from toy_moment_parts import ToyMoment
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
@@ -45,7 +46,13 @@ def registry():
 GOOD = {
     "source": [ToySource()],
     "projector": [ToyProjector(), ToyDataProjector()],
-    "curvature": [ToyGGN(), ToyFisher(), ToySpectrum()],
+    "curvature": [
+        ToyGGN(),
+        ToyFisher(),
+        ToySpectrum(),
+        ToyMoment(),
+        ToyMoment(blockwise=True),
+    ],
     "solver": [
         ToySolver(),
         ToySolver(reduced=True),
@@ -112,6 +119,7 @@ BROKEN = {
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
         "samples-are-means": ToyGGN("once"),
+        "rows-are-of-the-operator": ToyMoment("weight"),
         "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
@@ -236,3 +244,18 @@ def test_a_mutant_breaks_its_law_alone(kind, law):
     assert not report.ok
     details = [finding.detail for finding in report.failures if finding.law == law]
     assert "Error:" not in details[0]  # caught by its numbers, not by a crash
+
+
+@pytest.mark.parametrize("part", [ToyMoment("sign"), ToyMoment("weight", blockwise=True)])
+def test_rows_are_held_to_be_the_same_each_time_and_of_every_block(part):
+    report = check("curvature", part, registry=registry())
+    assert {finding.law for finding in report.failures} == {"rows-are-of-the-operator"}
+
+
+@pytest.mark.parametrize("solver", ["woodbury", "datainf"])
+def test_a_solver_that_reads_rows_meets_the_laws_on_toy_operators(solver):
+    report = check("solver", solver)
+    assert report.ok, str(report)
+    met = {finding.law for finding in report.findings if finding.status == "passed"}
+    assert {"inverse-is-linear", "damping-can-change", "blockwise-is-true"} <= met
+    assert ("inverse-is-exact" in met) == (solver == "woodbury")

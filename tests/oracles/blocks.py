@@ -7,9 +7,9 @@ import itertools
 import torch
 
 from dattri_core import DenseBlock, OneHot, OuterBlock, low_rank
-from dattri_core.blocks import Shared, SpanBlock, SumBlock
+from dattri_core.blocks import GroupedBlock, Shared, SpanBlock, SumBlock
 
-FORMED = ("dense",)
+FORMED = ("dense", "grouped")
 FACTORED = ("outer", "one-hot", "low-rank", "shared", "shared one-hot")
 COMBINED = ("span of dense", "span of outer", "span of shared one-hot", "span of span", "sum")
 KINDS = (*FORMED, *FACTORED, *COMBINED)
@@ -26,6 +26,15 @@ def make(kind, rows, positions, outputs, inputs, generator, dtype=torch.float64)
     if kind == "dense":
         values = normal(rows, outputs, inputs)
         return DenseBlock(values), values.double()
+    if kind == "grouped":  # as many groups as divide the outputs, but not all of them
+        groups = next((g for g in (2, 3) if outputs % g == 0), 1)
+        shape = (rows, positions, groups)
+        left, right = normal(*shape, outputs // groups), normal(*shape, inputs)
+        formed = torch.zeros(rows, outputs, inputs, dtype=torch.float64)
+        for b, t, o in itertools.product(range(rows), range(positions), range(outputs)):
+            group, place = divmod(o, outputs // groups)
+            formed[b, o] += left[b, t, group, place].double() * right[b, t, group].double()
+        return GroupedBlock(left, right), formed
     if kind == "low-rank":
         left, right = normal(rows, outputs, positions), normal(rows, positions, inputs)
         formed = torch.zeros(rows, outputs, inputs, dtype=torch.float64)

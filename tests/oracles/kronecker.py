@@ -101,6 +101,16 @@ def _positions(module: nn.Module, inputs: Tensor, grads: Tensor) -> Row:
     return e, x.detach()
 
 
+def rows_of_group(rows: Sequence[Row], group: int, groups: int, bias: bool) -> list[Row]:
+    """Return e and x of one group of a grouped convolution, its outputs and its part of a patch."""
+    found = []
+    for e, x in rows:
+        own = x[:, :-1].chunk(groups, 1)[group] if bias else x.chunk(groups, 1)[group]
+        inputs = torch.cat([own, x[:, -1:]], 1) if bias else own
+        found.append((e.chunk(groups, 1)[group], inputs))
+    return found
+
+
 # --- dense curvature ------------------------------------------------------------------------------
 def gradients(rows: Sequence[Row]) -> Tensor:
     """Return the rows formed and flat, ``[R, O I]``."""

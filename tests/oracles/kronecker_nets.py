@@ -40,7 +40,7 @@ def mlp() -> tuple[Task, Any]:
 class ConvNet(nn.Module):
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
-        self.first = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.first = nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=min(2, groups))
         self.second = nn.Conv2d(4, 4, 2, dilation=2, bias=False, groups=groups)
         self.head = nn.Linear(8, 3)
 

@@ -16,12 +16,12 @@ class Factors:
     """Sums over the positions of all rows that count.
 
     ``outputs`` is sum e e^T ``[O, O]``, ``inputs`` is sum x x^T ``[I, I]``, or its diagonal ``[I]``
-    for one-hot inputs.
+    for one-hot inputs. Rows of G groups have ``[G, O, O]``, ``[G, I, I]`` and ``[G]`` positions.
     """
 
     outputs: Tensor
     inputs: Tensor
-    positions: int
+    positions: int | Tensor
 
 
 @frozen(eq=False)
@@ -29,14 +29,18 @@ class EigenFactors:
     """Eigenvectors of both factors, with the eigenvalues in float64."""
 
     sides: Kronecker
-    outputs: Tensor  # [O]
-    inputs: Tensor  # [I]
-    positions: int
+    outputs: Tensor  # [O] or [G, O]
+    inputs: Tensor  # [I] or [G, I]
+    positions: int | Tensor
 
     def product(self, weight: float) -> Tensor:
-        """Return the eigenvalues ``[O, I]`` of K-FAC: weight times S (x) A / positions."""
-        grid = self.outputs.unsqueeze(1) * self.inputs
-        return grid * (weight / max(1, self.positions))
+        """Return the eigenvalues of K-FAC, weight times S (x) A / positions: ``[O, I]``.
+
+        Those of groups are stacked, ``[G O, I]``.
+        """
+        count = torch.as_tensor(self.positions, device=self.outputs.device).double().clamp_min(1)
+        grid = self.outputs.unsqueeze(-1) * self.inputs.unsqueeze(-2)
+        return (grid * (weight / count)[..., None, None]).reshape(-1, self.inputs.shape[-1])
 
 
 @define(eq=False)
@@ -78,12 +82,13 @@ class FactorReader:
         factors = self.found[name]
         if factors.inputs.shape != sums.inputs.shape:
             raise SpecError(
-                f"curvature {self.curvature!r}: block {name!r} has one-hot inputs in some batches "
-                "and others elsewhere; leave its parameters out"
+                f"curvature {self.curvature!r}: block {name!r} has factors of other shapes in some "
+                f"batches, {tuple(factors.inputs.shape)} and {tuple(sums.inputs.shape)}: one-hot "
+                "inputs or groups in one and not in the other; leave its parameters out"
             )
         factors.outputs.add_(sums.outputs)
         factors.inputs.add_(sums.inputs)
-        factors.positions += sums.positions
+        factors.positions = factors.positions + sums.positions
 
     def decompose(self) -> dict[str, EigenFactors]:
         """Return the eigenvectors of all factors; the factors are let go one after another.

@@ -16,6 +16,7 @@ from dattri_core import (
     MemoryBudgetError,
     Outlook,
     Problem,
+    RandomStream,
     RowKind,
     Rows,
     Space,
@@ -67,6 +68,11 @@ class SecondMoment:
     def n_train(self) -> int:
         """Return the number of train examples."""
         return self.problem.n_train
+
+    @property
+    def random(self) -> RandomStream:
+        """Return the stream of random numbers of the fit."""
+        return self.problem.random
 
     def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
         """Read all rows, or those of the examples at some positions, a few at a time."""

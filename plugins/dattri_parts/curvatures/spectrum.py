@@ -14,10 +14,18 @@ from dattri_core import Block, BlockSpec, DenseBlock, Rows, Space
 
 @frozen(eq=False)
 class Kronecker:
-    """Orthonormal eigenvectors of the two sides of a block, as columns; None: the unit vectors."""
+    """Orthonormal eigenvectors of the two sides of a block, as columns; None: the unit vectors.
 
-    outputs: Tensor | None  # [O, O]
-    inputs: Tensor | None  # [I, I]
+    A block of G groups has those of each group, and its rows are formed.
+    """
+
+    outputs: Tensor | None  # [O, O] or [G, O, O]
+    inputs: Tensor | None  # [I, I] or [G, I, I]
+
+    @property
+    def grouped(self) -> bool:
+        """Return whether each group has its own."""
+        return self.outputs is not None and self.outputs.dim() == 3
 
     @property
     def on_inputs(self) -> Callable[[Tensor], Tensor] | None:
@@ -31,12 +39,27 @@ class Kronecker:
 
     def turn(self, block: Block) -> Block:
         """Return Q_O^T G Q_I for every row G."""
+        if self.grouped:
+            return self._of_groups(block, transposed=False)
         return block.map(self.on_inputs, self.on_outputs)
 
     def back(self, block: Block) -> Block:
         """Return Q_O K Q_I^T for every row K."""
+        if self.grouped:
+            return self._of_groups(block, transposed=True)
         outputs, inputs = (None if q is None else q.mT for q in (self.outputs, self.inputs))
         return block.map(times(inputs), times(outputs))
+
+    def _of_groups(self, block: Block, *, transposed: bool) -> Block:
+        assert self.outputs is not None
+        assert self.inputs is not None
+        values = block.dense().values
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        left, right = self.outputs.to(values.dtype), self.inputs.to(values.dtype)
+        if transposed:
+            left, right = left.mT, right.mT
+        parted = values.reshape(len(block), *left.shape[:2], -1)  # [B, G, O, I]
+        return DenseBlock((left.mT @ parted @ right).flatten(1, 2))
 
 
 def times(matrix: Tensor | None) -> Callable[[Tensor], Tensor] | None:
@@ -101,7 +124,7 @@ class KroneckerBasis:
     def _turned(self, spec: BlockSpec) -> BlockSpec:
         if spec.name in self.dropped:
             return BlockSpec(spec.name, "dense", (0,))
-        return BlockSpec(spec.name, spec.kind, spec.shape)
+        return BlockSpec(spec.name, "outer" if spec.kind == "outer" else "dense", spec.shape)
 
 
 @frozen(eq=False)

@@ -33,6 +33,8 @@ class Squares:
         sides = self.sides.get(name)
         if sides is None:
             squares = square_sum(block)
+        elif sides.grouped:
+            squares = square_sum(sides.turn(block))
         else:
             squares = square_sum(block, sides.on_inputs, sides.on_outputs)
         self.totals[name] = self.totals[name].add_(squares) if name in self.totals else squares

@@ -21,6 +21,7 @@ from dattri_core import (
 
 Uncovered = Literal["diagonal", "identity", "drop", "error"]
 UNCOVERED: tuple[Uncovered, ...] = ("diagonal", "identity", "drop", "error")
+FACTORED = ("outer", "grouped")
 NARROWEST = 4  # bytes of one number of a factor, at least
 _MEANING = {
     "diagonal": "take the diagonal of the same Fisher matrix",
@@ -45,15 +46,16 @@ class Cover:
         Raises:
             SpecError: No block has factors.
         """
-        factored = tuple(spec.name for spec in space if spec.kind == "outer")
-        rest = tuple(spec.name for spec in space if spec.kind != "outer")
+        factored = tuple(spec.name for spec in space if spec.kind in FACTORED)
+        rest = tuple(spec.name for spec in space if spec.kind not in FACTORED)
         if not factored:
             raise SpecError(
-                f"curvature {curvature!r}: needs blocks that keep the factors of a layer (kind "
-                f"'outer'), and none of {list(rest)[:6]} does; after a flat sketch no factors are "
-                "left: put the inverse Hessian first (stages=[{'inverse_hessian': ...}, "
-                "{'projector': ...}]), take a projector that gives 'keeps-factors', or the "
-                "curvature 'diagonal'; without a sketch, take the source 'per-example'"
+                f"curvature {curvature!r}: needs blocks that keep the factors of a layer (kinds "
+                f"'outer' and 'grouped'), and none of {list(rest)[:6]} does; after a flat sketch "
+                "no factors are left: put the inverse Hessian first "
+                "(stages=[{'inverse_hessian': ...}, {'projector': ...}]), take a projector that "
+                "gives 'keeps-factors', or the curvature 'diagonal'; without a sketch, take the "
+                "source 'per-example'"
             )
         return Cover(factored, rest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from attrs import define, field, frozen, validators
+from attrs import define, evolve, field, frozen, validators
 from torch import Tensor
 
 from dattri_core import (
@@ -68,7 +68,7 @@ class LowRank:
         told = Outlook(blockwise=not self.inner.needs)
         if hasattr(self.inner, "outlook"):
             told = self.inner.outlook(space)
-        return Outlook(told.blockwise, told.forms, self.rank, told.splits)
+        return evolve(told, rank=self.rank)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""

@@ -143,7 +143,7 @@ class Kronecker:
             return spec
         outputs, inputs = spec.matrix_shape
         shape = (ranks.get("outputs", outputs), ranks.get("inputs", inputs))
-        return BlockSpec(spec.name, spec.kind, shape)
+        return BlockSpec(spec.name, "outer" if spec.kind == "outer" else "dense", shape)
 
     def _random(self, stream: RandomStream, name: str, side: str, rank: int, size: int) -> Tensor:
         key = stream.key("kronecker", VERSION, self.distribution, name, side)

@@ -23,7 +23,7 @@ from dattri_core import (
     as_damping,
     explain_inner,
 )
-from dattri_parts.solvers.held import absolute_dampings, groups_of, hold, squares_of
+from dattri_parts.solvers.held import absolute_dampings, groups_of, kept, squares_of
 
 HELD_SHARE = 4
 """Rows are held, not read again for each group of queries, up to one part in so many of memory."""
@@ -64,7 +64,7 @@ class DataInf:
         Raises:
             NumericsError: A block has neither damping nor curvature.
         """
-        return _inverse(_Lengths.of(operator, device), self.damping)
+        return _inverse(_Lengths.of(operator), self.damping)
 
 
 @define(eq=False)
@@ -77,14 +77,23 @@ class _Lengths:
     squares: Mapping[str, Tensor]  # by group, [N] in float64
 
     @staticmethod
-    def of(operator: RowsOperator, device: torch.device) -> _Lengths:
-        room = operator.memory // HELD_SHARE
+    def of(operator: RowsOperator) -> _Lengths:
+        """Read all rows: their lengths, and the rows themselves while they are small."""
         groups = groups_of(operator)
-        held = hold(operator, device, lambda _, size: size <= room)
-        parts = operator.rows() if held is None else iter([held])
-        found = [squares_of(part, groups) for part in parts]
-        squares = {group: torch.cat([part[group] for part in found]) for group in groups}
-        return _Lengths(operator, groups, held, squares)
+        found: dict[str, list[Tensor]] = {group: [] for group in groups}
+        held: list[Rows] | None = []
+        size = 0
+        for rows in operator.rows():
+            part = kept(rows)
+            for group, names in groups.items():
+                found[group].append(squares_of([part.blocks[name] for name in names]))
+            if held is not None:
+                held.append(part)
+                size += part.nbytes
+                held = held if size <= operator.memory // HELD_SHARE else None
+        nothing = torch.zeros(1, dtype=torch.float64)  # so that a curvature without rows is zero
+        squares = {group: torch.cat(parts or [nothing]) for group, parts in found.items()}
+        return _Lengths(operator, groups, Rows.concatenate(held) if held else None, squares)
 
     @property
     def count(self) -> int:
@@ -131,6 +140,16 @@ class _DataInfInverse:
     def blockwise(self) -> bool:
         """Return whether H is block diagonal."""
         return self.lengths.operator.blockwise
+
+    @property
+    def forms(self) -> bool:
+        """Return whether answers are formed: where rows are not held."""
+        return self.lengths.held is None
+
+    @property
+    def base(self) -> int:
+        """Return of how many rows of H an answer may be a combination."""
+        return 0 if self.lengths.held is None else self.lengths.count
 
     def apply(self, rows: Rows) -> Rows:
         """Return the mean of the inverses times every row g.

@@ -6,18 +6,38 @@ orientation of the first, and the factors of the second swap roles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dattri_core import Block, BlockSpec, DenseBlock, OneHot, OuterBlock, ParameterView
+from dattri_core import (
+    Block,
+    BlockSpec,
+    DenseBlock,
+    GroupedBlock,
+    OneHot,
+    OuterBlock,
+    ParameterView,
+)
+
+
+def formed_stacks(sink: Callable[[str, Block], None]) -> Callable[[str, Block], None]:
+    """Return a sink that forms stacks of factors: test rows wait, and formed they are smaller."""
+
+    def formed(name: str, block: Block) -> None:
+        sink(name, block.dense() if isinstance(block, GroupedBlock) else block)
+
+    return formed
 
 
 def fold_calls(block: Block, count: int) -> Block:
     """Return B rows of B k: the k rows of an example, next to each other, are added."""
     if len(block) == count:
         return block
+    if isinstance(block, GroupedBlock):
+        pair = (_by_example(side, count).flatten(1, 2) for side in (block.outputs, block.inputs))
+        return GroupedBlock(*pair)
     if not isinstance(block, OuterBlock):
         return DenseBlock(_by_example(block.dense().values, count).sum(1))
     outputs, inputs = _by_example(block.outputs, count).flatten(1, 2), block.own_inputs
@@ -29,7 +49,7 @@ def fold_calls(block: Block, count: int) -> Block:
 
 def turn(block: Block, own: BlockSpec, target: BlockSpec) -> Block:
     """Return rows in the orientation and kind of the target block."""
-    if target.kind == "dense" and own.kind == "outer":
+    if target.kind == "dense" and own.kind != "dense":
         return turn(block.dense(), _as_dense(own), target)
     if _layout(own) == _layout(target):
         return block
@@ -44,6 +64,10 @@ def join_calls(blocks: Sequence[Block]) -> Block:
     """Return the sum of rows: factors are put one after another along positions."""
     if len(blocks) == 1:
         return blocks[0]
+    stacks = [block for block in blocks if isinstance(block, GroupedBlock)]
+    if len(stacks) == len(blocks) and len({stack.outputs.shape[2] for stack in stacks}) == 1:
+        sides = ([s.outputs for s in stacks], [s.inputs for s in stacks])
+        return GroupedBlock(*(torch.cat(side, dim=1) for side in sides))
     outer = [block for block in blocks if isinstance(block, OuterBlock)]
     if len(outer) < len(blocks):
         total = blocks[0].dense().values
@@ -65,6 +89,9 @@ def zero_block(spec: BlockSpec, count: int, dtype: torch.dtype, device: torch.de
     if spec.kind == "outer":
         outputs, inputs = spec.shape
         return OuterBlock(zero.expand(count, 1, outputs), zero.expand(count, 1, inputs))
+    if spec.kind == "grouped":
+        outputs, inputs = spec.shape
+        return GroupedBlock(zero.expand(count, 1, 1, outputs), zero.expand(count, 1, 1, inputs))
     return DenseBlock(zero.expand(count, *spec.shape))
 
 

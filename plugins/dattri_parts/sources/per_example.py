@@ -20,6 +20,7 @@ from dattri_core import (
     take,
 )
 from dattri_parts.sources.axes import LARGE
+from dattri_parts.sources.blocks import formed_stacks
 from dattri_parts.sources.capture import Pass
 from dattri_parts.sources.finite import plain, require_finite
 from dattri_parts.sources.habits import Habits, WrittenInputError
@@ -89,7 +90,7 @@ class BoundPerExample:
         self._run(
             lambda model: self.evaluator.total_of(model, batch, learnt),
             (batch, learnt),
-            sink,
+            sink if role == "train" else formed_stacks(sink),
             f"rows of role {role!r}",
         )
         return {}

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.kronecker import (
     block_diagonal,
+    block_name,
     block_of,
     ekfac,
     empirical,
     factors_of,
     fisher,
+    kfac,
     problem_of,
+    rows_of_group,
     softmax_ggn,
 )
 from oracles.kronecker_nets import LAYERS, NETS, N, conv, labels, mlp, numbers, seeded
@@ -98,6 +101,41 @@ def test_slices_do_not_show(limit):
     with contraction_limit(limit):
         got, _ = dense(EKFAC(fisher="empirical"), task, train)
     near(got, want, 1e-12)
+
+
+# --- grouped convolutions -------------------------------------------------------------------------
+@pytest.mark.parametrize("fisher_kind", ["empirical", "ggn"])
+@pytest.mark.parametrize(
+    ("curvature", "oracle", "approximation"),
+    [(EKFAC, ekfac, "expand"), (KFAC, kfac, "expand"), (KFAC, kfac, "reduce")],
+)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_each_group_of_a_convolution_has_its_own_factors(
+    groups, curvature, oracle, approximation, fisher_kind
+):
+    task, train = conv(groups)
+    part = curvature(fisher=fisher_kind, approximation=approximation)
+    matrix, space = dense(part, task, train)
+    functions = (empirical if fisher_kind == "empirical" else softmax_ggn)(task)
+    reduce = {"reduce": True} if approximation == "reduce" else {}
+    for layer, parts, bias in (("first", 2, True), ("second", groups, False)):
+        assert space[block_name(space, layer)].kind == "grouped"
+        rows = factors_of(task, train, layer, functions)
+        each = [
+            oracle(rows_of_group(rows, group, parts, bias), N, **reduce) for group in range(parts)
+        ]
+        near(block_of(matrix, space, layer), torch.block_diag(*each), 1e-10)
+
+
+def test_scores_with_grouped_convolutions_are_those_of_the_dense_matrix():
+    task, train = conv(4)
+    options = {"fisher": "empirical", "damping": 0.1}
+    scores = dattri.attribute(task, train, train, method="if-ekfac", **options).values
+    problem = problem_of(task, train)
+    matrix = EKFAC(fisher="empirical").fit(problem).dense()
+    flat = torch.cat([rows.flat() for rows in problem.rows()])
+    damped = matrix + 0.1 * torch.eye(len(matrix)).double()
+    near(scores, flat @ torch.linalg.solve(damped, flat.T), 1e-10)
 
 
 # --- where it is exact --------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_symmetrise_averages_every_pair_of_entries(tile, monkeypatch):
 @pytest.mark.parametrize(("curvature", "kind"), [(Hessian(), "hessian"), (GGN(), "ggn")])
 def test_declared_facts(curvature, kind):
     space = Space((BlockSpec("any", "dense", (3,)),))
-    assert curvature.gives(space) - {"rows"} == {"apply", "dense"}
+    assert curvature.gives(space) - {"rows"} == {"apply", "dense", "sampled"}
     assert ("rows" in curvature.gives(space)) == (kind == "ggn")  # the Hessian is no sum of squares
     assert curvature.needs == {f"{kind}-product"}
     assert curvature.exact

@@ -84,8 +84,8 @@ def check(
     if kinds:
         assert tuple(block.kind for block in bound.space) == kinds
         rows, _ = stream_rows(bound, batch)
-        for block in bound.space:  # an outer block comes as factors
-            assert (rows.blocks[block.name].positions is not None) == (block.kind == "outer")
+        for block in bound.space:  # an outer or grouped block comes as factors
+            assert (rows.blocks[block.name].positions is None) == (block.kind == "dense")
     return bound.space
 
 
@@ -151,7 +151,7 @@ def test_convolutions(device: str, axes: int, data: st.DataObject) -> None:
         inputs, outputs, kernel, stride, padding, dilation, groups, bias, mode
     )
     x = torch.randn(3, inputs, *size, dtype=torch.float64)
-    kind = kinds_of("outer" if groups == 1 else "dense", frozen)
+    kind = kinds_of("outer" if groups == 1 else "grouped", frozen)
     space = check(layer, x, device, kind, frozen)
     columns = (inputs // groups * math.prod(kernel) if frozen != "weight" else 0) + (
         bias and frozen != "bias"

@@ -10,7 +10,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from dattri_core import Block, BlockSpec, DenseBlock, ParameterView
+from dattri_core import Block, BlockSpec, GroupedBlock, ParameterView
 from dattri_parts.sources.layers.affine import AFFINE, affine_rows, affine_spec, dtype_of
 
 
@@ -19,8 +19,8 @@ class ConvolutionRule:
     """``nn.Conv1d/2d/3d``: dL/dW = sum_p g_p patch_p^T over output positions p.
 
     With one group the block is outer, (O, I k) and the bias as last column. With more groups it is
-    dense, (O, I/groups k): a group's rows of W meet that group's patches only, so that the gradient
-    is a stack of outer products with different inputs, and no single pair of factors has its shape.
+    grouped, (O, I/groups k): a group's rows of W meet that group's patches only, so that the
+    gradient is a stack of outer products with different inputs.
     """
 
     leading: ClassVar[bool] = True
@@ -35,12 +35,12 @@ class ConvolutionRule:
         views = [ParameterView(trained["weight"], tuple(module.weight.shape), 0, inputs)]
         if "bias" in trained:
             views.append(ParameterView(trained["bias"], (outputs,), inputs, inputs + 1))
-        return BlockSpec(name, "dense", (outputs, views[-1].stop), views)
+        return BlockSpec(name, "grouped", (outputs, views[-1].stop), views)
 
     def rows(
         self, module: nn.Module, trained: Mapping[str, str], inputs: Tensor, grads: Tensor
     ) -> Block:
-        """Return factors (one group) or formed rows (several) of inputs ``[N, I, ...]``."""
+        """Return factors, or a stack of them for each group, of inputs ``[N, I, ...]``."""
         assert isinstance(module, nn.modules.conv._ConvNd)
         grads = grads.flatten(2)  # [N, O, P]
         if "weight" not in trained:
@@ -54,17 +54,13 @@ class ConvolutionRule:
 def _grouped(
     module: nn.modules.conv._ConvNd, trained: Mapping[str, str], patches: Tensor, grads: Tensor
 ) -> Block:
-    dtype = dtype_of(module, trained)
-    groups = module.groups
-    rows, positions = patches.shape[:2]
-    split = patches.reshape(rows, positions, groups, -1).transpose(1, 2)  # [N, g, P, I/g k]
-    parted = grads.reshape(rows, groups, -1, positions)  # [N, g, O/g, P]
-    # Sums over positions run in float32 or better.
-    wide = torch.promote_types(dtype, torch.float32)
-    formed = (parted.to(wide) @ split.to(wide)).flatten(1, 2)  # [N, O, I/g k]
+    dtype, groups = dtype_of(module, trained), module.groups
+    shape = (*patches.shape[:2], groups, -1)
+    inputs = patches.reshape(shape).to(dtype)  # [N, P, g, I/g k]
+    outputs = grads.mT.reshape(shape).to(dtype)  # [N, P, g, O/g]
     if "bias" in trained:
-        formed = torch.cat([formed, grads.to(wide).sum(2, keepdim=True)], dim=2)
-    return DenseBlock(formed.to(dtype))
+        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:3], 1)], dim=3)
+    return GroupedBlock(outputs, inputs)
 
 
 def _patches(module: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:

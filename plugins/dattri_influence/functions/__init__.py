@@ -1,0 +1,1 @@
+"""Functions for developers of methods: products with Hessians and Fisher matrices and inverses."""

@@ -1,0 +1,58 @@
+"""A toy curvature that is read as rows: right without a fault, broken with one."""
+
+from __future__ import annotations
+
+import torch
+from attrs import define, field, frozen
+
+from dattri_core import Rows
+
+
+@frozen
+class ToyMoment:
+    """The mean of g g^T, or its diagonal blocks, as rows."""
+
+    fault: str = ""
+    blockwise: bool = False
+    needs = frozenset({"rows"})
+    exact = False
+
+    def gives(self, space):
+        return frozenset({"apply", "rows"})
+
+    def fit(self, problem):
+        return ToyMomentOperator(self.fault, problem, self.blockwise)
+
+
+@define(eq=False)
+class ToyMomentOperator:
+    fault: str
+    problem: object
+    blockwise: bool
+    readings: list = field(factory=list)
+    dtype = torch.float64
+    memory = 2**28
+
+    @property
+    def space(self):
+        return self.problem.space
+
+    @property
+    def weight(self):
+        return (1.5 if self.fault == "weight" else 1) / self.problem.n_train
+
+    def rows(self):
+        self.readings.append(None)
+        turn = -1.0 if self.fault == "sign" and len(self.readings) > 1 else 1.0
+        for rows in self.problem.rows():
+            yield rows.scale(torch.full((len(rows),), turn, dtype=torch.float64))
+
+    def apply(self, rows):
+        total = torch.zeros(len(rows), self.space.dim, dtype=torch.float64)
+        names = [(name,) for name in self.space.names] if self.blockwise else [self.space.names]
+        for part in self.problem.rows():
+            for some in names:
+                mine, given = part.select(some), rows.select(some)
+                there = torch.cat([torch.full((s.size,), s.name in some) for s in self.space])
+                total[:, there] += mine.inner(given).T @ mine.flat() / self.problem.n_train
+        return Rows.from_flat(self.space, total, rows.index, rows.aux)

@@ -1,0 +1,137 @@
+"""Curvatures that are second moments of rows, against dense float64 matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dattri_parts.curvatures import second_moment
+from dattri_parts.curvatures.fisher_information import Fisher
+from dattri_parts.curvatures.gauss_newton import GaussNewton
+from dattri_parts.curvatures.ggn import GGN
+from dattri_parts.solvers.spectral import Spectral
+from oracles.networks import (
+    NETWORKS,
+    dense_ggn,
+    dense_second_moment,
+    diagonal_blocks,
+    network,
+    problem_of,
+    solved,
+)
+from oracles.toy_parts import FlatSketch
+
+from dattri_core import BlockSpec, MemoryBudgetError, Rows, Space, SpecError
+from dattri_core.laws.oracles import row_matrix
+
+CPU = torch.device("cpu")
+
+
+def gap(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def vectors(space, count=4):
+    generator = torch.Generator().manual_seed(3)
+    flat = torch.randn(count, space.dim, generator=generator, dtype=torch.float64)
+    return Rows.from_flat(space, flat, torch.arange(count) + 5)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_empirical_fisher_is_the_second_moment_of_gradients(name, batch, block):
+    task, train = network(name)
+    problem = problem_of(task, train, batch=batch)
+    matrix = dense_second_moment(task, problem.space, train)
+    if block:
+        matrix = diagonal_blocks(matrix, problem.space)
+    given, factored = vectors(problem.space), Rows.concatenate(list(problem.rows()))
+    for curvature in (GaussNewton(block=block), Fisher(kind="empirical", block=block)):
+        operator = curvature.fit(problem)
+        assert gap(operator.dense(), matrix) < 1e-12
+        for rows in (given, factored):
+            product = operator.apply(rows)
+            assert gap(product.flat(), rows.flat() @ matrix) < 1e-12
+            assert torch.equal(product.index, rows.index)
+        some = torch.tensor([6, 1, 1])
+        chosen = row_matrix(task, problem.space, train)[some]
+        mean = chosen.T @ chosen / 3
+        mean = diagonal_blocks(mean, problem.space) if block else mean
+        assert gap(operator.apply_on(given, some).flat(), given.flat() @ mean) < 1e-12
+        assert operator.blockwise == block
+        assert curvature.exact == (not block)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_of_the_ggn_are_the_ggn(name):
+    task, train = network(name)
+    problem = problem_of(task, train)
+    operator = GGN().fit(problem)
+    flat = torch.cat([rows.flat() for rows in operator.rows()])
+    matrix = dense_ggn(task, problem.space, train)
+    assert gap(operator.weight * flat.T @ flat, matrix) < 1e-12
+    assert (
+        gap(operator.apply(vectors(problem.space)).flat(), vectors(problem.space).flat() @ matrix)
+        < 1e-12
+    )
+
+
+def test_drawn_labels_come_to_the_ggn_as_their_number_grows():
+    task, train = network("perceptron")
+    problem = problem_of(task, train)
+    matrix = dense_ggn(task, problem.space, train)
+    gaps = [gap(Fisher(draws=draws).fit(problem).dense(), matrix) for draws in (1, 400)]
+    assert gaps[1] < 0.15
+    assert gaps[1] < gaps[0] / 4
+    one, same = (Fisher(draws=2).fit(problem_of(task, train, batch=b)).dense() for b in (1, 5))
+    assert gap(one, same) < 1e-12  # keyed by position, never by batch
+    other = problem_of(*network("perceptron", seed=1))
+    assert gap(Fisher().fit(other).dense(), Fisher().fit(problem).dense()) > 0.1
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_eigenvectors_of_small_blocks_serve_the_spectral_solver(block):
+    task, train = network("reader")
+    sketches = [] if block else [FlatSketch(7)]
+    problem = problem_of(task, train, sketches=sketches)
+    curvature = GaussNewton(block=block)
+    assert "spectral" in curvature.gives(problem.space)
+    operator = curvature.fit(problem)
+    matrix = operator.dense()
+    rows = Rows.concatenate(list(problem.rows()))
+    inverse = Spectral(0.01).solve_for(operator, CPU)
+    assert gap(inverse.apply(rows).flat(), solved(matrix, 0.01, rows.flat())) < 1e-10
+    assert all(float(values.min()) >= 0 for values in operator.eigenvalues.values())
+
+
+def test_what_is_given_is_told_from_the_space():
+    small = Space((BlockSpec("a", "outer", (3, 4)), BlockSpec("b", "dense", (5,))))
+    large = Space((BlockSpec("a", "outer", (80, 90)),))
+    single = Space((BlockSpec("a", "dense", (512,)),))
+    plain = {"apply", "dense", "rows", "sampled"}
+    assert GaussNewton(block=True).gives(small) == plain | {"spectral"}
+    assert GaussNewton().gives(small) == plain  # one matrix over two blocks
+    assert GaussNewton().gives(single) == plain | {"spectral"}
+    assert GaussNewton(block=True).gives(large) == plain
+    assert second_moment.LARGEST_SPECTRUM == 4096
+    assert Fisher(block=True).gives(small) == GaussNewton(block=True).gives(small)
+
+
+def test_what_cannot_be_done_is_said():
+    problem = problem_of(*network("perceptron"), memory=2**12)
+    for refused in (lambda o: o.dense(), lambda o: o.basis):
+        with pytest.raises(MemoryBudgetError, match=r"needs .* may be used; use a solver"):
+            refused(GaussNewton(block=True).fit(problem))
+    with pytest.raises(SpecError, match="draws=2 with kind='empirical'"):
+        Fisher(kind="empirical", draws=2)
+    for wrong in ({"kind": "true"}, {"draws": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Fisher(**wrong)
+    with pytest.raises(SpecError, match="curvature product: the spaces differ"):
+        GaussNewton().fit(problem).apply(vectors(Space((BlockSpec("z", "dense", (3,)),))))
+    assert Fisher().needs == {"fisher-rows"}
+    assert Fisher(kind="empirical").needs == GaussNewton().needs == {"rows"}
+    assert not Fisher().exact
+    assert Fisher(kind="empirical").exact
+    assert GGN().needs_for(frozenset({"rows"})) == {"ggn-rows"}
+    assert GGN().needs_for(frozenset({"apply"})) == GGN().needs == {"ggn-product"}
