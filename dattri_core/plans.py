@@ -20,8 +20,12 @@ PAIR_NUMBERS = 3
 """Numbers of a pair alive beside its totals: a block's part, its slices, the result."""
 SLAB_SHARE = 8
 """One part in so many of the budget holds the queries of one block while they are expanded."""
-DEFERRED_SHARE = 0.75
-"""Of the room that deferred queries may take; how many do is weighed against larger batches."""
+DEFERRED_SHARE = 0.6
+"""Of the room that deferred queries may take; how many do is weighed against larger batches.
+
+What is left holds a train batch and, with one slab, the intermediates of a contraction: a quarter
+of the budget.
+"""
 TRANSFER = 1000
 """Multiply-adds that a device does while one byte comes from the host."""
 HOST_SHARE = 2

@@ -144,6 +144,37 @@ def test_many_queries_keep_to_the_budget(method, memory):
     assert tracked.peak < memory * MIB
 
 
+class Tokens(torch.nn.Module):
+    """An embedding and two layers over 16 positions: some products gather, some are formed."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(128, 96)
+        self.hidden = torch.nn.Linear(96, 288)
+        self.head = torch.nn.Linear(288, 128)
+
+    def forward(self, input_ids):
+        return self.head(torch.tanh(self.hidden(self.words(input_ids))))
+
+
+@pytest.mark.parametrize("method", ["if-ekfac", "grad-dot"])
+def test_many_queries_of_sequences_keep_to_the_budget(method):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Tokens()
+
+    def sequences(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(128, (count, 16), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+    task = Task(model, loss="causal-lm")
+    fitted = dattri.method(method).fit(task, sequences(20, 1), memory="24MiB", progress=False)
+    with PeakMemory() as tracked:
+        fitted.attribute(sequences(200, 2))
+    assert tracked.peak < 24 * MIB
+
+
 def test_many_queries_are_deferred_and_few_are_not():
     method = dattri.method("if-ekfac", damping=0.1)
 
