@@ -211,7 +211,8 @@ class Outlook:
         blockwise: See `Inverse.blockwise`.
         damped: Whether it is made of a curvature and a damping, and not the identity.
         forms: Whether rows come out formed, and not as the factors that they were.
-        rank: Largest number of outer products of a row that comes out, where it is bounded.
+        rank: Largest number of outer products of a row that comes out, where it is bounded; a
+            fitted inverse says so by an attribute ``row_rank``.
         splits: Whether it is a `SplitInverse` that can be split, and rows keep their kind in its
             basis: factors stay factors.
         reduced: The space of rows after it, where it leaves a few numbers of each.

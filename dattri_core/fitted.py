@@ -19,6 +19,7 @@ from dattri_core.contract import contraction_limit
 from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import By, Run, self_influence
+from dattri_core.measures import needs_inverse
 from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
@@ -178,10 +179,8 @@ class FittedMethod:
             )
         first = self._fit(self._first())
         self._require_same_weights(first)
-        costs = first.outline.costs()
-        route = costs.routes[0]
-        per_row = costs.activations + 2 * route.kept + route.train_row
-        per_row += max(route.making, route.expanded)
+        costs = first.outline.costs(measured=True)
+        per_row = costs.activations + costs.routes[0].train_row
         batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
         total = len(self.train) * len(self.task.checkpoints)
         with (
@@ -321,7 +320,7 @@ class FittedMethod:
         )
         plan = make_plan(
             self.budget,
-            fitted.outline.costs(variants=variants > 1),
+            fitted.outline.costs(variants=variants > 1, measured=needs_inverse(self.method.scorer)),
             work,
             host=free_bytes(torch.device("cpu")) if self.task.device.type == "cuda" else 0,
             notes=fitted.outline.notes,
@@ -348,7 +347,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
-            **({"group": "sum"} if request.group else {}),
+            "group": "sum" if request.group else None,
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,

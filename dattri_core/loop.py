@@ -13,18 +13,20 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.batch import Batch
+from dattri_core.batch import Batch, move
+from dattri_core.blocks import Block
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
-from dattri_core.making import Variants, make_branches, pass_in_slabs, resident
-from dattri_core.measures import join_sides
-from dattri_core.pairing import WHOLE, Paired, pair_batch, pair_rows, require_finite
+from dattri_core.making import Variants, make_branches
+from dattri_core.measures import Known, Measures, join_sides, needs_inverse, take_side
+from dattri_core.pairing import WHOLE, Paired, pair_batch, require_finite
 from dattri_core.plans import Plan
-from dattri_core.problem import collect
+from dattri_core.problem import require_complete
 from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot
 from dattri_core.queries import Branch, require_finite_queries
 from dattri_core.routes import shared_steps
+from dattri_core.rows import Rows
 from dattri_core.snapshot import Fitted
 from dattri_core.stream import Examples
 from dattri_core.tiles import Tiles, shards
@@ -104,6 +106,7 @@ def fold_tiles(
     """
     ordered = run.checkpoints if run.fold.order == "forward" else run.checkpoints[::-1]
     for done, checkpoint in enumerate(ordered):
+        known = Known(len(run.train)) if needs_inverse(run.scorer) else None
         for group in range(run.plan.groups):
             waiting = [
                 shard
@@ -126,7 +129,7 @@ def fold_tiles(
             )
             report(fitted, branches, group)
             for start, stop in waiting:
-                scored = score_tile(run, fitted, branches, start, stop, advance)
+                scored = score_tile(run, fitted, branches, start, stop, advance, known)
                 states = _updated(run, tiles.get(group, start), scored, checkpoint)
                 tiles.put(group, start, done + 1, states)
 
@@ -179,6 +182,7 @@ def score_tile(
     start: int,
     stop: int,
     advance: Callable[[int], None],
+    known: Known | None,
 ) -> list[Scored]:
     """Return the scores of the train rows ``start:stop`` for each reading, on the CPU."""
     column = run.scorer.locality == "column"
@@ -194,6 +198,7 @@ def score_tile(
             batch,
             "train",
             by_block=run.by == "block",
+            known=known,
         )
         if column:
             parts.append(paired)
@@ -288,21 +293,49 @@ def self_influence(
 
 
 def _diagonal(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> Scored:
-    rows = collect(fitted.chain.source, batch, index, "train", fitted.device)
-    ahead = fitted.chain.train(rows)
-    behind = pass_in_slabs(fitted.chain.test_steps, rows, 0)
-    require_finite_queries(behind.blocks, index, fitted.checkpoint.name)
-    parts = []
-    for start in range(0, len(index), DIAGONAL):
-        part = slice(start, start + DIAGONAL)
-        some = behind.take(part)
-        queries = resident(some, scorer, fitted.device, fitted.checkpoint.name)
-        paired = pair_rows(ahead.take(part), some, scorer, queries)
-        scored = scorer.finish(paired.totals[WHOLE], paired.train, paired.test)
-        require_finite(scored.values, index[part], fitted.checkpoint)
+    """Return the scores of rows for themselves; a block at a time, where all steps act by blocks.
+
+    A scorer pairs all rows that it is given, so it is given a few at a time, and the diagonal of
+    what it makes of them is kept.
+    """
+    chain, source = fitted.chain, fitted.chain.source
+    parts = [slice(start, start + DIAGONAL) for start in range(0, len(index), DIAGONAL)]
+    totals: list[list[Tensor]] = [[] for _ in parts]
+    train, test = Measures(scorer.needs), Measures(scorer.needs)
+    names: list[str] = []
+    waiting: dict[str, Block] = {}
+    streams = chain.blockwise and chain.test_blockwise
+
+    def meet(rows: Rows) -> None:
+        ahead, behind = chain.both(rows)
+        require_finite_queries(behind.blocks, index, fitted.checkpoint.name)
+        train.add(ahead, behind)
+        test.add(behind)
+        for part, total in zip(parts, totals, strict=True):
+            for name, block in ahead.blocks.items():
+                pairs = scorer.pair(block.take(part), behind.blocks[name].take(part))
+                total[:] = [total[0] + pairs] if total else [pairs]
+
+    def sink(name: str, block: Block) -> None:
+        names.append(name)
+        if streams:
+            meet(Rows(source.space.select([name]), {name: block}, index))
+        else:
+            waiting[name] = block
+
+    aux = source.stream(move(batch, fitted.device), "train", sink)
+    require_complete(source.space, names)
+    if waiting:
+        meet(Rows(source.space, waiting, index))
+    sides = train.side(index, aux), test.side(index, aux)
+    found = []
+    for part, total in zip(parts, totals, strict=True):
+        ahead, behind = (take_side(side, part) for side in sides)
+        scored = scorer.finish(total[0], ahead, behind)
+        require_finite(scored.values, ahead.index, fitted.checkpoint)
         weight = None if scored.weight is None else scored.weight.cpu()
-        parts.append(Scored(scored.values.diagonal().unsqueeze(1).cpu(), weight))
-    return _join_scored(parts)
+        found.append(Scored(scored.values.diagonal().unsqueeze(1).cpu(), weight))
+    return _join_scored(found)
 
 
 def snapshot_of(checkpoint: Checkpoint) -> Snapshot:

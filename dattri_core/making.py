@@ -235,13 +235,6 @@ def sides_of(queries: Queries, scorer: Scorer, *, summed: bool = False) -> tuple
     return tuple(Side(index, aux, root(squares[variant])) for variant in queries.variants)
 
 
-def resident(rows: Rows, scorer: Scorer, device: torch.device, place: str) -> Queries:
-    """Return test rows after all steps as queries of one variant."""
-    queries = Queries((rows,), ((),), (), (0,), device, 0, place)
-    queries.sides = sides_of(queries, scorer)
-    return queries
-
-
 def join_rows(pieces: list[Rows]) -> Rows:
     """Return rows one after another, block by block, and empty the list: no copy of all is made."""
     first, index = pieces[0], torch.cat([piece.index for piece in pieces])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import Factory, define, evolve, field
 from torch import Tensor
 
 from dattri_core.blocks import Block
@@ -56,9 +57,65 @@ class Measures:
         return None if square is None else root(square)
 
 
+@define(eq=False)
+class Known:
+    """Numbers of train rows at one checkpoint, so that further query groups need no inverse.
+
+    Args:
+        n: Train examples.
+    """
+
+    n: int
+    _values: dict[tuple[int, str], Tensor] = field(factory=dict)  # [n], by variant and number
+    _seen: Tensor = field(
+        default=Factory(lambda self: torch.zeros(self.n, dtype=torch.bool), takes_self=True)
+    )
+
+    def covers(self, index: Tensor) -> bool:
+        """Return whether the rows at these positions were measured, for every variant."""
+        return bool(self._seen[index.cpu()].all())
+
+    def keep(self, sides: Mapping[int, Side]) -> None:
+        """Keep what was measured of some rows, by variant."""
+        for variant, side in sides.items():
+            for name, value in _inverted(side).items():
+                held = self._values.setdefault((variant, name), value.new_zeros(self.n))
+                held[side.index.to(held.device)] = value
+            self._seen[side.index.cpu()] = True
+
+    def added(self, variant: int, side: Side) -> Side:
+        """Return the side of some rows with what was measured of them before."""
+        found: dict[str, Any] = {
+            name: values[side.index.to(values.device)]
+            for (of, name), values in self._values.items()
+            if of == variant
+        }
+        return evolve(side, **found)
+
+
+def _inverted(side: Side) -> dict[str, Tensor]:
+    numbers = {"self_influence": side.self_influence, "inverse_norm": side.inverse_norm}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
 def root(squares: Tensor) -> Tensor:
     """Return the roots of sums of squares; one that rounding left below zero is zero."""
     return squares.clamp_min(0).sqrt()
+
+
+def take_side(side: Side, part: slice) -> Side:
+    """Return what is known of some of the rows."""
+
+    def optional(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[part]
+
+    return Side(
+        side.index[part],
+        {key: value[part] for key, value in side.aux.items()},
+        optional(side.norm),
+        optional(side.self_influence),
+        optional(side.inverse_norm),
+    )
 
 
 def join_sides(sides: Sequence[Side]) -> Side:

@@ -26,7 +26,7 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         blockwise=step.blockwise,
         damped=bool(stage.needs),
         forms=bool(stage.needs) and getattr(step, "forms", True),
-        rank=getattr(step, "rank", None),
+        rank=getattr(step, "row_rank", None),
         splits=_splits(step, space),
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError
-from dattri_core.measures import Measures
+from dattri_core.measures import Known, Measures
 from dattri_core.problem import require_complete
 from dattri_core.protocols import BoundSource, Role, Scorer, Side
 from dattri_core.queries import Branch, Queries
@@ -33,14 +33,6 @@ class Paired:
     test: Side
 
 
-def pair_rows(ahead: Rows, behind: Rows, scorer: Scorer, queries: Queries) -> Paired:
-    """Return the totals of whole train rows, given after the steps of either side."""
-    pairing = Pairing(scorer, (queries,))
-    pairing.add(ahead, {queries.variants[0]: behind})
-    (paired,) = pairing.paired(ahead.index, ahead.aux).values()
-    return paired
-
-
 def pair_batch(
     source: BoundSource,
     branches: Sequence[Branch],
@@ -50,9 +42,23 @@ def pair_batch(
     role: Role,
     *,
     by_block: bool = False,
+    known: Known | None = None,
 ) -> list[Paired]:
-    """Return the totals of a batch for each variant; rows go as they come."""
+    """Return the totals of a batch for each variant; rows go as they come.
+
+    Args:
+        source: Gives the rows.
+        branches: Train sides, and the queries at their ends.
+        scorer: Pairs rows.
+        index: Positions of the examples.
+        batch: The examples.
+        role: Of the rows.
+        by_block: Whether totals are told apart by block.
+        known: What was measured of train rows by earlier passes; what this one measures is added.
+    """
     pairings = [Pairing(scorer, branch.queries, by_block) for branch in branches]
+    if known is not None and known.covers(index):
+        branches = [evolve(branch, chains={}) for branch in branches]
     streaming = [branch.streams for branch in branches]
     names: list[str] = []
     waiting: dict[str, Block] = {}
@@ -79,6 +85,10 @@ def pair_batch(
     if waiting:
         pass_on(Rows(source.space, waiting, index), wanted=False)
     found = {v: one for pairing in pairings for v, one in pairing.paired(index, aux).items()}
+    if known is not None:
+        if not known.covers(index):
+            known.keep({variant: one.train for variant, one in found.items()})
+        found = {v: evolve(one, train=known.added(v, one.train)) for v, one in found.items()}
     return [found[variant] for variant in sorted(found)]
 
 

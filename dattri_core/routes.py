@@ -44,7 +44,11 @@ class Stop:
 
 
 def routes_of(
-    steps: Sequence[LinearMap | Outlook], row: Rows, *, variants: bool = False
+    steps: Sequence[LinearMap | Outlook],
+    row: Rows,
+    *,
+    variants: bool = False,
+    measured: bool = False,
 ) -> tuple[Route, ...]:
     """Return the routes that a chain allows, the plainest first.
 
@@ -52,13 +56,14 @@ def routes_of(
         steps: In the order in which rows pass them; of an inverse, what is known of it.
         row: One row as the source gives it.
         variants: Whether several dampings share what is kept of a deferred query.
+        measured: Whether train rows pass the test side too, for what a scorer needs of them.
     """
     last = steps[-1] if steps else None
     splits = isinstance(last, Outlook) and last.splits and last.blockwise
     return tuple(
         route
         for split in ((False, True) if splits else (False,))
-        for route in _routes(steps, row, variants=variants, split=split)
+        for route in _routes(steps, row, variants=variants, measured=measured, split=split)
     )
 
 
@@ -86,13 +91,12 @@ def _routes(
     row: Rows,
     *,
     variants: bool,
+    measured: bool,
     split: bool,
 ) -> list[Route]:
     stops = _stops(steps, row, split=split)
     end = len(stops) - 1
     item = max(4, row.dtype.itemsize)
-    streams = all(map(streams_through, steps))
-    whole = row.nbytes + 2 * row.space.dim * item
     lead = max(k for k in range(len(stops)) if stops[k].lead)
     largest = EXPANSION * max(spec.size for spec in stops[-1].row.space) * item
     parts = all(stop.blockwise for stop in stops[lead + 1 :])
@@ -104,7 +108,7 @@ def _routes(
     resident = Route(
         deferred=False,
         cut=end,
-        train_row=_train_row(steps, row, largest) if streams else whole,
+        train_row=_train_row(steps, stops, largest, measured=measured),
         test_row=row.nbytes,
         kept=kept,
         making=making,
@@ -136,10 +140,19 @@ def streams_through(step: LinearMap | Outlook) -> bool:
     return step.reduced is None
 
 
-def _train_row(steps: Sequence[LinearMap | Outlook], row: Rows, expanded: int) -> int:
-    """Return the bytes of the largest block of a train row on its way."""
-    roots = any(isinstance(step, Outlook) and step.two_sided for step in steps)
-    return expanded if roots else max(block.nbytes for block in row.blocks.values())
+def _train_row(
+    steps: Sequence[LinearMap | Outlook], stops: Sequence[Stop], expanded: int, *, measured: bool
+) -> int:
+    """Return the bytes of a train row on its way: of its largest block where it streams."""
+    row, item = stops[0].row, max(4, stops[0].row.dtype.itemsize)
+    inverted = measured and not stops[-1].lead
+    if all(map(streams_through, steps)) and (not inverted or all(s.blockwise for s in stops)):
+        roots = any(isinstance(step, Outlook) and step.two_sided for step in steps)
+        block = max(block.nbytes for block in row.blocks.values())
+        return block + (expanded if roots or inverted else 0)
+    whole = row.nbytes + 2 * row.space.dim * item
+    # As the train side leaves it, and what an inverse of whole rows works with beside it.
+    return whole + (4 * max(stop.row.space.dim for stop in stops) * item if inverted else 0)
 
 
 def _cut(stops: Sequence[Stop], most: int) -> int | None:

@@ -14,6 +14,7 @@ from dattri_core.atomic import discard_leftovers
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
 from dattri_core.loop import Run, finished, fold_tiles
+from dattri_core.measures import needs_inverse
 from dattri_core.pairing import WHOLE
 from dattri_core.progress import bar
 from dattri_core.queries import Branch
@@ -75,7 +76,8 @@ class Runner:
             discard_leftovers(path)
         tiles, sizes = open_tiles(folder, self.provenance, sizes)
         resumed: dict[str, Any] = dict(sizes)
-        route = first.outline.costs().choices[sizes["choice"] - 1]
+        costs = first.outline.costs(measured=needs_inverse(self.run.scorer))
+        route = costs.choices[sizes["choice"] - 1]
         self.run = run = attrs.evolve(
             self.run, plan=attrs.evolve(self.run.plan, route=route, **resumed)
         )

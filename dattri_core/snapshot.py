@@ -48,9 +48,14 @@ class Outline:
     row: Rows
     activations: int
 
-    def costs(self, *, variants: bool = False) -> Costs:
-        """Return the costs of one example, for one damping or for several at once."""
-        routes = routes_of(self.steps, self.row, variants=variants)
+    def costs(self, *, variants: bool = False, measured: bool = False) -> Costs:
+        """Return the costs of one example.
+
+        Args:
+            variants: For several dampings at once.
+            measured: Train rows pass the test side too, for what a scorer needs of them.
+        """
+        routes = routes_of(self.steps, self.row, variants=variants, measured=measured)
         return Costs(self.activations, gradient_work(self.row), routes)
 
     @property

@@ -78,6 +78,11 @@ class CurvatureInverse:
             asked = self.curvature.needs_for(self.solver.needs)
         return asked | more
 
+    @property
+    def exact(self) -> bool:
+        """Return whether it is the exact inverse of the curvature that it is named after."""
+        return self.curvature.exact and self.solver.exact
+
     def out_space(self, space: Space) -> Space:
         """Return the space of rows after it: another one for a solver that reduces them."""
         return self.solver.out_space(space) if isinstance(self.solver, ReducingSolver) else space

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dattri_core.batch import Batch, join, take
+from dattri_core.dampings import damping_path
 from dattri_core.errors import ConvergenceWarning
+from dattri_core.laws.curvatures import NAMES
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.sources import fingerprint
 from dattri_core.laws.worlds import (
@@ -102,15 +104,17 @@ def tensor(scores: Scores) -> Tensor:
 
 
 def _change_solvers(part: Any, **changes: Any) -> Any:
-    """Return a method with fields of its solvers changed, where they have them."""
+    """Return a method with fields of its solvers changed, or of an inverse that solves itself."""
 
     def changed(stage: Any) -> Any:
         solver = getattr(stage, "solver", None)
-        if solver is None or not attrs.has(type(solver)):
+        owner: Any = stage if solver is None and isinstance(stage, InverseHessian) else solver
+        if owner is None or not attrs.has(type(owner)):
             return stage
-        known = {a.name for a in attrs.fields(type(solver))}
+        known = {a.name for a in attrs.fields(type(owner))}
         fitting = {key: value for key, value in changes.items() if key in known}
-        return attrs.evolve(stage, solver=attrs.evolve(solver, **fitting))
+        made = attrs.evolve(owner, **fitting)
+        return made if owner is stage else attrs.evolve(stage, solver=made)
 
     if getattr(part, "chain", None) is None:
         return part
@@ -131,8 +135,8 @@ def _fits(bench: MethodBench) -> str | None:
 
 
 def _damped(bench: MethodBench) -> str | None:
-    solvers = [getattr(stage, "solver", None) for stage in getattr(bench.part, "chain", ())]
-    return None if any(solvers) else "it has no solver, so no damping"
+    paths = [damping_path(stage) for stage in getattr(bench.part, "chain", ())]
+    return None if any(paths) else "it has no damping"
 
 
 def _exact(bench: MethodBench) -> str | None:
@@ -147,10 +151,9 @@ def _exact(bench: MethodBench) -> str | None:
     inverses: list[Any] = [s for s in chain if isinstance(s, InverseHessian) and s.needs]
     if len(inverses) != 1:
         return "it inverts no curvature" if not inverses else "it inverts several curvatures"
-    curvature, solver = (getattr(inverses[0], key, None) for key in ("curvature", "solver"))
-    if curvature is None or solver is None or not (curvature.exact and solver.exact):
+    if not getattr(inverses[0], "exact", False):
         return "its curvature or its solver declares that it is not exact"
-    if not any(need.endswith("-product") for need in curvature.needs):
+    if not inverses[0].needs & NAMES.keys():
         return "its curvature is not that of the train loss"
     if bench.part.scorer.needs or bench.part.scorer.locality != "tile":
         return "its scorer reads more than inner products"

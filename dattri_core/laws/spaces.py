@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -151,6 +152,13 @@ class ToyProblem:
             raise SpecError(f"toy problem: has rows of the loss, not of kind {kind!r}")
 
 
+@cache
+def _parts(size: int) -> Tensor:
+    """Return E, -E, F, -F: what each example of a `ToyOperator` adds, ``[4, size, size]``."""
+    one, other = (symmetric(size, -0.04, 0.04, seed=seed) for seed in (78, 79))
+    return torch.stack([one, -one, other, -other])
+
+
 @frozen(eq=False)
 class ToyOperator:
     """An operator that is a matrix: it answers all of `GIVEN`.
@@ -177,10 +185,8 @@ class ToyOperator:
 
     def apply_on(self, rows: Rows, index: Tensor) -> Rows:
         """Return H g for every row g, H the mean over some examples."""
-        size, flat = self.space.dim, rows.flat()
-        turns = [symmetric(size, -0.04, 0.04, seed=seed) for seed in (78, 79)]
-        signs = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[index].mean(0)
-        matrix = self.matrix + sum(float(s) * t for s, t in zip(signs, turns, strict=True))
+        flat = rows.flat()
+        matrix = self.matrix + _parts(self.space.dim)[index].mean(0)
         return Rows.from_flat(self.space, flat @ matrix.to(flat.dtype), rows.index, rows.aux)
 
     def dense(self) -> Tensor:

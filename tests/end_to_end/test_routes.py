@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
+from oracles.routes import SMALL, costs_seen, taking
 from oracles.toy_parts import FlatSketch, Gram, inverse
 from oracles.toy_tasks import mlp, normal
-from routes import SMALL, costs_seen, taking
 
 import dattri_core as dattri
 from dattri_core import Method, Task

@@ -63,6 +63,11 @@ class Exact:
             return self.curvature.needs_for(asked)
         return self.curvature.needs
 
+    @property
+    def exact(self) -> bool:
+        """Return whether the curvature is the one that it is named after."""
+        return self.curvature.exact
+
     def outlook(self, space: Space) -> Outlook:
         """Return what is known before the fit, and which curvature will be inverted."""
         return evolve(self.route(space).outlook(space), note=self.told(space))

@@ -10,7 +10,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, SpanBlock, SumBlock
-from dattri_parts.solvers.factor import largest_eigenvalue, require_regular
+from dattri_parts.solvers.factor import power_iteration, require_regular
 from dattri_parts.solvers.held import squares_of
 
 TILE = 2048
@@ -90,7 +90,7 @@ class Dual:
         self._lower = None  # the one before goes first
         matrix = gram(list(self.blocks.values()))
         if not self._largest and self.trace > 0:
-            self._largest = largest_eigenvalue(lambda v: matrix @ v, matrix)
+            self._largest = power_iteration(lambda v: matrix @ v, matrix)
         self._lower, self._shift = _cholesky(matrix, shift), shift
 
     def rounding(self, damping: float) -> float:

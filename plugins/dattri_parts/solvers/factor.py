@@ -68,8 +68,8 @@ def triangular(matrix: Tensor, damping: float) -> Triangular | None:
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             return None
-        greatest = largest_eigenvalue(lambda v: matrix @ v, matrix)
-        least = 1 / largest_eigenvalue(lambda v: torch.cholesky_solve(v, lower), matrix)
+        greatest = power_iteration(lambda v: matrix @ v, matrix)
+        least = 1 / power_iteration(lambda v: torch.cholesky_solve(v, lower), matrix)
     finally:
         matrix.diagonal().copy_(diagonal)
     return Triangular(lower, least, greatest)
@@ -93,7 +93,7 @@ def spectrum(matrix: Tensor, damping: float) -> Spectrum:
     return Spectrum(values, basis, damping)
 
 
-def largest_eigenvalue(function: object, like: Tensor) -> float:
+def power_iteration(function: object, like: Tensor) -> float:
     """Return an estimate from below of the largest eigenvalue of a positive operator."""
     assert callable(function)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, Space
-from dattri_parts.solvers.factor import largest_eigenvalue, require_regular, triangular
+from dattri_parts.solvers.factor import power_iteration, require_regular, triangular
 
 
 @define(eq=False)
@@ -77,7 +77,7 @@ class Primal:
 
     @cached_property
     def _greatest(self) -> float:
-        return largest_eigenvalue(lambda v: self.matrix @ v, self.matrix) if self.trace > 0 else 0.0
+        return power_iteration(lambda v: self.matrix @ v, self.matrix) if self.trace > 0 else 0.0
 
     def invert(
         self, rows: Rows, names: Sequence[str], damping: float, *, spectral: bool
