@@ -191,7 +191,7 @@ def register(registry: dattri.Registry) -> None:
             "projector": {"name": "kronecker", "rank": 64, "uncovered": "sketch"},
             "inverse_hessian": {
                 "curvature": {"name": "gauss-newton", "block": True},
-                "solver": {"name": "spectral", "damping": {"relative": 0.1}},
+                "solver": {"name": "woodbury", "damping": {"relative": 0.1}},
             },
             "scorer": "dot",
             "fold": "mean",

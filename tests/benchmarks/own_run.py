@@ -130,8 +130,9 @@ def run(job: Job) -> dict[str, Any]:
     found["finite"] = bool(torch.isfinite(values).all())
     found["solver"] = scores.provenance["solver"]
     plan = method.attribute(task, world.train, test, memory=job.memory, dry_run=True)
-    found["plan"] = str(plan)
-    found["notes"] = list(plan.notes)
+    notes = [note for note in plan.notes if not note.startswith("inner of ")]
+    groups = f"{plan.groups} query group{'s' * (plan.groups > 1)} of {plan.query_group}"
+    found["choice"] = "; ".join([f"{groups}, {plan.route}", *notes])
     if job.scores:
         np.save(job.scores, values.double().numpy())
     return found

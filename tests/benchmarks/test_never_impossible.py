@@ -90,11 +90,10 @@ def test_never_impossible(
 
 
 def _choice(own: Any) -> str:
-    notes = [note for note in own["notes"] if not note.startswith("inner of ")]
     stats = own["solver"][0] if own["solver"] else {}
     told = [
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in stats.items()
         if name not in ("checkpoint", "group")
     ]
-    return "; ".join([*notes, *told])
+    return "; ".join([own["choice"], *told])

@@ -23,7 +23,13 @@ from dattri_core import (
     as_damping,
     explain_inner,
 )
-from dattri_parts.solvers.held import absolute_dampings, groups_of, kept, squares_of
+from dattri_parts.solvers.held import (
+    absolute_dampings,
+    damping_stats,
+    groups_of,
+    kept,
+    squares_of,
+)
 
 HELD_SHARE = 4
 """Rows are held, not read again for each group of queries, up to one part in so many of memory."""
@@ -120,8 +126,7 @@ def _inverse(lengths: _Lengths, damping: Damping) -> _DataInfInverse:
             "damping > 0, or {'relative': 0.1}"
         )
     stats = {
-        "damping": max(dampings.values()),
-        "least_damping": min(dampings.values()),
+        **damping_stats(dampings, sizes),
         "rows": float(lengths.count),
         "rows_held": float(lengths.held is not None),
     }

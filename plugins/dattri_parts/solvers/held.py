@@ -50,3 +50,15 @@ def absolute_dampings(
         name: damping.absolute(trace / sizes[name] if trace > 0 else mean)
         for name, trace in traces.items()
     }
+
+
+def damping_stats(dampings: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the mean damping over all numbers of a row, and its range where groups differ."""
+    weighted = sum(dampings[name] * sizes[name] for name in dampings)
+    if len(set(dampings.values())) == 1:
+        return {"damping": next(iter(dampings.values()))}
+    return {
+        "damping": weighted / max(1, sum(sizes.values())),
+        "damping_minimum": min(dampings.values()),
+        "damping_maximum": max(dampings.values()),
+    }

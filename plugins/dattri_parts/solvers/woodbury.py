@@ -24,7 +24,7 @@ from dattri_core import (
     format_bytes,
 )
 from dattri_parts.solvers.dual import Dual
-from dattri_parts.solvers.held import absolute_dampings, groups_of, kept
+from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of, kept
 from dattri_parts.solvers.primal import Primal
 
 FACTORS = 8
@@ -213,8 +213,7 @@ class _State:
                 stacklevel=4,
             )
         return {
-            "damping": max(dampings.values()),
-            "least_damping": min(dampings.values()),
+            **damping_stats(dampings, {name: side.size for name, side in self.sides.items()}),
             "rows": float(max(side.rows for side in sides)),
             "negligible_rows": float(min(side.negligible for side in sides)),
             "dual_blocks": float(sum(isinstance(side, Dual) for side in sides)),

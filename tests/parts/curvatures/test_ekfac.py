@@ -342,6 +342,26 @@ def test_ekfac_before_a_flat_sketch_is_a_method():
     near(scores.values, (flat @ sketch.T) @ (solved @ sketch.T).T, 1e-10)
 
 
+def test_ekfac_on_both_sides_before_a_flat_sketch_is_a_method():
+    """<P R g, P R h>, R = (H + damping)^-1/2, against dense algebra."""
+    task, train = mlp()
+    inverse = {
+        "curvature": {"name": "ekfac", "fisher": "empirical"},
+        "solver": {"name": "spectral", "damping": 0.1},
+        "form": "two-sided",
+    }
+    method = Method(stages=[{"inverse_hessian": inverse}, {"projector": FlatSketch(7)}])
+    scores = method.attribute(task, train, train)
+    problem = problem_of(task, train)
+    matrix = EKFAC(fisher="empirical").fit(problem).dense()
+    values, vectors = torch.linalg.eigh(matrix + 0.1 * torch.eye(len(matrix)).double())
+    root = (vectors * values.rsqrt()) @ vectors.T
+    stream = dattri.RandomStream(0, "projector", 0)
+    sketch = FlatSketch(7).build(problem.space, stream=stream, device=problem.device).matrix
+    flat = torch.cat([rows.flat() for rows in problem.rows()]) @ root @ sketch.T
+    near(scores.values, flat @ flat.T, 1e-10)
+
+
 def test_factors_that_do_not_fit_are_refused_by_bytes_before_the_pass(monkeypatch):
     task, train = mlp()
     # Factors of 4 x 4 and 6 x 6, 3 x 3 and 5 x 5, eigenvalues of 4 x 6 and 3 x 5, in float64.

@@ -83,8 +83,8 @@ def test_the_default_damping_is_that_of_the_paper():
         0.1 * float(gradients[:, o : o + s.size].square().mean())
         for s, o in zip(problem.space, problem.space.offsets.values(), strict=True)
     ]
-    assert inverse.stats["damping"] == pytest.approx(max(dampings))
-    assert inverse.stats["least_damping"] == pytest.approx(min(dampings))
+    assert inverse.stats["damping_maximum"] == pytest.approx(max(dampings))
+    assert inverse.stats["damping_minimum"] == pytest.approx(min(dampings))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
