@@ -308,7 +308,7 @@ def test_ctrl_c_in_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what runs in its background with this signal ignored, and children keep that.
+        # A shell starts what runs in its background with this signal ignored; children keep that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
