@@ -137,7 +137,7 @@ def _measure(name: str, world: Any) -> dict[str, Any]:
 
 def _is_iterative(made: Method) -> bool:
     """Return whether an inverse Hessian passes over the train set again for every row."""
-    return any(solver.needs == {"apply"} for solver in _solvers(made))
+    return any(solver.needs & {"apply", "sampled"} for solver in _solvers(made))
 
 
 def _solvers(made: Method) -> list[Any]:
