@@ -296,7 +296,7 @@ class Scores:
     def _check_finite(self) -> None:
         for start, piece in self._pieces():
             # one pass: a sum is finite only if every term is; if it overflowed, look closer
-            if math.isfinite(piece.sum(dtype=torch.float64).item()):
+            if math.isfinite(piece.sum().item()):
                 continue
             bad = (~torch.isfinite(piece)).nonzero()
             if len(bad):

@@ -37,19 +37,26 @@ def mismatches(
     """
     wrong: dict[str, float] = {}
     loose, share, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
+    norm = torch.linalg.vector_norm
+    parameters = [view.parameter for name in rows for view in space[name].parameters]
     for b in range(examples):
         expected = single_gradient(evaluator, take(sample, slice(b, b + 1)), role)
-        whole = torch.stack([g.norm() for g in expected.values()]).norm()
+        differences, lengths = [], []
         for name, block in rows.items():
-            spec = space[name]
             values = block.take(slice(b, b + 1)).dense().values
-            for view in spec.parameters:
+            for view in space[name].parameters:
                 true = expected[view.parameter]
-                got = parameter_values(spec, view, values)[0].to(true.dtype)
-                length, difference = true.norm(), (got - true).norm()
-                if not bool(difference <= loose * (length + share * whole) + floor):
-                    relative = float(difference / length.clamp_min(1e-30))
-                    wrong[view.parameter] = max(relative, wrong.get(view.parameter, 0.0))
+                got = parameter_values(space[name], view, values)[0]
+                differences.append(torch.dist(got.to(true.dtype), true))
+                lengths.append(norm(true))
+        difference, length = torch.stack(differences), torch.stack(lengths)
+        whole = norm(torch.stack([norm(gradient) for gradient in expected.values()]))
+        # One wait for the device; a comparison with a number that is not finite is false.
+        near = (difference <= loose * (length + share * whole) + floor).tolist()
+        for at, parameter in enumerate(parameters):
+            if not near[at]:
+                relative = float(difference[at] / length[at].clamp_min(1e-30))
+                wrong[parameter] = max(relative, wrong.get(parameter, 0.0))
     return wrong
 
 
@@ -74,6 +81,10 @@ def single_gradient(evaluator: Evaluator, example: Any, role: Any) -> dict[str, 
     wide = torch.promote_types(evaluator.dtype, torch.float32)
     found = {name: given[name].grad for name in evaluator.selected}
     return {
-        name: torch.zeros_like(given[name], dtype=wide) if grad is None else grad.to(wide)
+        name: torch.zeros_like(given[name], dtype=wide) if grad is None else _dense(grad).to(wide)
         for name, grad in found.items()
     }
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
