@@ -93,7 +93,7 @@ def batch_product(
     with (
         evaluator.session(),
         differentiable_kernels(evaluator.task.model),
-        shared_operands(vectors, batch),
+        shared_operands(vectors),
     ):
         require_second_derivative(evaluator, batch)
         size = plan_slices(evaluator, batch, vectors, limit)
