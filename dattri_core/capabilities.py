@@ -84,11 +84,19 @@ class RootSolver(Solver, Protocol):
 
 @runtime_checkable
 class ReducedInverse(Inverse, Protocol):
-    """A fitted inverse of low rank, as two sides: <g, A h> = <train_map g, apply(h)>."""
+    """A fitted inverse of low rank, as two sides: <g, P^T M P h> = <P g, M P h>.
+
+    P is the train map; ``apply(h)`` is M P h. At another damping M is another one, so that a sweep
+    takes P once on either side.
+    """
 
     @property
     def train_map(self) -> LinearMap | None:
-        """Return the map of the train side, whatever the damping; None where rows stay whole."""
+        """Return P, whatever the damping; None where rows stay whole."""
+        ...
+
+    def in_basis(self, rows: Rows) -> Rows:
+        """Return M k for rows k = P h."""
         ...
 
 

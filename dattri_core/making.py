@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, move
-from dattri_core.blocks import Block, DenseBlock, concatenate
+from dattri_core.blocks import Block, DenseBlock, concatenate, joins
+from dattri_core.contract import limit_now
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
 from dattri_core.measures import needs_inverse, root
@@ -173,7 +174,8 @@ class Making:
 
     def finish(self, scorer: Scorer) -> Branch:
         """Return the branch; a scorer says which numbers of its queries it reads."""
-        made, stats = [], []
+        made: list[Queries] = []
+        stats = []
         resident = not self.route.deferred and not self.route.offloaded
         for k, pieces in zip(self.group, self._pieces, strict=False):
             chain = self._chains.get(k) or self.variants.chain(k)
@@ -195,9 +197,12 @@ class Making:
                 slab=0 if resident else self.slab,
                 place=self.place,
             )
-            queries.sides = sides_of(queries, scorer, summed=self.summed)
             made.append(queries)
             stats += [(v, _stats(self._chains.get(v, chain))) for v in mine]
+        if resident:
+            made = stacked(made)
+        for queries in made:
+            queries.sides = sides_of(queries, scorer, summed=self.summed)
         train_side = self._chains.get(self.group[0], self.variants.base)
         measured = self.group if needs_inverse(scorer) else ()
         behind = {k: self._chains.get(k) or self.variants.chain(k) for k in measured}
@@ -216,10 +221,11 @@ def _stats(chain: Chain) -> list[Mapping[str, float]]:
 
 def sides_of(queries: Queries, scorer: Scorer, *, summed: bool = False) -> tuple[Side, ...]:
     """Return what the scorer may read of queries, once for each variant."""
-    index = torch.cat([piece.index for piece in queries.pieces])
+    own = slice(0, len(queries))  # of the first variant: all have the same
+    index = torch.cat([piece.index for piece in queries.pieces])[own]
     first = queries.pieces[0]
     aux: Mapping[str, Tensor] = {
-        key: torch.cat([piece.aux[key] for piece in queries.pieces]).to(queries.device)
+        key: torch.cat([piece.aux[key] for piece in queries.pieces])[own].to(queries.device)
         for key in first.aux
     }
     if summed:
@@ -233,6 +239,30 @@ def sides_of(queries: Queries, scorer: Scorer, *, summed: bool = False) -> tuple
             held = squares.setdefault(variant, part.new_zeros(len(queries)))
             held[here] += part
     return tuple(Side(index, aux, root(squares[variant])) for variant in queries.variants)
+
+
+def stacked(queries: Sequence[Queries]) -> list[Queries]:
+    """Return resident queries of several variants as one, where that forms nothing.
+
+    Train rows then meet all variants in one product. Larger queries than a contraction may use stay
+    apart: while they are joined, one block of all of them is there twice.
+    """
+    rows = [one.pieces[0] for one in queries]
+    blocks = [[one.blocks[name] for one in rows] for name in rows[0].space.names]
+    largest = max(sum(block.nbytes for block in of_all) for of_all in blocks)
+    if len(queries) == 1 or largest > limit_now() or not all(map(joins, blocks)):
+        return list(queries)
+    del blocks
+    for one in queries:
+        one.pieces = ()
+    return [
+        evolve(
+            queries[0],
+            pieces=(join_rows(rows),),
+            tails=tuple(one.tails[0] for one in queries),
+            variants=tuple(one.variants[0] for one in queries),
+        )
+    ]
 
 
 def join_rows(pieces: list[Rows]) -> Rows:

@@ -113,11 +113,16 @@ class Pairing:
         for variant, rows in behind.items() or ((ALL, None),):
             self._measures.setdefault(variant, Measures(self.scorer.needs)).add(ahead, rows)
         for name, block in ahead.blocks.items():
+            total = name if self.by_block else WHOLE
             for queries in self.queries:
-                here = queries.prepared(name, block)
+                here, width = queries.prepared(name, block), len(queries)
+                if not queries.slab:  # the variants at one go: the train rows are turned once
+                    part = self.scorer.pair(here, queries.resident(name, here))
+                    for variant, columns in queries.apart():
+                        self._add((variant, total), slice(None), part[:, columns], width)
+                    continue
                 for variant, columns, test in queries.meet(name, here):
-                    key = (variant, name if self.by_block else WHOLE)
-                    self._add(key, columns, self.scorer.pair(here, test), len(queries))
+                    self._add((variant, total), columns, self.scorer.pair(here, test), width)
 
     def paired(self, index: Tensor, aux: Mapping[str, Tensor]) -> dict[int, Paired]:
         """Return what has been added up, by variant."""

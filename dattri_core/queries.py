@@ -28,7 +28,8 @@ class Queries:
     """Test rows of one group, as they wait, and the ways to finish them.
 
     Args:
-        pieces: The rows, in order.
+        pieces: The rows, in order; resident ones of several variants are in one, one variant after
+            another.
         tails: The steps left, for each variant; several differ in their damping.
         sides: What a scorer may read of the finished rows, for each variant.
         variants: Which variants they are, of those of the run.
@@ -47,7 +48,8 @@ class Queries:
     _checked: set[str] = field(factory=set)
 
     def __len__(self) -> int:
-        return sum(map(len, self.pieces))
+        rows = sum(map(len, self.pieces))
+        return rows if self.slab else rows // len(self.variants)
 
     def meet(self, name: str, train: Block | None = None) -> Iterator[tuple[int, slice, Block]]:
         """Yield (variant, range of queries, their finished block) until all have come.
@@ -57,7 +59,9 @@ class Queries:
             train: Train rows that wait for it: what they would form each time is formed for good.
         """
         if not self.slab:
-            yield self.variants[0], slice(None), self._resident(name, train)
+            block = self.resident(name, train)
+            for variant, here in self.apart():
+                yield variant, slice(None), block if len(self.variants) == 1 else block.take(here)
             return
         start = 0
         for piece in self.pieces:
@@ -100,7 +104,18 @@ class Queries:
                 require_finite_queries({name: block}, some.index, self.place)
             yield variant, block
 
-    def _resident(self, name: str, train: Block | None) -> Block:
+    def apart(self) -> Iterator[tuple[int, slice]]:
+        """Yield (variant, range of its rows) of resident queries."""
+        for at, variant in enumerate(self.variants):
+            yield variant, slice(at * len(self), (at + 1) * len(self))
+
+    def resident(self, name: str, train: Block | None) -> Block:
+        """Return a block of resident queries, of all variants; formed for good where they meet so.
+
+        Args:
+            name: Of the block.
+            train: Train rows that wait for it.
+        """
         (rows,) = self.pieces
         block = rows.blocks[name]
         if train is None or block.positions is None:

@@ -71,7 +71,11 @@ def shared_steps(steps: Sequence[LinearMap | Outlook], *, split: bool) -> int:
     """Return how many steps of the test side are the same at every damping."""
     inverses = (k for k, step in enumerate(steps) if isinstance(step, Outlook) and step.damped)
     first = next(inverses, len(steps))
-    return first + (1 if split and first == len(steps) - 1 else 0)
+    if first == len(steps):
+        return first
+    step = steps[first]
+    reduced = isinstance(step, Outlook) and step.reduced is not None
+    return first + (1 if reduced or (split and first == len(steps) - 1) else 0)
 
 
 def gradient_work(row: Rows) -> int:
@@ -181,6 +185,8 @@ def _stops(steps: Sequence[LinearMap | Outlook], row: Rows, *, split: bool) -> l
         else:
             work += _turning(before) + _turning(_formed(before))
         stops.append(_inverted(stops[-1], step, work))
+        if step.reduced is not None:
+            stops.append(Stop(stops[-1].row, lead=False, blockwise=True))
     return stops
 
 

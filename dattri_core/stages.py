@@ -155,13 +155,13 @@ class CurvatureInverse:
 
 @frozen(eq=False)
 class InBasis:
-    """What a split inverse leaves to the test side alone, as a step."""
+    """What a split or a reduced inverse leaves to the test side alone, as a step."""
 
-    inverse: SplitInverse
+    inverse: SplitInverse | ReducedInverse
 
     @property
     def blockwise(self) -> bool:
-        """Return True: only inverses of blocks are split."""
+        """Return True: inverses of blocks are split, and reduced rows have one block."""
         return True
 
     @property
@@ -170,13 +170,13 @@ class InBasis:
         return self.inverse.stats
 
     def apply(self, rows: Rows) -> Rows:
-        """Return M k for rows k in the eigenbasis."""
+        """Return M k for rows k in the basis."""
         return self.inverse.in_basis(rows)
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the same of the inverse at another damping."""
         inverse = self.inverse.with_damping(damping)
-        assert isinstance(inverse, SplitInverse)
+        assert isinstance(inverse, (SplitInverse, ReducedInverse))
         return InBasis(inverse)
 
 
@@ -243,19 +243,20 @@ class Chain:
         """Return the inverse Hessians, of either form."""
         return tuple(step for step in self.steps if is_inverse(step))
 
-    @property
+    @cached_property
     def train_steps(self) -> tuple[LinearMap, ...]:
         """Return the steps of the train side."""
         return (*self.maps, self._basis) if self.split else self.maps
 
-    @property
+    @cached_property
     def test_steps(self) -> tuple[Step, ...]:
-        """Return the steps of the test side."""
+        """Return the steps of the test side; an inverse of two sides takes two."""
+        steps = [half for step in self.steps for half in _halves(step)]
         if not self.split:
-            return self.steps
+            return tuple(steps)
         last = self.steps[-1]
         assert isinstance(last, SplitInverse)
-        return (*self.steps[:-1], self._basis, InBasis(last))
+        return (*steps[:-1], self._basis, InBasis(last))
 
     @property
     def _basis(self) -> LinearMap:
@@ -398,6 +399,14 @@ def _train_map(step: Step) -> LinearMap | None:
     if isinstance(step, LinearMap):
         return step
     return step.train_map if isinstance(step, ReducedInverse) else None
+
+
+def _halves(step: Step) -> tuple[Step, ...]:
+    across = _train_map(step)
+    if across is None or across is step:
+        return (step,)
+    assert isinstance(step, ReducedInverse)
+    return across, InBasis(step)
 
 
 def example_space() -> Space:

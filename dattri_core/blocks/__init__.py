@@ -34,6 +34,7 @@ __all__ = [
     "compact",
     "concatenate",
     "explain_inner",
+    "joins",
     "low_rank",
     "shape_of",
     "share",
@@ -67,6 +68,23 @@ def concatenate(blocks: Sequence[Block]) -> Block:
         parts = zip(*(total.parts for total in sums), strict=True)
         return SumBlock(tuple(concatenate(part) for part in parts))
     return DenseBlock(torch.cat([block.dense().values for block in blocks]))
+
+
+def joins(blocks: Sequence[Block]) -> bool:
+    """Return whether `concatenate` leaves blocks the kind that they are: nothing is formed."""
+    first = blocks[0]
+    if any(type(block) is not type(first) for block in blocks):
+        return False
+    if isinstance(first, SpanBlock):
+        return all(isinstance(b, SpanBlock) and b.base is first.base for b in blocks)
+    if isinstance(first, SumBlock):
+        parts = [block.parts for block in blocks if isinstance(block, SumBlock)]
+        if len({len(of) for of in parts}) > 1:
+            return False
+        return all(joins(part) for part in zip(*parts, strict=True))
+    if isinstance(first, OuterBlock):
+        return len({block.positions for block in blocks}) == 1
+    return isinstance(first, DenseBlock)
 
 
 def share(block: Block, group: Tensor) -> Block:

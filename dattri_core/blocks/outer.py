@@ -259,7 +259,8 @@ def _pair_ghost(left: OuterBlock, right: OuterBlock) -> Tensor:
 
 def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) -> Tensor:
     if isinstance(right, DenseBlock) and left.positions == 1 and not is_one_hot(left.inputs):
-        return _one_position(left, right, limit)
+        many = len(right) > left.shape[1]  # a formed row is less than its inputs met with all
+        return (_left_formed if many else _one_position)(left, right, limit)
     size = max(1, math.prod(left.shape))
     step = max(1, limit // (2 * size * item_of(left)))
     columns = []
@@ -273,6 +274,15 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     if not columns:
         return accumulate(left.outputs).new_zeros(len(left), 0)
     return torch.cat(columns, dim=1) if len(columns) != 1 else columns[0]
+
+
+def _left_formed(left: OuterBlock, right: DenseBlock, limit: int) -> Tensor:
+    """Return all inner products; each row of the left is formed once."""
+    formed = accumulate(right.flat())
+    step = max(1, limit // (2 * max(1, math.prod(left.shape)) * item_of(left)))
+    starts = range(0, max(1, len(left)), step)
+    parts = [accumulate(left.take(slice(k, k + step)).flat()) @ formed.T for k in starts]
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
 def _one_position(left: OuterBlock, right: DenseBlock, limit: int) -> Tensor:

@@ -205,7 +205,7 @@ def _reduces(bench: SolverBench) -> str | None:
 
 @law("solver", _needs_given, _reduces)
 def reduced_sides_are_true(bench: SolverBench) -> None:
-    """A reduced inverse has the declared space on both sides, and P of any rows at any damping."""
+    """A reduced inverse is M P on the test side, P of any rows at any damping, as declared."""
     rows, space = toy_rows(4), bench.part.out_space(SPACE)
     inverse: Any = bench.solver().solve_for(POSITIVE, CPU)
     sides = inverse.train_map
@@ -216,6 +216,9 @@ def reduced_sides_are_true(bench: SolverBench) -> None:
     require_close(sides.map(formed(rows)).flat(), small.flat(), "P of formed rows")
     require_identical(small.index, rows.index, "index after P")
     require_equal(set(small.aux), set(rows.aux), "aux after P")
+    halves = inverse.in_basis(small)
+    require_equal(halves.space.fingerprint, space.fingerprint, "space of M k")
+    require_close(halves.flat(), inverse.apply(rows).flat(), "M P h against apply(h)")
     back = sides.adjoint(small).flat() @ rows.flat().T
     require_close(back, small.flat() @ small.flat().T, "<P^T P g, h> against <P g, P h>")
     moved: Any = inverse.with_damping(Damping(0.7))

@@ -14,6 +14,7 @@ from dattri_core.blocks import (
     compact,
     concatenate,
     explain_inner,
+    joins,
     share,
 )
 from dattri_core.contract import contraction_limit
@@ -140,6 +141,26 @@ def test_to_another_dtype_and_back(kind):
     same(block.to("cpu", torch.float64).inner(block), formed.flatten(1) @ formed.flatten(1).T)
     if kind.startswith("span"):  # nothing to move: the base is still the one that others hold
         assert block.to("cpu", torch.float64).base is block.base
+
+
+def test_joins_says_whether_blocks_stay_what_they_are():
+    torch.manual_seed(0)
+    base = OuterBlock(torch.randn(4, 1, 3), torch.randn(4, 1, 2))
+    other = OuterBlock(torch.randn(4, 1, 3), torch.randn(4, 1, 2))
+    dense = DenseBlock(torch.randn(2, 3, 2))
+    span, alien = (SpanBlock(torch.randn(2, 4), of) for of in (base, other))
+    total = SumBlock((dense, span))
+    for alike in ([dense, dense], [base, other], [span, span], [total, total], [dense]):
+        assert joins(alike)
+        assert type(concatenate(alike)) is type(alike[0])
+    for unlike in (
+        [dense, base],
+        [span, alien],
+        [total, SumBlock((dense, alien))],
+        [total, SumBlock((dense,))],
+        [base, OuterBlock(torch.randn(4, 2, 3), torch.randn(4, 2, 2))],
+    ):
+        assert not joins(unlike)
 
 
 @given(

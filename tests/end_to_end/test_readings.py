@@ -96,6 +96,36 @@ def test_no_route_shows_in_a_sweep(name):
                 assert close(left, right, 1e-8), taken
 
 
+def test_a_sweep_takes_the_map_of_a_reduced_inverse_once_on_either_side(monkeypatch):
+    task, train, test = world(N, M)
+    fitted = SWEPT["reduced"]().fit(task, train, progress=False)
+    fitted.attribute(test)
+    sides, seen = type(fitted._held.chain.inverses[0].train_map), []
+    plain = sides.map
+    monkeypatch.setattr(
+        sides, "map", lambda self, rows: seen.append(len(rows)) or plain(self, rows)
+    )
+    fitted.sweep(test, damping=[0.05, 1.0, 2.0])
+    assert sum(seen) == N + M
+
+
+@pytest.mark.parametrize("name", ["reduced", "sketch, gauss-newton"])
+def test_train_rows_meet_the_queries_of_all_dampings_in_one_product(name, monkeypatch):
+    task, train, test = world(N, M)
+    fitted = SWEPT[name]().fit(task, train, progress=False)
+    kind, met = type(fitted.method.scorer), []
+    plain = kind.pair
+
+    def pair(self, ahead, behind):
+        met.append(len(behind))
+        return plain(self, ahead, behind)
+
+    monkeypatch.setattr(kind, "pair", pair)
+    swept = fitted.sweep(test, damping=[0.05, 1.0, 2.0])
+    assert met == [3 * M]
+    assert all(scores.shape == (N, M) for scores in swept.values())
+
+
 def test_a_sweep_computes_train_and_test_rows_once():
     train, test = examples(40), examples(M, seed=300)
     source = CountingSource()

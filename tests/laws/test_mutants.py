@@ -252,6 +252,11 @@ def test_rows_are_held_to_be_the_same_each_time_and_of_every_block(part):
     assert {finding.law for finding in report.failures} == {"rows-are-of-the-operator"}
 
 
+def test_the_halves_of_a_reduced_inverse_are_held_to_make_the_whole():
+    report = check("solver", ToySolver(fault="halves", reduced=True), registry=registry())
+    assert {finding.law for finding in report.failures} == {"reduced-sides-are-true"}
+
+
 @pytest.mark.parametrize("solver", ["woodbury", "datainf"])
 def test_a_solver_that_reads_rows_meets_the_laws_on_toy_operators(solver):
     report = check("solver", solver)

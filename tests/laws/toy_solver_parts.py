@@ -123,6 +123,11 @@ class ToyReduced:
         sides = ToyCoordinates(self.inner.space, self.inner.vectors)
         return sides.map(self.inner.apply(rows))
 
+    def in_basis(self, rows):
+        sides = ToyCoordinates(self.inner.space, self.inner.vectors)
+        found = self.apply(sides.adjoint(rows))
+        return found if self.inner.fault != "halves" else sides.map(sides.adjoint(rows))
+
 
 @frozen(eq=False)
 class ToyCoordinates:

@@ -226,17 +226,22 @@ class _LowRankInverse:
     def apply(self, rows: Rows) -> Rows:
         """Return V (L + damping I)^-1 V^T g for every row g, or its coordinates in V."""
         self.spectrum.operator.space.require_same(rows.space, "inverse Hessian")
+        if self.solver.reduced:
+            return self.in_basis(self.coordinates.map(rows))
         inside = self.coordinates.of(rows)
         shifted = (self.spectrum.pairs.values + self.damping).to(inside.dtype)
-        if self.solver.reduced:
-            flat, space = inside / shifted, self.coordinates.out_space
-            return Rows.from_flat(space, flat.to(_real(rows.dtype)), rows.index, rows.aux)
         vectors = self.spectrum.pairs.vectors
         if self.solver.complement == "drop":
             flat = (inside / shifted) @ vectors
         else:
             flat = (inside * (1 / shifted - 1 / self.damping)) @ vectors
             flat += rows.flat().to(vectors.dtype) / self.damping
+        return Rows.from_flat(rows.space, flat.to(rows.dtype), rows.index, rows.aux)
+
+    def in_basis(self, rows: Rows) -> Rows:
+        """Return (L + damping I)^-1 k for rows k = V^T g."""
+        values = self.spectrum.pairs.values
+        flat = rows.flat().to(values.dtype) / (values + self.damping)
         return Rows.from_flat(rows.space, flat.to(rows.dtype), rows.index, rows.aux)
 
     def with_damping(self, damping: Damping) -> Inverse:

@@ -139,6 +139,9 @@ def test_reduced_rows_have_the_same_inner_products():
     left, right = sides.train_map.map(factored(train)), sides.apply(factored(test))
     assert left.space.dim == right.space.dim == 5
     assert float((left.inner(right) - want).abs().max()) < 1e-12
+    torch.testing.assert_close(
+        sides.in_basis(sides.train_map.map(test)).flat(), right.flat(), rtol=1e-12, atol=1e-12
+    )
     assert whole.train_map is None
     assert sides.with_damping(Damping(3.0)).train_map is sides.train_map
     products = operator.products
