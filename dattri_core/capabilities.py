@@ -226,7 +226,8 @@ class Outlook:
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
         base: Rows of the curvature that an answer is a combination of, beside the row itself.
-        note: One line of what was decided, for the plan of a dry run.
+        note: One line of what the part decides by the train set, ``stage.note(problem)``, for the
+            plan of a dry run.
     """
 
     blockwise: bool = False

@@ -95,7 +95,7 @@ class FittedMethod:
             task,
             fitted._first(),
             fitted.train,
-            fitted.budget,
+            fitted.budget // FIT_SHARE,
             plan_only=True,
         )
         return fitted._plan(probe, Examples.of(test, "test"), request, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from dattri_core.capabilities import InverseRoot, Outlook, SplitInverse
-from dattri_core.protocols import Inverse, InverseHessian, LinearMap
+from dattri_core.protocols import Inverse, InverseHessian, LinearMap, Problem
 from dattri_core.space import Space
 from dattri_core.stages import Stage, Step, is_inverse, is_two_sided, space_after
 
@@ -34,10 +34,11 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
     )
 
 
-def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
+def outlook_before_fit(stage: InverseHessian, space: Space, problem: Problem) -> Outlook:
     """Return what an inverse Hessian says of its inverse, ``stage.outlook(space)``, where it does.
 
     One that says nothing is taken to need whole rows and to form them: the most that it can cost.
+    What it decides by the train set it may tell in one line, ``stage.note(problem)``.
     """
     told = Outlook(blockwise=not stage.needs)
     if hasattr(stage, "outlook"):
@@ -48,6 +49,7 @@ def outlook_before_fit(stage: InverseHessian, space: Space) -> Outlook:
         forms=bool(stage.needs) and told.forms,
         reduced=_reduced(stage, space),
         two_sided=is_two_sided(stage),
+        note=stage.note(problem) if hasattr(stage, "note") else "",
     )
 
 

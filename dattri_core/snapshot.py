@@ -133,17 +133,18 @@ def fit_checkpoint(
     step: Step
     for stage in stages:
         before, space = space, space_after(stage, space)
-        if plan_only and not isinstance(stage, Projector):
-            outlooks.append(outlook_before_fit(stage, before))
-            continue
         role = "projector" if isinstance(stage, Projector) else "curvature"
         stream = RandomStream(seed, role, checkpoint.position)
+        # A plan only asks what comes out of a projector: a few examples tell.
+        few = plan_only and isinstance(stage, Projector)
+        data = Examples("train", SAMPLE, "tensors", sample) if few else examples
+        problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
+        if plan_only and not isinstance(stage, Projector):
+            outlooks.append(outlook_before_fit(stage, before, problem))
+            continue
         if isinstance(stage, Projector) and not needs_data(stage):
             step = stage.build(before, stream=stream, device=task.device)
         else:
-            # A plan only asks what comes out of a projector: a few examples tell.
-            data = Examples("train", SAMPLE, "tensors", sample) if plan_only else examples
-            problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
             step = stage.fit(problem)
         outlooks.append(outlook_of(stage, step, before))
         chain = Chain(bound, (*chain.steps, step))

@@ -52,9 +52,10 @@ def register(registry: dattri.Registry) -> None:
             "fold": "mean",
         },
         summary="Influence function with the exact inverse of the Hessian, or, above 16384 "
-        "parameters, of the Gauss-Newton matrix",
+        "parameters, of the Gauss-Newton or else the empirical Fisher matrix, whose rows fit",
         formula="S_ij = <g_i, (H + damping I)^-1 h_j>, H the Hessian of the mean train loss, "
-        "written down and factorised, or the Gauss-Newton matrix from inner products of its rows",
+        "written down and factorised, or the Gauss-Newton or the empirical Fisher matrix from "
+        "inner products of its rows",
         citation="Koh and Liang 2017, Understanding Black-box Predictions via Influence "
         "Functions, equation 2 (arXiv 1703.04730)",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from attrs import evolve, field, frozen, validators
+from attrs import field, frozen, validators
 
 from dattri_core import (
     ByUse,
@@ -13,17 +13,22 @@ from dattri_core import (
     CurvatureInverse,
     Damping,
     Inverse,
+    MemoryBudgetError,
     Outlook,
     Problem,
     Rows,
+    RowsOperator,
     Solver,
     Space,
+    SpecError,
     as_damping,
     format_bytes,
 )
+from dattri_parts.curvatures.fisher_information import Fisher
 from dattri_parts.curvatures.ggn import GGN
 from dattri_parts.curvatures.hessian import Hessian
 from dattri_parts.solvers.cholesky import Cholesky
+from dattri_parts.solvers.forecast import Forecast
 from dattri_parts.solvers.spectral import Spectral
 from dattri_parts.solvers.woodbury import Woodbury
 
@@ -37,22 +42,34 @@ class Exact:
     A curvature that is a sum of squares (GGN, Fisher) is inverted from its rows, on the smaller
     side of Woodbury's identity; one with known eigenvectors (K-FAC) by those. The Hessian is
     neither: it is written down and factorised, 16 d^2 bytes for d parameters. Above ``largest``
-    parameters that cannot be, and the GGN takes its place: the same matrix where outputs are linear
-    in the parameters or residuals are zero, and otherwise without the part that can make the
-    Hessian indefinite. Whether that happens depends on the number of parameters alone, never on the
-    memory of a machine, and is told by a warning in the log, by ``stats["substituted"]`` and by the
-    plan of a dry run.
+    parameters that cannot be, which depends on their number alone, and never on the memory of a
+    machine. What takes its place is the first of two whose rows fit the memory:
+
+    - the GGN, one row for each output of each of the n examples: the same matrix where outputs are
+      linear in the parameters or residuals are zero, and otherwise without the part that can make
+      the Hessian indefinite;
+    - the empirical Fisher matrix 1/n sum_i g_i g_i^T, one row an example, also where the loss does
+      not give outputs and criterion apart: another matrix, near the Hessian only where the model is
+      near the distribution of the labels (Kunstner et al. 2019, arXiv 1905.12558).
+
+    m rows take 8 m^2 bytes and those of the rows as factors; how many there are is known before
+    the fit, from the first 8 examples. Which curvature is inverted is told by a warning in the log,
+    by ``stats["substituted"]`` (1 for the first of the two, 2 for the second), and by the plan of a
+    dry run; where not even the second fits, the refusal says what would.
 
     Args:
         curvature: H.
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
         substitute: What takes the place of a curvature that is only known as a matrix.
+        fallback: What takes the place of the substitute where its rows do not fit the memory, or
+            the loss or the source cannot give them.
         largest: Parameters up to which a matrix is written down; 16384 take 4 GiB.
     """
 
     curvature: Curvature = field(factory=Hessian)
     damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
     substitute: Curvature = field(factory=GGN)
+    fallback: Curvature = field(factory=lambda: Fisher(kind="empirical"))
     largest: int = field(default=16384, validator=validators.ge(0))
 
     @property
@@ -69,69 +86,164 @@ class Exact:
         return self.curvature.exact
 
     def outlook(self, space: Space) -> Outlook:
-        """Return what is known before the fit, and which curvature will be inverted."""
-        return evolve(self.route(space).outlook(space), note=self.told(space))
+        """Return what is known of the inverse before the fit; the fallback is like the substitute.
+
+        Which of the two it is takes the train set to tell: `note`.
+        """
+        return self._first(space).outlook(space)
+
+    def note(self, problem: Problem) -> str:
+        """Return one line that says which curvature will be inverted, and how.
+
+        Raises:
+            MemoryBudgetError: As of `route`.
+        """
+        return self.route(problem).note
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when a curvature does not take the space."""
-        self.route(space).check(space)
+        self._first(space).check(space)
 
     def fit(self, problem: Problem) -> Inverse:
-        """Fit on the route that the number of parameters allows.
+        """Fit the curvature of `route`.
 
         Raises:
-            SpecError: The substitute needs a loss or a source that gives its rows.
+            SpecError: The loss or the source gives neither substitute's rows.
             MemoryBudgetError: The matrix, or the rows and their factor, do not fit the memory.
         """
-        route = self.route(problem.space)
-        inverse = route.fit(problem)
-        if route.curvature == self.curvature:
-            return inverse
-        _log.warning("%s", self.told(problem.space))
-        return _Substituted(inverse)
+        route = self.route(problem)
+        if route.place:
+            _log.warning("%s", route.note)
+        inverse = route.stage.fit(problem)
+        return _Substituted(inverse, route.place) if route.place else inverse
 
-    def route(self, space: Space) -> CurvatureInverse:
-        """Return the curvature that is inverted in a space, with its solver."""
-        solver = self._solver(self.curvature, space)
-        if isinstance(solver, Cholesky) and space.dim > self.largest:
-            return CurvatureInverse(self.substitute, self._solver(self.substitute, space))
-        return CurvatureInverse(self.curvature, solver)
+    def route(self, problem: Problem) -> Route:
+        """Return the curvature that is inverted of a problem, with its solver.
 
-    def told(self, space: Space) -> str:
-        """Return one line that says which curvature is inverted in a space, and how."""
-        route = self.route(space)
-        names = [type(part).__name__ for part in (route.curvature, route.solver)]
-        if route.curvature == self.curvature:
-            return f"inverse Hessian   {names[0]} of {space.dim} parameters by {names[1]}"
+        Reads the rows of a few examples at most.
+
+        Raises:
+            MemoryBudgetError: The rows of no substitute fit the memory.
+            SpecError: The loss or the source does not give the rows of the fallback.
+        """
+        space = problem.space
+        stage = self._first(space)
+        if stage.curvature is self.curvature:
+            return Route(stage, 0, f"inverse Hessian   {_way(stage, space)}")
+        why = _lacking(stage, problem)
+        if not why:
+            return Route(stage, 1, self._told(stage, space))
+        last = self._with(self.fallback, space)
+        forecast = _forecast(last, problem)
+        if forecast is not None and not forecast.fits:
+            raise MemoryBudgetError(
+                f"{self._matrix(space)}; the {_called(self.substitute)} cannot take its place "
+                f"({why}), nor the {_called(self.fallback)} ({forecast}); give a larger memory=, "
+                "fewer train examples, a projector, or, without an exact inverse, the solver 'cg' "
+                "or a spectral curvature (method 'if-ekfac')"
+            )
+        note = f"{self._told(last, space)}; not the {_called(self.substitute)}: {why}"
+        return Route(last, 2, note)
+
+    def _first(self, space: Space) -> CurvatureInverse:
+        """Return the curvature itself, or its substitute where the matrix is too large."""
+        own = self._with(self.curvature, space)
+        if isinstance(own.solver, Cholesky) and space.dim > self.largest:
+            return self._with(self.substitute, space)
+        return own
+
+    def _with(self, curvature: Curvature, space: Space) -> CurvatureInverse:
+        given = curvature.gives(space)
+        solver: Solver = Cholesky(self.damping)
+        if "rows" in given:
+            solver = Woodbury(self.damping)
+        elif "spectral" in given:
+            solver = Spectral(self.damping)
+        return CurvatureInverse(curvature, solver)
+
+    def _matrix(self, space: Space) -> str:
         return (
-            f"inverse Hessian: the {type(self.curvature).__name__} of {space.dim} parameters is a "
-            f"matrix of {format_bytes(8 * space.dim**2)} and no sum of squares; the {names[0]} "
-            f"takes its place, inverted exactly by {names[1]} (largest={self.largest}; for the "
-            f"{type(self.curvature).__name__} itself use the solver 'cg')"
+            f"inverse Hessian: the {_called(self.curvature)} of {space.dim} parameters is a matrix "
+            f"of {format_bytes(8 * space.dim**2)} and no sum of squares (largest={self.largest})"
         )
 
-    def _solver(self, curvature: Curvature, space: Space) -> Solver:
-        given = curvature.gives(space)
-        if "rows" in given:
-            return Woodbury(self.damping)
-        return Spectral(self.damping) if "spectral" in given else Cholesky(self.damping)
+    def _told(self, stage: CurvatureInverse, space: Space) -> str:
+        return (
+            f"{self._matrix(space)}; the {_called(stage.curvature)} takes its place, inverted "
+            f"exactly by {_called(stage.solver)} (for the {_called(self.curvature)} itself use the "
+            "solver 'cg')"
+        )
+
+
+@frozen
+class Route:
+    """A curvature and its solver.
+
+    Args:
+        stage: Both.
+        place: 0: the curvature that was asked for; 1: its substitute; 2: the fallback.
+        note: One line that says so.
+    """
+
+    stage: CurvatureInverse
+    place: int
+    note: str
+
+
+def _forecast(stage: CurvatureInverse, problem: Problem) -> Forecast | None:
+    """Return what its rows will take, None where it is not inverted from rows."""
+    if not isinstance(stage.solver, Woodbury):
+        return None
+    operator = stage.curvature.fit(problem)
+    assert isinstance(operator, RowsOperator)
+    return Forecast.of(operator, problem)
+
+
+def _lacking(stage: CurvatureInverse, problem: Problem) -> str:
+    """Return why a curvature cannot be inverted from its rows; empty where it can."""
+    try:
+        forecast = _forecast(stage, problem)
+    except (SpecError, MemoryBudgetError) as error:  # not even of one example
+        return str(error)
+    return "" if forecast is None or forecast.fits else str(forecast)
+
+
+def _called(part: object) -> str:
+    kind = getattr(part, "kind", None)
+    name = type(part).__name__
+    return f"{kind} {name}" if isinstance(kind, str) else name
+
+
+def _way(stage: CurvatureInverse, space: Space) -> str:
+    return f"{_called(stage.curvature)} of {space.dim} parameters by {_called(stage.solver)}"
 
 
 @frozen(eq=False)
 class _Substituted:
-    """The inverse of the curvature that took another's place."""
+    """The inverse of a curvature that took another's place."""
 
     inverse: Inverse
+    place: int
 
     @property
     def stats(self) -> Mapping[str, float]:
-        """Return those of the inverse, and that it is of the substitute."""
-        return {**self.inverse.stats, "substituted": 1.0}
+        """Return those of the inverse, and which substitute it is of."""
+        return {**self.inverse.stats, "substituted": float(self.place)}
 
     @property
     def blockwise(self) -> bool:
         """Return whether the substitute is block diagonal."""
         return self.inverse.blockwise
+
+    @property
+    def forms(self) -> bool:
+        """Return whether every block of an answer is formed."""
+        return getattr(self.inverse, "forms", True)
+
+    @property
+    def base(self) -> int:
+        """Return of how many rows of the substitute an answer is a combination."""
+        return getattr(self.inverse, "base", 0)
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, H the substitute."""
@@ -139,4 +251,4 @@ class _Substituted:
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping."""
-        return _Substituted(self.inverse.with_damping(damping))
+        return _Substituted(self.inverse.with_damping(damping), self.place)

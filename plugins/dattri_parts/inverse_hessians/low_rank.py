@@ -70,6 +70,10 @@ class LowRank:
             told = self.inner.outlook(space)
         return evolve(told, rank=self.rank)
 
+    def note(self, problem: Problem) -> str:
+        """Return what the inner part decides by the train set."""
+        return self.inner.note(problem) if hasattr(self.inner, "note") else ""
+
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""
         self.inner.check(space)

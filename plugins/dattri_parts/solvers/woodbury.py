@@ -24,6 +24,7 @@ from dattri_core import (
     format_bytes,
 )
 from dattri_parts.solvers.dual import Dual
+from dattri_parts.solvers.forecast import PRIMAL
 from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of, kept
 from dattri_parts.solvers.primal import Primal
 
@@ -31,8 +32,6 @@ FACTORS = 8
 """Dampings that are solved by a Cholesky factor each before eigenvectors serve all others."""
 SMALL = 1500
 """Rows up to which eigenvectors are computed for the second damping: about a second."""
-PRIMAL = 1.5
-"""Rows for each number of a row from which the matrix of the numbers is less work and memory."""
 ROUNDING = 1e-2
 """Relative rounding error from which a warning is given."""
 

@@ -13,13 +13,24 @@ from dattri_parts.curvatures.hessian import Hessian
 from dattri_parts.curvatures.kfac import KFAC
 from dattri_parts.inverse_hessians.exact import Exact
 from dattri_parts.solvers.cholesky import Cholesky
+from dattri_parts.solvers.forecast import Forecast, Group
 from dattri_parts.solvers.spectral import Spectral
 from dattri_parts.solvers.woodbury import Woodbury
 from oracles.networks import NETWORKS, dense_ggn, network, problem_of, solved
 
 import dattri_core as dattri
-from dattri_core import CurvatureInverse, Damping, Rows, SpecError
-from dattri_core.laws.oracles import hessian
+from dattri_core import (
+    CurvatureInverse,
+    Damping,
+    MemoryBudgetError,
+    Rows,
+    SpecError,
+    format_bytes,
+)
+from dattri_core.laws.oracles import hessian, row_matrix
+from dattri_core.problem import TrainProblem
+
+CPU = torch.device("cpu")
 
 
 def gap(found, wanted):
@@ -58,7 +69,7 @@ def test_the_hessian_where_it_can_be_written_down_else_the_ggn(name, caplog):
 
 
 def test_routes_are_told_from_the_space():
-    space = problem_of(*network("perceptron")).space
+    problem = problem_of(*network("perceptron"))
     damping = Damping(0.3)
     for curvature, solver in (
         (Hessian(), Cholesky(damping)),
@@ -68,26 +79,169 @@ def test_routes_are_told_from_the_space():
         (KFAC(), Spectral(damping)),
     ):
         exact = Exact(curvature, damping)
-        assert exact.route(space) == CurvatureInverse(curvature, solver)
-        assert exact.needs == exact.route(space).needs
-        never = Exact(curvature, damping, largest=0).route(space)
-        assert never.curvature == (GGN() if curvature == Hessian() else curvature)
+        route = exact.route(problem)
+        assert (route.stage, route.place) == (CurvatureInverse(curvature, solver), 0)
+        assert exact.needs == route.stage.needs
+        never = Exact(curvature, damping, largest=0).route(problem)
+        assert never.stage.curvature == (GGN() if curvature == Hessian() else curvature)
+        assert never.place == (curvature == Hessian())
     fisher = Exact(substitute=Fisher(draws=4), largest=0)
-    assert fisher.route(space) == CurvatureInverse(Fisher(draws=4), Woodbury(1e-3))
-    assert "Hessian" in fisher.told(space)
-    assert "Fisher takes its place" in fisher.told(space)
+    assert fisher.route(problem).stage == CurvatureInverse(Fisher(draws=4), Woodbury(1e-3))
+    assert "Hessian" in fisher.note(problem)
+    assert "the sampled Fisher takes its place" in fisher.note(problem)
+    spectral = Exact(substitute=KFAC(), largest=0).route(problem)
+    assert spectral.stage == CurvatureInverse(KFAC(), Spectral(1e-3))
 
 
-def test_a_loss_that_gives_no_rows_of_the_ggn_is_refused_with_the_cure():
+# --- which substitute, by the bytes of its rows -------------------------------------------------
+def held_by(curvature, name, n):
+    """Return the bytes that the rows of a curvature and their factor take."""
+    task, train = network(name, n)
+    stats = Woodbury().solve_for(curvature.fit(problem_of(task, train)), CPU).stats
+    return int(stats["row_bytes"] + stats["factor_bytes"])
+
+
+@pytest.mark.parametrize("batch", [3, 64])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_substitute_is_the_first_whose_rows_fit_the_memory(name, batch, caplog):
+    n = 20
+    task, train = network(name, n)
+    rows = queries(name)
+    space = problem_of(task, train).space
+    ggn, fisher = held_by(GGN(), name, n), held_by(Fisher(kind="empirical"), name, n)
+    assert fisher < 0.7 * ggn
+    exact = Exact(damping=0.1, largest=0)
+
+    large = exact.fit(problem_of(task, train, batch=batch, memory=int(1.2 * ggn)))
+    matrix = dense_ggn(task, space, train)
+    assert gap(large.apply(rows).flat(), solved(matrix, 0.1, rows.flat())) < 1e-8
+    assert large.stats["substituted"] == 1.0
+
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "dattri"):
+        middle = exact.fit(problem_of(task, train, batch=batch, memory=int(1.2 * fisher)))
+    [record] = caplog.records
+    assert "the empirical Fisher takes its place" in record.message
+    assert "not the GGN: " in record.message
+    gradients = row_matrix(task, space, train)
+    moment = gradients.T @ gradients / n
+    want = solved(moment, 0.1, rows.flat())
+    assert gap(middle.apply(rows).flat(), want) < 1e-8
+    assert gap(solved(matrix, 0.1, rows.flat()), want) > 0.01  # the GGN's inverse is another
+    assert middle.stats["substituted"] == 2.0
+    assert middle.stats["rows"] == n
+    again = middle.with_damping(Damping(2.0))
+    assert gap(again.apply(rows).flat(), solved(moment, 2.0, rows.flat())) < 1e-8
+    assert again.stats["substituted"] == 2.0
+
+    with pytest.raises(MemoryBudgetError) as refused:
+        exact.fit(problem_of(task, train, batch=batch, memory=int(0.8 * fisher)))
+    message = str(refused.value)
+    assert f"the Hessian of {space.dim} parameters" in message
+    assert "the GGN cannot take its place (" in message
+    assert f"nor the empirical Fisher ({n} rows and what inverts them take" in message
+    assert f"{format_bytes(int(0.8 * fisher))} may be used" in message
+    assert "give a larger memory=" in message
+    assert "'cg'" in message
+
+
+def test_no_substitute_is_tried_before_it_is_known_to_fit(monkeypatch):
+    """The rows of a few examples are read, where a pass would read those of 400."""
+    task, train = network("perceptron", 400)
+    read = []
+    rows = TrainProblem.rows
+
+    def counted(self, *args, kind="loss", **options):
+        for part in rows(self, *args, kind=kind, **options):
+            read.append((kind, len(part)))
+            yield part
+
+    monkeypatch.setattr(TrainProblem, "rows", counted)
+    with pytest.raises(MemoryBudgetError, match=r"at least 800 rows .*at least 400 rows"):
+        Exact(largest=0).fit(problem_of(task, train, batch=4, memory=2000))
+    assert {kind for kind, _ in read} == {"ggn", "loss"}
+    assert sum(count for _, count in read) <= 2 * (2 * 8 + 4)
+
+
+@pytest.mark.parametrize("n", [5, 8, 30])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize(
+    "curvature",
+    [GGN(), Fisher(kind="empirical"), Fisher(draws=3), GaussNewton(block=True)],
+)
+def test_a_forecast_is_what_is_held(curvature, batch, n):
+    problem = problem_of(*network("reader", n), batch=batch)
+    operator = curvature.fit(problem)
+    forecast = Forecast.of(operator, problem)
+    stats = Woodbury(1.0).solve_for(operator, CPU).stats
+    assert forecast.whole
+    assert forecast.fits
+    assert forecast.rows == sum(len(rows) for rows in operator.rows())
+    if stats["dual_blocks"] == len(forecast.groups):
+        held = stats["row_bytes"] + stats["factor_bytes"]
+        assert forecast.nbytes == pytest.approx(held, rel=0.1)
+
+
+def test_a_forecast_counts_the_moments_of_short_rows():
+    short, long = Group(size=4, row_bytes=10.0), Group(size=100, row_bytes=10.0)
+    assert Forecast(5, (short,), 0).nbytes == 8 * 25 + 50
+    assert Forecast(6, (short,), 0).nbytes == 16 * 16  # 6 = 1.5 * 4 rows
+    assert Forecast(6, (short, long), 0).nbytes == 16 * 16 + 8 * 36 + 60
+    many = Forecast(10**6, (Group(size=4, row_bytes=1000.0),), 0)
+    assert many.nbytes == 8 * 25 + 5000  # held just before they are summed
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_loss_that_gives_no_rows_of_the_ggn_leaves_the_empirical_fisher(functional, caplog):
     task, train = network("perceptron")
 
     def loss(model, batch):
         return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    whole = dattri.Task(task.model, loss=loss)
-    problem = problem_of(whole, train)
-    with pytest.raises(SpecError, match="outputs and the criterion apart"):
-        Exact(largest=3).fit(problem)
+    def of_parameters(parameters, batch):
+        outputs = torch.func.functional_call(task.model, parameters, batch[0])
+        return torch.nn.functional.cross_entropy(outputs, batch[1], reduction="sum")
+
+    whole = dattri.Task(task.model, loss=dattri.functional(of_parameters) if functional else loss)
+    source = "functional" if functional else "per-example"
+    method = dattri.method("if-explicit", damping=0.1, largest=3, source=source)
+    with caplog.at_level(logging.WARNING, "dattri"):
+        found = method.attribute(whole, train, train)
+    assert "outputs and the criterion apart" in caplog.text
+    assert "the empirical Fisher takes its place" in caplog.text
+    assert found.provenance["solver"][0]["substituted"] == 2.0
+    gradients = row_matrix(task, problem_of(task, train).space, train)
+    moment = gradients.T @ gradients / len(gradients)
+    want = gradients @ solved(moment, 0.1, gradients).T
+    assert gap(torch.as_tensor(found.values), want) < 1e-8
+    plan = method.attribute(whole, train, train, dry_run=True)
+    assert "the empirical Fisher takes its place" in str(plan)
+
+
+def test_a_dry_run_tells_the_substitute_that_the_run_takes():
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Tanh(), torch.nn.Linear(500, 3))
+    inputs, labels = torch.randn(300, 600, generator=generator), torch.arange(300) % 3
+    task, train, test = dattri.Task(model), (inputs, labels), (inputs[:4], labels[:4])
+    method = dattri.method("if-explicit", damping=0.1)
+    for memory, curvature, place in (("64MiB", "GGN", 1.0), ("6MiB", "empirical Fisher", 2.0)):
+        plan = method.attribute(task, train, test, memory=memory, dry_run=True)
+        assert f"the {curvature} takes its place" in str(plan)
+        scores = method.attribute(task, train, test, memory=memory)
+        assert scores.provenance["solver"][0]["substituted"] == place
+    for dry_run in (True, False):
+        with pytest.raises(MemoryBudgetError, match="nor the empirical Fisher"):
+            method.attribute(task, train, test, memory="2MiB", dry_run=dry_run)
+
+
+def test_a_plan_knows_that_answers_of_a_substitute_are_not_formed():
+    task, train = network("perceptron")
+    inverse = Exact(largest=0).fit(problem_of(task, train))
+    assert not inverse.forms
+    assert inverse.base == 16
+    written = Exact(substitute=KFAC(), largest=0).fit(problem_of(task, train))
+    assert written.forms
+    assert written.base == 0
 
 
 @pytest.mark.filterwarnings("ignore:solver 'cholesky'")
