@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import share as share
+    from dattri_core.capabilities import AdditiveMap as AdditiveMap
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import InverseRoot as InverseRoot
@@ -101,11 +102,13 @@ if TYPE_CHECKING:
     from dattri_core.space import ParameterView as ParameterView
     from dattri_core.space import Space as Space
     from dattri_core.stages import CurvatureInverse as CurvatureInverse
+    from dattri_core.store import Store as Store
     from dattri_core.stream import Examples as Examples
     from dattri_core.task import Task as Task
 
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
+    "AdditiveMap": "capabilities",
     "Attributor": "protocols",
     "Block": "blocks",
     "BlockSpec": "space",
@@ -171,6 +174,7 @@ _EXPORTS = {
     "SpecError": "errors",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
+    "Store": "store",
     "StoreError": "errors",
     "SumBlock": "blocks",
     "Target": "losses",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -172,6 +173,20 @@ def describe_method(method: Any) -> dict[str, Any]:
     if stages is not None:
         data["stages"] = [{str(_kind_of_stage(part)): describe_part(part)} for part in stages]
     return {**data, "seed": seed}
+
+
+def describe_front(method: Any) -> dict[str, Any]:
+    """Return the source and the projectors that a method begins with, as plain data."""
+    parts = map(describe_part, itertools.takewhile(_is_projector, method.chain))
+    identity = describe_part(build_part("projector", "identity"))
+    return {
+        "source": describe_part(method.source),
+        "projectors": [part for part in parts if part != identity],
+    }
+
+
+def _is_projector(stage: Any) -> bool:
+    return _kind_of_stage(stage) == "projector"
 
 
 def name_of(part: Any) -> str:

@@ -57,6 +57,25 @@ class DataProjector(Projector, Protocol):
 
 
 @runtime_checkable
+class AdditiveMap(LinearMap, Protocol):
+    """A map that mixes blocks and is a sum over them: P g = sum_k P_k g_k.
+
+    ``map`` of rows that hold a part of the blocks is that part of the sum, in the same space, so
+    that a sketch of whole rows takes them a block at a time.
+    """
+
+    @property
+    def additive(self) -> bool:
+        """Return whether this map is such a sum."""
+        ...
+
+
+def is_additive(step: LinearMap) -> bool:
+    """Return whether a map may be taken block by block and its parts added up."""
+    return isinstance(step, AdditiveMap) and step.additive
+
+
+@runtime_checkable
 class InverseRoot(Inverse, LinearMap, Protocol):
     """A fitted inverse Hessian in two-sided form: R of both sides, R^T R = (H + damping I)^-1.
 

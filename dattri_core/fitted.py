@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,13 +24,16 @@ from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
 from dattri_core.progress import bar
+from dattri_core.projected import weights_of
 from dattri_core.protocols import Damping, as_damping
 from dattri_core.registry import default_registry
 from dattri_core.requests import Request
 from dattri_core.runner import Runner, contractions, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
+from dattri_core.snapshot import Fitted, fit_checkpoint
+from dattri_core.store import Store
+from dattri_core.stored import Keeping
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import budget_of
@@ -51,6 +54,7 @@ class FittedMethod:
     train: Examples
     budget: int
     progress: bool | None
+    store: Store | None = None
     _held: Fitted | None = None
 
     @staticmethod
@@ -61,13 +65,15 @@ class FittedMethod:
         *,
         memory: str | int | None,
         progress: bool | None,
+        store: Any = None,
         lazy: bool = False,
     ) -> FittedMethod:
         """Check everything that can be checked, then fit the first checkpoint (unless ``lazy``)."""
         examples = Examples.of(train, "train")
         for checkpoint in task.checkpoints:
             checkpoint.check(task.model)
-        fitted = FittedMethod(method, task, examples, parse_bytes(memory, task.device), progress)
+        budget = parse_bytes(memory, task.device)
+        fitted = FittedMethod(method, task, examples, budget, progress, Store.of(store))
         if not lazy:
             fitted._fit(fitted._first())
         return fitted
@@ -83,11 +89,14 @@ class FittedMethod:
         out: str | Path | None,
         by: By | None = None,
         group: bool = False,
+        store: Any = None,
     ) -> Plan:
         """Return how the work would be cut to fit the memory; only a few examples are evaluated."""
         request = Request((method,), by, group)
         request.check(task, out)
-        fitted = FittedMethod.fit(method, task, train, memory=memory, progress=False, lazy=True)
+        fitted = FittedMethod.fit(
+            method, task, train, memory=memory, progress=False, store=store, lazy=True
+        )
         probe = fit_checkpoint(
             method.source,
             method.chain,
@@ -97,6 +106,7 @@ class FittedMethod:
             fitted.train,
             fitted.budget // FIT_SHARE,
             plan_only=True,
+            keeping=fitted._keeping(fitted._first()),
         )
         return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
@@ -192,7 +202,7 @@ class FittedMethod:
                 self.task.checkpoints,
                 self.method.scorer,
                 self.method.fold,
-                self.train,
+                first.train,
                 batch,
                 shown.advance,
             )
@@ -230,17 +240,36 @@ class FittedMethod:
     def _fit(self, checkpoint: Checkpoint, test: Examples | None = None) -> Fitted:
         if self._held is None or self._held.checkpoint is not checkpoint:
             self._held = None  # the one before goes first: two never live at once
-            self._held = fit_checkpoint(
-                self.method.source,
-                self.method.chain,
-                self.method.seed,
-                self.task,
-                checkpoint,
-                self.train,
-                self.budget // FIT_SHARE,
-                test,
-            )
+            show = False if self.store is None else self.progress
+            with bar("store", len(self.train), show) as shown:
+                self._held = fit_checkpoint(
+                    self.method.source,
+                    self.method.chain,
+                    self.method.seed,
+                    self.task,
+                    checkpoint,
+                    self.train,
+                    self.budget // FIT_SHARE,
+                    test,
+                    keeping=self._keeping(checkpoint, shown.advance),
+                )
         return self._held
+
+    def _keeping(
+        self, checkpoint: Checkpoint, advance: Callable[[int], None] = lambda count: None
+    ) -> Keeping | None:
+        """Return the store with what decides the numbers in it."""
+        if self.store is None:
+            return None
+        facts = {
+            **assemble.describe_front(self.method),
+            "seed": self.method.seed,
+            "loss": self.task.loss_name,
+            "parameters": list(self.task.parameter_names),
+            "train": self.train.fingerprint,
+            "dattri-core": __version__,
+        }
+        return Keeping(self.store, checkpoint, facts, advance)
 
     def _reusable(self, changed: Any) -> Fitted | None:
         """Return what is fitted as a changed method needs it, where no new fit is needed."""
@@ -277,7 +306,7 @@ class FittedMethod:
             checkpoints=self.task.checkpoints,
             scorer=self.method.scorer,
             fold=self.method.fold,
-            train=self.train,
+            train=first.train,
             test=examples,
             plan=plan,
             dampings=tuple(changes or () for changes in dampings),
@@ -348,6 +377,7 @@ class FittedMethod:
             "train": self.train.fingerprint,
             "test": test.fingerprint,
             "group": "sum" if request.group else None,
+            "store": None if self.store is None else {"dtype": self.store.dtype},
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,

@@ -18,6 +18,7 @@ from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
 from dattri_core.space import Space
 from dattri_core.stages import Stage, check_stages, example_space, is_two_sided
+from dattri_core.store import Store
 from dattri_core.task import Task
 
 
@@ -153,6 +154,7 @@ class Method:
         train: Any,
         *,
         memory: str | int | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> FittedMethod:
         """Fit on the train set: everything that does not depend on the test examples.
@@ -161,13 +163,16 @@ class Method:
             task: Model, loss, target and checkpoints.
             train: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
             memory: Budget such as ``"16GiB"``; default half of what is free.
+            store: Folder for train rows, see `Store`: after the projectors that the method begins
+                with they are written once, and read by every method that begins in the same way. A
+                build that was stopped goes on where it was.
             progress: Show a bar; default only on a terminal.
 
         Raises:
             SpecError, InputError, NumericsError: Before any long work, where that can be known.
         """
         self.check(task=task)
-        return FittedMethod.fit(self, task, train, memory=memory, progress=progress)
+        return FittedMethod.fit(self, task, train, memory=memory, progress=progress, store=store)
 
     @overload
     def attribute(
@@ -181,6 +186,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> Plan: ...
 
@@ -196,6 +202,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> dict[str, Scores]: ...
 
@@ -211,6 +218,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> Scores: ...
 
@@ -225,6 +233,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> Scores | dict[str, Scores] | Plan:
         """Return the scores ``[n_train, n_test]`` of every train example for every test example.
@@ -239,14 +248,18 @@ class Method:
             group: One column, for the sum over the test set, at the cost of one query.
             memory: Budget such as ``"16GiB"``; default half of what is free.
             out: Folder for scores that do not fit in memory, and to resume a run that was stopped.
+            store: Folder for train rows; see `fit`. Of further test sets, or of another scorer,
+                curvature or damping, no train example is evaluated again.
             progress: Show a bar; default only on a terminal.
         """
         self.check(task=task)
         if dry_run:
             return FittedMethod.plan(
-                self, task, train, test, memory=memory, out=out, by=by, group=group
+                self, task, train, test, memory=memory, out=out, by=by, group=group, store=store
             )
-        fitted = FittedMethod.fit(self, task, train, memory=memory, progress=progress, lazy=True)
+        fitted = FittedMethod.fit(
+            self, task, train, memory=memory, progress=progress, store=store, lazy=True
+        )
         if by is None:
             return fitted.attribute(test, group=group, out=out)
         return fitted.attribute(test, by=by, group=group, out=out)
@@ -288,6 +301,7 @@ def attribute(
     group: bool = False,
     memory: str | int | None = None,
     out: str | Path | None = None,
+    store: str | Path | Store | None = None,
     progress: bool | None = None,
     **overrides: Any,
 ) -> Any:
@@ -297,13 +311,20 @@ def attribute(
     """
     made = _named(method, overrides)
     settings: dict[str, Any] = {}
+    if store is not None:
+        if not isinstance(made, Method):
+            raise SpecError(
+                f"attribute: store= keeps the rows of a method, and a {type(made).__name__} is not "
+                "made of parts and has none"
+            )
+        settings["store"] = store
     if by is not None or group:
         if not isinstance(made, Method):
             raise SpecError(
                 f"attribute: by= and group= take the rows of a method apart or add them up, and a "
                 f"{type(made).__name__} is not made of parts and has none"
             )
-        settings = {"by": by, "group": group}
+        settings |= {"by": by, "group": group}
     return made.attribute(
         task, train, test, dry_run=dry_run, memory=memory, out=out, progress=progress, **settings
     )
