@@ -29,6 +29,7 @@ FORMAT = "dattri-store"
 VERSION = 1
 MANIFEST = "store.json"
 CHECKPOINT = "checkpoint.json"
+ROWS = "dattri-rows"
 VALUES = "values"
 AUX = "aux."
 DTYPES = {
@@ -265,10 +266,11 @@ class StoredCheckpoint:
         tensors = {VALUES: values, **{AUX + name: aux[name] for name in sorted(aux)}}
         held = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
         assert values.shape == (stop - start, self.layout.dim)
-        facts = {"owner": self.owner, "start": str(start), "digest": _digest(held)}
+        facts = {"owner": self.owner, "start": start, "digest": _digest(held)}
         discard_leftovers(path)
         with atomic_file(path) as handle:
-            handle.write(save(held, metadata=facts))
+            # In one entry: the order of several changes from one process to the next.
+            handle.write(save(held, metadata={ROWS: json.dumps(facts)}))
 
     def read(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return values ``[B, k]`` and auxiliary numbers, each ``[B]``, of rows at any positions.
@@ -310,13 +312,13 @@ class StoredCheckpoint:
         path, stop = self._path(start), self.layout.stop(start)
         try:
             with safe_open(str(path), framework="pt") as file:
-                facts = file.metadata() or {}
+                facts = json.loads((file.metadata() or {}).get(ROWS, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise self._bad(path, f"cannot be read ({error})") from error
         if facts.get("owner") != self.owner:
             raise self._bad(path, "holds rows of another checkpoint or another store")
-        if facts.get("start") != str(start):
+        if facts.get("start") != start:
             raise self._bad(path, f"holds the rows from {facts.get('start')}, not from {start}")
         wanted = ((stop - start, self.layout.dim), DTYPES[self.layout.dtype])
         values = tensors.get(VALUES)
