@@ -1,8 +1,8 @@
 """Random matrices whose every entry is a pure function of a key and of its place.
 
-The counter of `philox` is made from the row and the column of the entries that its words serve, so a
-matrix depends on no other entry, no batch, order, device or process, and that of a smaller rank is
-the top of that of a larger one. Signs are the same bits everywhere; normal numbers are the same
+The counter of `philox` is made from the row and the column of the entries that its words serve, so
+a matrix depends on no other entry, no batch, order, device or process, and that of a smaller rank
+is the top of that of a larger one. Signs are the same bits everywhere; normal numbers are the same
 after their rounding to 24 bits, but for one in a hundred million whose logarithm or cosine, of
 another machine, lies across a rounding border.
 """
@@ -75,7 +75,7 @@ def entries(
 def random_integers(
     key: int, row: int, start: int, stop: int, below: int, device: torch.device | None
 ) -> Words:
-    """Return integers below ``below`` at the places ``start`` to ``stop`` of a row, ``[stop-start]``.
+    """Return integers at the places ``start`` to ``stop`` of a row, ``[stop-start]``.
 
     Place j has word j mod 4 of the counter (j // 4, row, 2, 0), times ``below`` over 2^32.
 
@@ -84,7 +84,7 @@ def random_integers(
         row: Which series.
         start: First place, below 2^34.
         stop: One past the last.
-        below: Less than 2^31.
+        below: One more than the largest integer; less than 2^31.
         device: Where torch draws them; None: NumPy does.
     """
     first, last = start // 4, -(-stop // 4)
