@@ -118,7 +118,8 @@ class ShiftedKernel:
             ).tolist()
             windows = [shift + edge % length for shift, edge in zip(shifts, edges, strict=False)]
             tile = values.narrow(1, first - start, last - first)
-            for part, turned in zip(tile.split(rows), unrolled.split(rows), strict=True):
+            pairs = zip(torch.split(tile, rows), torch.split(unrolled, rows), strict=True)
+            for part, turned in pairs:
                 blocks = torch.split(part.to(unrolled.dtype), sizes, 1)
                 yield blocks, turned, windows, sizes, signs
             first = last
