@@ -48,6 +48,18 @@ def register(registry: dattri.Registry) -> None:
         "A small matrix on each side of a layer's gradient, which keeps its factors (LoGra)",
     )
     registry.part(
+        "projector",
+        "rademacher",
+        "dattri_parts.projectors.rademacher:Rademacher",
+        "A dense sketch of flat rows with signs",
+    )
+    registry.part(
+        "projector",
+        "gaussian",
+        "dattri_parts.projectors.gaussian:Gaussian",
+        "A dense sketch of flat rows with normal entries",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",
