@@ -96,6 +96,18 @@ def register(registry: dattri.Registry) -> None:
         "Projectors one after another",
     )
     registry.part(
+        "projector",
+        "block-count-sketch",
+        "dattri_parts.projectors.block_count_sketch:BlockCountSketch",
+        "Blocks of flat rows turned, signed and added up: about the time of reading a row",
+    )
+    registry.part(
+        "projector",
+        "srht",
+        "dattri_parts.projectors.srht:SRHT",
+        "Randomised Hadamard transforms of blocks of flat rows, added up",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",

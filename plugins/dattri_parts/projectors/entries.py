@@ -117,14 +117,14 @@ def _signs(
     """
     words = _words(key, rows, (4 * spans[0], 4 * spans[1]), SIGNS, device)
     count = rows[1] - rows[0]
-    eighth, parity = counting(0, 16, device)[:, None, None], counting(0, 2, device)
-    shifts = _int32(eighth + 16 - 16 * parity)  # [16, 1, 2], to the bit of the sign
-    length = spans[1] - spans[0]
-    stacked = _int32(_library(device).stack(words, -1)).reshape(count, length, 4, 4)
-    bits = stacked.swapaxes(-1, -2)[:, :, :, None, :, None] << shifts
-    bits &= SIGN_BIT  # [rows, spans, quarters, eighths, counters, parities]
+    library, length = _library(device), spans[1] - spans[0]
+    stacked = _int32(library.stack(words, -1)).reshape(count, length, 4, 4).swapaxes(-1, -2)
+    # Odd columns have the upper half of a word, even ones the lower half, moved up.
+    halves = library.stack((stacked << 16, stacked), -1).reshape(count, length, 4, 1, 8)
+    bits = halves << _int32(counting(0, 16, device))[:, None]
+    bits &= SIGN_BIT  # [rows, spans, quarters, eighths, counters and parities]
     bits |= ONE_BITS
-    return bits.reshape(count, length * SPAN).view(_library(device).float32)
+    return bits.reshape(count, length * SPAN).view(library.float32)
 
 
 def _normals(
