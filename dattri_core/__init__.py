@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from dattri_core.blocks import GroupedBlock as GroupedBlock
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
+    from dattri_core.blocks import Selection as Selection
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
     from dattri_core.blocks import concatenate as concatenate
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.blocks import pick_entries as pick_entries
     from dattri_core.blocks import share as share
     from dattri_core.capabilities import AdditiveMap as AdditiveMap
     from dattri_core.capabilities import ByUse as ByUse
@@ -165,6 +167,7 @@ _EXPORTS = {
     "Scorer": "protocols",
     "Scores": "scores",
     "ScoresWriter": "scores_writer",
+    "Selection": "blocks",
     "Side": "protocols",
     "Snapshot": "protocols",
     "Solver": "protocols",
@@ -203,6 +206,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "pick_entries": "blocks",
     "share": "blocks",
     "square_sum": "moments",
     "squared_error": "losses",

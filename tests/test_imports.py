@@ -42,6 +42,7 @@ ORDER = [
     "blocks.dense",
     "blocks.grouped",
     "blocks.outer",
+    "blocks.pick",
     "blocks.span",
     "blocks",
     "moments",

@@ -61,6 +61,42 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "projector",
+        "sjlt",
+        "dattri_parts.projectors.sjlt:SJLT",
+        "The sparse sketch: a few signs for each coordinate, no tables",
+    )
+    registry.part(
+        "projector",
+        "mask",
+        "dattri_parts.projectors.mask:Mask",
+        "A random choice of coordinates",
+    )
+    registry.part(
+        "projector",
+        "factor-mask",
+        "dattri_parts.projectors.factor_mask:FactorMask",
+        "A random choice of each layer's inputs and outputs, which keeps its factors",
+    )
+    registry.part(
+        "projector",
+        "grass",
+        "dattri_parts.projectors.grass:Grass",
+        "A mask, then the sparse sketch of what it leaves (GraSS)",
+    )
+    registry.part(
+        "projector",
+        "factgrass",
+        "dattri_parts.projectors.factgrass:FactGrass",
+        "A mask on each side of a layer, then the sparse sketch of the rest (FactGraSS)",
+    )
+    registry.part(
+        "projector",
+        "chain",
+        "dattri_parts.projectors.chain:Chain",
+        "Projectors one after another",
+    )
+    registry.part(
+        "projector",
         "block-count-sketch",
         "dattri_parts.projectors.block_count_sketch:BlockCountSketch",
         "Blocks of flat rows turned, signed and added up: about the time of reading a row",

@@ -9,7 +9,7 @@ into blocks, batches or parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from attrs import evolve, field, frozen
@@ -57,6 +57,15 @@ class Kernel(Protocol):
 
     def matrix(self, start: int, stop: int) -> Tensor:
         """Return ``M[:, start:stop]`` in float64 on the CPU, ``[K, stop-start]``: the meaning."""
+        ...
+
+
+@runtime_checkable
+class BlockKernel(Kernel, Protocol):
+    """A kernel that needs a few entries of a block, which it reads without forming the rows."""
+
+    def add_block(self, block: Block, start: int, out: Tensor) -> None:
+        """Add ``M[:, start:start+m] v`` for every row v of a block of m numbers to ``out``."""
         ...
 
 
@@ -198,6 +207,9 @@ def _dense_rows(rows: Rows, space: Space, flat: Mapping[str, Tensor]) -> Rows:
 
 def _add(kernel: Kernel, block: Block, spec: BlockSpec, start: int, total: Tensor) -> None:
     """Add the sketch of one block whose first coordinate is ``start``."""
+    if isinstance(kernel, BlockKernel):
+        kernel.add_block(block, start, total)
+        return
     for at, values in _formed(block, spec):
         kernel.add(values, start + at, total)
 
