@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
+    from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -175,6 +176,7 @@ _EXPORTS = {
     "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
+    "WeighingScorer": "capabilities",
     "as_damping": "protocols",
     "atomic_file": "atomic",
     "attribute": "methods",

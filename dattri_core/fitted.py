@@ -30,7 +30,7 @@ from dattri_core.requests import Request
 from dattri_core.runner import Runner, contractions, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
+from dattri_core.snapshot import Fitted, fit_checkpoint, task_of, weights_of
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import budget_of
@@ -330,14 +330,15 @@ class FittedMethod:
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
 
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
-        target = self.task.target
+        asked = task_of(fitted.chain.source, self.task)
+        target = asked.target
         return {
             "method": self.method.to_spec(),
             "n_train": len(self.train),
             "n_test": len(test),
             "loss": self.task.loss_name,
             "target": {
-                "name": self.task.target_name,
+                "name": asked.target_name,
                 "higher_is_better": bool(target is not None and target.higher_is_better),
             },
             "checkpoints": [c.name for c in self.task.checkpoints],

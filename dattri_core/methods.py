@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 from attrs import field, frozen
 
 from dattri_core import assemble
+from dattri_core.capabilities import WeighingScorer
 from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.loop import By
@@ -124,9 +125,26 @@ class Method:
                 "side with its root only; use form='one-sided', or the scorer 'relatif' with "
                 "form='l', which both forms serve"
             )
+        self._check_weight()
         check_stages(self.chain, space or example_space())
         if task is not None:
             self._check_task(task)
+
+    def _check_weight(self) -> None:
+        weighs = isinstance(self.scorer, WeighingScorer) and self.scorer.weighs
+        needs = "weight" in self.fold.needs
+        if weighs == needs:
+            return
+        scorer, fold = assemble.name_of(self.scorer), assemble.name_of(self.fold)
+        if needs:
+            raise SpecError(
+                f"method: the fold {fold!r} needs a weight per train row, which the scorer "
+                f"{scorer!r} does not give; use the scorer 'trak', or another fold such as 'mean'"
+            )
+        raise SpecError(
+            f"method: the scorer {scorer!r} gives a weight per train row, which the fold {fold!r} "
+            "would drop; use the fold 'trak', or another scorer such as 'dot'"
+        )
 
     def _check_task(self, task: Task) -> None:
         if "learning-rate" in self.fold.needs:

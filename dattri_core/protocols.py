@@ -466,7 +466,10 @@ class Fold(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the facts it asks of every checkpoint: of ``{"learning-rate"}``."""
+        """Return what it asks for: of ``{"learning-rate", "weight"}``.
+
+        A learning rate of every checkpoint; a weight per train row, which the scorer gives.
+        """
         ...
 
     def update(self, state: FoldState | None, scored: Scored, snapshot: Snapshot) -> FoldState:

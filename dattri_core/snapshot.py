@@ -157,3 +157,9 @@ def weights_of(source: BoundSource) -> str | None:
     """Return a hash of the weights that a source reads, where it has an evaluator."""
     evaluator = getattr(source, "evaluator", None)
     return evaluator.fingerprint if isinstance(evaluator, Evaluator) else None
+
+
+def task_of(source: BoundSource, task: Task) -> Task:
+    """Return what a source asks of the model: the task, with the loss and target of the source."""
+    evaluator = getattr(source, "evaluator", None)
+    return evaluator.task if isinstance(evaluator, Evaluator) else task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,15 @@ class Task:
         self.checkpoints: tuple[Checkpoint, ...] = checkpoints_of(checkpoints, learning_rates)
         self.parameter_names = select_parameters(model, parameters)
         self.device = _device_of(model)
+
+    def with_(self, *, loss: AnyLoss, target: Target | None) -> Task:
+        """Return the same model and checkpoints with another loss and target.
+
+        For sources whose rows are of another function than the loss.
+        """
+        changed = copy.copy(self)
+        changed.loss, changed.target = loss, target
+        return changed
 
     @property
     def sign(self) -> float:

@@ -12,6 +12,7 @@ BUILT_IN = (
     "dattri_parts",
     "dattri_influence",
     "dattri_tracin",
+    "dattri_trak",
     "dattri_baselines",
 )
 CASES = [
