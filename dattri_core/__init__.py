@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
@@ -153,6 +154,7 @@ _EXPORTS = {
     "RandomStream": "protocols",
     "ReducedInverse": "capabilities",
     "ReducingSolver": "capabilities",
+    "ReferencedProblem": "capabilities",
     "Registry": "registry",
     "RootSolver": "capabilities",
     "RowKind": "protocols",

@@ -214,6 +214,19 @@ class WeighingScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class ReferencedProblem(Problem, Protocol):
+    """A problem whose task has reference examples."""
+
+    @property
+    def reference(self) -> Problem | None:
+        """Return the reference examples in place of the train set, None where there are none.
+
+        Its rows of kind ``"loss"`` are those of the test side: of the target, signed.
+        """
+        ...
+
+
+@runtime_checkable
 class ByUse(Protocol):
     """A curvature that asks less of the problem when less is asked of its operator."""
 

@@ -51,6 +51,7 @@ class FittedMethod:
     train: Examples
     budget: int
     progress: bool | None
+    reference: Examples | None = None
     _held: Fitted | None = None
 
     @staticmethod
@@ -67,7 +68,10 @@ class FittedMethod:
         examples = Examples.of(train, "train")
         for checkpoint in task.checkpoints:
             checkpoint.check(task.model)
-        fitted = FittedMethod(method, task, examples, parse_bytes(memory, task.device), progress)
+        given = task.reference
+        reference = None if given is None else Examples.of(given, "reference")
+        budget = parse_bytes(memory, task.device)
+        fitted = FittedMethod(method, task, examples, budget, progress, reference)
         if not lazy:
             fitted._fit(fitted._first())
         return fitted
@@ -97,6 +101,7 @@ class FittedMethod:
             fitted.train,
             fitted.budget // FIT_SHARE,
             plan_only=True,
+            reference=fitted.reference,
         )
         return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
@@ -239,6 +244,7 @@ class FittedMethod:
                 self.train,
                 self.budget // FIT_SHARE,
                 test,
+                reference=self.reference,
             )
         return self._held
 
@@ -348,6 +354,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
+            "reference": None if self.reference is None else self.reference.fingerprint,
             "group": "sum" if request.group else None,
             "versions": {
                 "dattri-core": __version__,

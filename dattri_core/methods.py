@@ -162,6 +162,12 @@ class Method:
                 f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) "
                 "or a shipped loss by name, or use the curvature 'hessian'"
             )
+        if "reference-rows" in needs and task.reference is None:
+            raise SpecError(
+                "method: its curvature mixes the rows of the train set with those of examples like "
+                "the ones that will be asked, and the task has none; give Task(..., "
+                "reference=examples), the test set or others of its kind"
+            )
         for need in sorted(needs & KIND_OF_NEED.keys()):
             require_kind(KIND_OF_NEED[need], task)
 

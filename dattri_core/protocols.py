@@ -229,8 +229,9 @@ class Curvature(Protocol):
     def needs(self) -> frozenset[str]:
         """Return what it asks of the `Problem`.
 
-        Of ``{"hessian-product", "ggn-product", "rows", "fisher-rows", "ggn-rows"}``: products of
-        a kind, and rows of the kinds ``"loss"``, ``"fisher"`` and ``"ggn"``.
+        Of ``{"hessian-product", "ggn-product", "rows", "fisher-rows", "ggn-rows",
+        "reference-rows"}``: products of a kind, rows of the kinds ``"loss"``, ``"fisher"`` and
+        ``"ggn"``, and those of the reference examples.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import move
@@ -105,12 +105,13 @@ def fit_checkpoint(
     test: Examples | None = None,
     advance: Callable[[int], None] | None = None,
     plan_only: bool = False,
+    reference: Examples | None = None,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
     A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
     costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
-    are fitted on a few examples.
+    are fitted on a few examples. Reference examples are those of the task.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -139,6 +140,10 @@ def fit_checkpoint(
         few = plan_only and isinstance(stage, Projector)
         data = Examples("train", SAMPLE, "tensors", sample) if few else examples
         problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
+        if reference is not None:
+            problem.reference = evolve(
+                problem, examples=reference, random=evolve(stream, role="reference"), role="test"
+            )
         if plan_only and not isinstance(stage, Projector):
             outlooks.append(outlook_before_fit(stage, before, problem))
             continue

@@ -74,8 +74,9 @@ class MethodBench:
         return (logistic(),) if inverts else (logistic(), network())
 
     def task(self, world: World, dtype: torch.dtype = torch.float64, **options: Any) -> Task:
-        """Return a task with one checkpoint of learning rate 1."""
+        """Return a task with one checkpoint of learning rate 1; the test set is its reference."""
         state = world.model().to(dtype).state_dict()
+        options = {"reference": cast(world.test, dtype), **options}
         return world.task(dtype, checkpoints=[state], learning_rates=[1.0], **options)
 
     def scores(self, task: Task, train: Any, test: Any, **settings: Any) -> Scores:
@@ -110,10 +111,11 @@ def _small_sketches(part: Any) -> Any:
     """Return a method whose projectors with a field ``dim`` leave a few numbers."""
 
     def small(stage: Any) -> Any:
-        if not isinstance(stage, Projector) or not attrs.has(type(stage)):
+        owner: Any = stage if isinstance(stage, Projector) else None
+        if owner is None or not attrs.has(type(owner)):
             return stage
-        known = {a.name for a in attrs.fields(type(stage))}
-        return attrs.evolve(stage, dim=SKETCHED) if "dim" in known else stage
+        known = {a.name for a in attrs.fields(type(owner))}
+        return attrs.evolve(owner, dim=SKETCHED) if "dim" in known else owner
 
     if getattr(part, "chain", None) is None:
         return part

@@ -26,6 +26,12 @@ def register(registry: dattri.Registry) -> None:
         "dattri_trak.fold:TrakFold",
         "The mean of the residuals times the mean of the inner products",
     )
+    registry.part(
+        "curvature",
+        "mixed",
+        "dattri_trak.mixed:Mixed",
+        "The second moment of the rows of the train set and of examples like those asked",
+    )
     registry.method(
         "trak",
         {
@@ -45,4 +51,25 @@ def register(registry: dattri.Registry) -> None:
         "each checkpoint c; n times the number of the paper",
         citation="Park et al. 2023, TRAK: Attributing Model Behavior at Scale, section 3 (arXiv "
         "2303.14186)",
+    )
+    registry.method(
+        "trackstar",
+        {
+            "source": "per-example",
+            "projector": {"name": "kronecker", "rank": 64, "uncovered": "sketch"},
+            "inverse_hessian": {
+                "curvature": {"name": "mixed", "block": True},
+                "solver": {"name": "spectral", "damping": {"relative": 1e-3}},
+                "form": "two-sided",
+            },
+            "scorer": "cosine",
+            "fold": "mean",
+        },
+        summary="TrackStar: cosine of sketched gradients after the root of the inverse of a second "
+        "moment that mixes the train set with reference examples, Task(reference=...); without "
+        "the optimiser's second moments",
+        formula="S_ij = <k_i, k_j> / (|k_i| |k_j|), k = (R + damping I)^-1/2 P g, "
+        "R = w E_reference[P h (P h)^T] + (1 - w) E_train[P g (P g)^T], each layer apart",
+        citation="Chang et al. 2024, Scalable Influence and Fact Tracing for Large Language Model "
+        "Pretraining, section 3 (arXiv 2410.17413)",
     )
