@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
+    from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -157,6 +159,7 @@ _EXPORTS = {
     "RandomStream": "protocols",
     "ReducedInverse": "capabilities",
     "ReducingSolver": "capabilities",
+    "ReferencedProblem": "capabilities",
     "Registry": "registry",
     "RootSolver": "capabilities",
     "RowKind": "protocols",
@@ -182,6 +185,7 @@ _EXPORTS = {
     "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
+    "WeighingScorer": "capabilities",
     "as_damping": "protocols",
     "atomic_file": "atomic",
     "attribute": "methods",

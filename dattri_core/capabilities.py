@@ -18,6 +18,7 @@ from dattri_core.protocols import (
     Problem,
     Projector,
     RandomStream,
+    Scorer,
     Sink,
     Solver,
 )
@@ -218,6 +219,29 @@ class RowsOperator(Operator, Protocol):
 
     def rows(self) -> Iterator[Rows]:
         """Read all rows, a few at a time; the same ones, in the same order, each time."""
+        ...
+
+
+@runtime_checkable
+class WeighingScorer(Scorer, Protocol):
+    """A scorer that also gives a weight per train row, for a fold that reduces both apart."""
+
+    @property
+    def weighs(self) -> bool:
+        """Return whether `Scored.weight` is given."""
+        ...
+
+
+@runtime_checkable
+class ReferencedProblem(Problem, Protocol):
+    """A problem whose task has reference examples."""
+
+    @property
+    def reference(self) -> Problem | None:
+        """Return the reference examples in place of the train set, None where there are none.
+
+        Its rows of kind ``"loss"`` are those of the test side: of the target, signed.
+        """
         ...
 
 

@@ -31,7 +31,7 @@ from dattri_core.requests import Request
 from dattri_core.runner import Runner, contractions, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.snapshot import Fitted, fit_checkpoint
+from dattri_core.snapshot import Fitted, fit_checkpoint, task_of
 from dattri_core.store import Store
 from dattri_core.stored import Keeping
 from dattri_core.stream import Examples
@@ -55,6 +55,7 @@ class FittedMethod:
     budget: int
     progress: bool | None
     store: Store | None = None
+    reference: Examples | None = None
     _held: Fitted | None = None
 
     @staticmethod
@@ -72,8 +73,10 @@ class FittedMethod:
         examples = Examples.of(train, "train")
         for checkpoint in task.checkpoints:
             checkpoint.check(task.model)
+        given = task.reference
+        reference = None if given is None else Examples.of(given, "reference")
         budget = parse_bytes(memory, task.device)
-        fitted = FittedMethod(method, task, examples, budget, progress, Store.of(store))
+        fitted = FittedMethod(method, task, examples, budget, progress, Store.of(store), reference)
         if not lazy:
             fitted._fit(fitted._first())
         return fitted
@@ -107,6 +110,7 @@ class FittedMethod:
             fitted.budget // FIT_SHARE,
             plan_only=True,
             keeping=fitted._keeping(fitted._first()),
+            reference=fitted.reference,
         )
         return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
@@ -252,6 +256,7 @@ class FittedMethod:
                     self.budget // FIT_SHARE,
                     test,
                     keeping=self._keeping(checkpoint, shown.advance),
+                    reference=self.reference,
                 )
         return self._held
 
@@ -359,14 +364,15 @@ class FittedMethod:
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
 
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
-        target = self.task.target
+        asked = task_of(fitted.chain.source, self.task)
+        target = asked.target
         return {
             "method": self.method.to_spec(),
             "n_train": len(self.train),
             "n_test": len(test),
             "loss": self.task.loss_name,
             "target": {
-                "name": self.task.target_name,
+                "name": asked.target_name,
                 "higher_is_better": bool(target is not None and target.higher_is_better),
             },
             "checkpoints": [c.name for c in self.task.checkpoints],
@@ -376,6 +382,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
+            "reference": None if self.reference is None else self.reference.fingerprint,
             "group": "sum" if request.group else None,
             "store": None if self.store is None else {"dtype": self.store.dtype},
             "versions": {

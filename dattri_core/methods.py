@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 from attrs import field, frozen
 
 from dattri_core import assemble
+from dattri_core.capabilities import WeighingScorer
 from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.loop import By
@@ -125,9 +126,26 @@ class Method:
                 "side with its root only; use form='one-sided', or the scorer 'relatif' with "
                 "form='l', which both forms serve"
             )
+        self._check_weight()
         check_stages(self.chain, space or example_space())
         if task is not None:
             self._check_task(task)
+
+    def _check_weight(self) -> None:
+        weighs = isinstance(self.scorer, WeighingScorer) and self.scorer.weighs
+        needs = "weight" in self.fold.needs
+        if weighs == needs:
+            return
+        scorer, fold = assemble.name_of(self.scorer), assemble.name_of(self.fold)
+        if needs:
+            raise SpecError(
+                f"method: the fold {fold!r} needs a weight per train row, which the scorer "
+                f"{scorer!r} does not give; use the scorer 'trak', or another fold such as 'mean'"
+            )
+        raise SpecError(
+            f"method: the scorer {scorer!r} gives a weight per train row, which the fold {fold!r} "
+            "would drop; use the fold 'trak', or another scorer such as 'dot'"
+        )
 
     def _check_task(self, task: Task) -> None:
         if "learning-rate" in self.fold.needs:
@@ -144,6 +162,12 @@ class Method:
                 f"method: a GGN needs the model's outputs and the criterion apart, and the loss "
                 f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) "
                 "or a shipped loss by name, or use the curvature 'hessian'"
+            )
+        if "reference-rows" in needs and task.reference is None:
+            raise SpecError(
+                "method: its curvature mixes the rows of the train set with those of examples like "
+                "the ones that will be asked, and the task has none; give Task(..., "
+                "reference=examples), the test set or others of its kind"
             )
         for need in sorted(needs & KIND_OF_NEED.keys()):
             require_kind(KIND_OF_NEED[need], task)

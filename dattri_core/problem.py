@@ -17,7 +17,7 @@ from dattri_core.lift import empty_rows, to_parameters
 from dattri_core.memory import is_out_of_memory
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
 from dattri_core.projected import pass_blocks, require_complete
-from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, RowKind
+from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, Role, RowKind
 from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
@@ -36,6 +36,8 @@ class TrainProblem:
         random: Keys of random numbers.
         memory: Bytes that a fit may use.
         advance: Called with the number of examples after each batch.
+        role: Of the rows of kind ``"loss"``.
+        reference: The reference examples of the task, as a problem of their own.
     """
 
     source: BoundSource
@@ -45,6 +47,8 @@ class TrainProblem:
     random: RandomStream
     memory: int
     advance: Callable[[int], None] | None = None
+    role: Role = "train"
+    reference: TrainProblem | None = None
 
     @property
     def space(self) -> Space:
@@ -152,7 +156,8 @@ class TrainProblem:
             halving(work, positions, nest, "train rows")
 
     def _reader(self, kind: RowKind, draw: int) -> RowReader:
-        return RowReader(self.source, self._any_evaluator, kind, draw, self.random, self.memory)
+        given = (self.source, self._any_evaluator, kind, draw, self.random, self.memory, self.role)
+        return RowReader(*given)
 
     def _rows(self, reader: RowReader, index: Tensor | None) -> Iterator[Rows]:
         space = self.source.space

@@ -36,6 +36,8 @@ from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
+OF_ROWS = frozenset({"rows", "reference-rows"})
+"""What a stage may ask of rows that have passed projectors; for the rest it gets the model."""
 FLAT = ("inner products   of flat rows",)
 
 
@@ -118,13 +120,15 @@ def fit_checkpoint(
     advance: Callable[[int], None] | None = None,
     plan_only: bool = False,
     keeping: Keeping | None = None,
+    reference: Examples | None = None,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
     A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
     costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
     are fitted on a few examples. Where rows are kept in a store they are computed first, so far as
-    they are not there, and read by all that needs no more than train rows.
+    they are not there, and read by all that needs no more than train rows. Reference examples are
+    those of the task.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -165,7 +169,7 @@ def fit_checkpoint(
         before, space = space, space_after(stage, space)
         role = "projector" if isinstance(stage, Projector) else "curvature"
         stream = RandomStream(seed, role, checkpoint.position)
-        if not stage_needs(stage) <= {"rows"} or given is bound:
+        if not stage_needs(stage) <= OF_ROWS or given is bound:
             maps: tuple[LinearMap, ...] = (*front, *chain.maps)
             problem = TrainProblem(bound, examples, maps, batch, stream, memory, advance)
         else:
@@ -175,6 +179,13 @@ def fit_checkpoint(
             few = Examples("train", SAMPLE, "tensors", sample)
             maps = (*front, *chain.maps)
             problem = TrainProblem(bound, few, maps, batch, stream, memory, advance)
+        if reference is not None:
+            problem.reference = attrs.evolve(
+                problem,
+                examples=reference,
+                random=attrs.evolve(stream, role="reference"),
+                role="test",
+            )
         if plan_only and not isinstance(stage, Projector):
             outlooks.append(outlook_before_fit(stage, before, problem))
             continue
@@ -241,3 +252,9 @@ def _whole(rows: Rows) -> int:
     """Return the bytes of one whole row while a map that takes whole rows forms and joins it."""
     item = max(4, rows.dtype.itemsize)
     return max(1, rows.nbytes // len(rows)) + 2 * rows.space.dim * item
+
+
+def task_of(source: BoundSource, task: Task) -> Task:
+    """Return what a source asks of the model: the task, with the loss and target of the source."""
+    evaluator = getattr(source, "evaluator", None)
+    return evaluator.task if isinstance(evaluator, Evaluator) else task

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import attrs
@@ -74,21 +73,34 @@ def at_changes(root, reference):
     return {"moments": moments, "different": different}
 
 
-def at_random(root, reference, length):
-    """Kill from outside at 20 random moments of a build, whatever the process does then."""
+def counted(folder, last=None):
+    """Run, and kill this process at its last-th call of a Python function; return how many."""
+    calls = [0]
+
+    def hook(frame, event, argument):
+        calls[0] += event == "call"
+        if calls[0] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(hook)
+    run(folder)
+    sys.setprofile(None)
+    return calls[0]
+
+
+def at_random(root, reference):
+    """Kill at 20 random moments of a run, wherever it is then: numbers, files or neither."""
+    counting = root / "counting"
+    counting.mkdir()
+    assert forked(lambda: (root / "calls").write_text(str(counted(counting)))) == 0
+    calls = int((root / "calls").read_text())
     kills = different = partial = 0
     rng = random.Random(0)
     for step in range(20):
         folder = root / f"random-{step}"
         folder.mkdir()
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            run(folder)
-            os._exit(0)
-        time.sleep(length * rng.random())
-        os.kill(child, signal.SIGKILL)
-        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        last = rng.randrange(calls // 20, calls)
+        kills += forked(lambda folder=folder, last=last: counted(folder, last)) == -signal.SIGKILL
         there = len(files(folder)) if (folder / "rows").exists() else 0
         partial += 0 < there < len(files(reference))
         assert forked(lambda folder=folder: run(folder)) == 0
@@ -102,15 +114,13 @@ def main():
     reference = root / "reference"
     reference.mkdir()
     dattri.method("logra")  # imports the parts once, not in every child
-    started = time.monotonic()
     assert forked(lambda: run(reference)) == 0
-    length = time.monotonic() - started
     print(
         json.dumps(
             {
                 "files": len(files(reference)),
                 "changes": at_changes(root, reference),
-                "random": at_random(root, reference, length),
+                "random": at_random(root, reference),
             }
         )
     )

@@ -13,6 +13,7 @@ BUILT_IN = (
     "dattri_influence",
     "dattri_tracin",
     "dattri_grass",
+    "dattri_trak",
     "dattri_baselines",
 )
 CASES = [

@@ -17,6 +17,7 @@ from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
+    ToyMargin,
     ToySource,
     ToySpectrum,
 )
@@ -45,7 +46,7 @@ def registry():
 
 
 GOOD = {
-    "source": [ToySource()],
+    "source": [ToySource(), ToyMargin()],
     "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
@@ -68,7 +69,7 @@ GOOD = {
         ToyInverseHessian(split=True),
     ],
     "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
-    "fold": [ToyFold()],
+    "fold": [ToyFold(), ToyFold(weighted=True)],
     "method": [
         PLAIN,
         ToyAttributor(PLAIN),
@@ -85,6 +86,7 @@ BROKEN = {
         "rows-are-their-own": ToySource("centre"),
         "rows-are-repeatable": ToySource("noise"),
         "rows-are-gradients": ToySource("half"),
+        "residual-times-row-is-the-loss-row": ToyMargin("residual"),
         "target-rows-carry-the-sign": ToySource("sign"),
         "rows-scale-with-the-loss": ToySource("clip"),
         "rows-cover-the-selection": ToySource("everything"),
@@ -180,6 +182,7 @@ BROKEN = {
         "tiles-are-their-own": ToyFold("rows"),
         "state-is-all-it-keeps": ToyFold("number"),
         "fold-is-homogeneous": ToyFold("clamp"),
+        "equal-weights-scale-the-rows": ToyFold("root", weighted=True),
         "equal-checkpoints-keep-the-sign": ToyFold("turn"),
         "inputs-are-untouched": ToyFold("in place"),
         "fold-is-repeatable": ToyFold("noise"),

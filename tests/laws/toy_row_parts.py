@@ -214,10 +214,14 @@ class ForgetfulScorer:
 # --- folds ----------------------------------------------------------------------------------
 @frozen
 class ToyFold:
-    """The mean."""
+    """The mean, of scores times weights where it is weighted."""
 
     fault: str = ""
-    needs = frozenset()
+    weighted: bool = False
+
+    @property
+    def needs(self):
+        return frozenset({"weight"} if self.weighted else ())
 
     @property
     def order(self):
@@ -225,6 +229,9 @@ class ToyFold:
 
     def update(self, state, scored, snapshot):
         values = scored.values
+        if self.weighted:
+            weight = scored.weight.unsqueeze(1)
+            values = values * (weight.sqrt() if self.fault == "root" else weight)
         if self.fault == "clamp":
             values = values.clamp(-5, 5)
         if self.fault == "turn" and snapshot.position > 0:
