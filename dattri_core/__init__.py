@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import share as share
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
@@ -121,6 +122,7 @@ _EXPORTS = {
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
+    "EnsembleSource": "capabilities",
     "Evaluator": "evaluate",
     "Examples": "stream",
     "FactorSums": "moments",

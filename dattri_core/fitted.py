@@ -20,6 +20,7 @@ from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.measures import needs_inverse
+from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
@@ -51,6 +52,7 @@ class FittedMethod:
     train: Examples
     budget: int
     progress: bool | None
+    checkpoints: tuple[Checkpoint, ...]
     _held: Fitted | None = None
 
     @staticmethod
@@ -67,7 +69,9 @@ class FittedMethod:
         examples = Examples.of(train, "train")
         for checkpoint in task.checkpoints:
             checkpoint.check(task.model)
-        fitted = FittedMethod(method, task, examples, parse_bytes(memory, task.device), progress)
+        budget = parse_bytes(memory, task.device)
+        checkpoints = expand_checkpoints(method.source, task.checkpoints)
+        fitted = FittedMethod(method, task, examples, budget, progress, checkpoints)
         if not lazy:
             fitted._fit(fitted._first())
         return fitted
@@ -182,14 +186,14 @@ class FittedMethod:
         costs = first.outline.costs(measured=True)
         per_row = costs.activations + costs.routes[0].train_row
         batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
-        total = len(self.train) * len(self.task.checkpoints)
+        total = len(self.train) * len(self.checkpoints)
         with (
             contraction_limit(contractions(self.budget)),
             bar("self-influence", total, self.progress) as shown,
         ):
             return self_influence(
                 self._fit,
-                self.task.checkpoints,
+                self.checkpoints,
                 self.method.scorer,
                 self.method.fold,
                 self.train,
@@ -208,7 +212,11 @@ class FittedMethod:
         """
         changed = type(self.method)(**assemble.override(assemble.slots_of(self.method), overrides))
         changed.check(task=self.task)
-        return attrs.evolve(self, method=changed, held=self._reusable(changed))
+        checkpoints = self.checkpoints  # the same objects, so that what is held is known again
+        if changed.source != self.method.source:
+            checkpoints = expand_checkpoints(changed.source, self.task.checkpoints)
+        held = self._reusable(changed)
+        return attrs.evolve(self, method=changed, checkpoints=checkpoints, held=held)
 
     def _at_damping(self, damping: Damping) -> Any:
         """Return the method at another damping."""
@@ -224,8 +232,7 @@ class FittedMethod:
 
     # --- fitting --------------------------------------------------------------------------------
     def _first(self) -> Checkpoint:
-        checkpoints = self.task.checkpoints
-        return checkpoints[0] if self.method.fold.order == "forward" else checkpoints[-1]
+        return self.checkpoints[0 if self.method.fold.order == "forward" else -1]
 
     def _fit(self, checkpoint: Checkpoint, test: Examples | None = None) -> Fitted:
         if self._held is None or self._held.checkpoint is not checkpoint:
@@ -274,7 +281,7 @@ class FittedMethod:
         provenance = self._provenance(first, examples, request)
         dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
         run = Run(
-            checkpoints=self.task.checkpoints,
+            checkpoints=self.checkpoints,
             scorer=self.method.scorer,
             fold=self.method.fold,
             train=self.train,
@@ -291,7 +298,7 @@ class FittedMethod:
         events.emit("run_started", {name: provenance[name] for name in names})
         started = time.monotonic()
         if out is None:
-            found = runner.to_memory(request.names(first, self.task))
+            found = runner.to_memory(request.names(first, self.checkpoints))
         else:
             found = {WHOLE: runner.to_folder(Path(out), first)}
         seconds = time.monotonic() - started
@@ -306,12 +313,12 @@ class FittedMethod:
         self, fitted: Fitted, test: Examples, request: Request, out: str | Path | None
     ) -> Plan:
         n_train, n_test = len(self.train), 1 if request.group else len(test)
-        variants, readings = request.counts(fitted, self.task)
+        variants, readings = request.counts(fitted, self.checkpoints)
         result = readings * n_train * n_test * fitted.dtype.itemsize
         work = Work(
             n_train=n_train,
             n_test=n_test,
-            checkpoints=len(self.task.checkpoints),
+            checkpoints=len(self.checkpoints),
             # The tiles, and the matrices that they are put together into.
             result_bytes=0 if out is not None else 2 * result,
             variants=variants,
@@ -331,6 +338,7 @@ class FittedMethod:
 
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
         target = self.task.target
+        weights = {id(c.source): c.fingerprint(self.task.model) for c in self.task.checkpoints}
         return {
             "method": self.method.to_spec(),
             "n_train": len(self.train),
@@ -340,10 +348,10 @@ class FittedMethod:
                 "name": self.task.target_name,
                 "higher_is_better": bool(target is not None and target.higher_is_better),
             },
-            "checkpoints": [c.name for c in self.task.checkpoints],
-            "learning_rates": [c.learning_rate for c in self.task.checkpoints],
+            "checkpoints": [c.name for c in self.checkpoints],
+            "learning_rates": [c.learning_rate for c in self.checkpoints],
             "parameters": list(self.task.parameter_names),
-            "weights": [c.fingerprint(self.task.model) for c in self.task.checkpoints],
+            "weights": [weights[id(c.source)] for c in self.checkpoints],
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,

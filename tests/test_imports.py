@@ -56,6 +56,7 @@ ORDER = [
     "task",
     "halving",
     "stream",
+    "members",
     "evaluate",
     "row_kinds",
     "activations",
