@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import attrs
 import torch
@@ -17,7 +17,7 @@ from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import contraction_limit
 from dattri_core.dampings import dampings_between, redamped
-from dattri_core.errors import InputError, SpecError
+from dattri_core.errors import InputError, MemoryBudgetError, SpecError, format_bytes
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.measures import needs_inverse
 from dattri_core.members import expand_checkpoints
@@ -25,17 +25,20 @@ from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
 from dattri_core.progress import bar
-from dattri_core.protocols import Damping, as_damping
+from dattri_core.protocols import Damping, Projector, as_damping
 from dattri_core.registry import default_registry
 from dattri_core.requests import Request
 from dattri_core.runner import Runner, contractions, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
 from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
+from dattri_core.stages import Stage, needs_data
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import budget_of
+from dattri_core.top import Extremes, checked_count
 
+T = TypeVar("T")
 FIT_SHARE = 2  # a fit may use one part in two of the budget; the rest holds queries and batches
 SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
 
@@ -170,6 +173,33 @@ class FittedMethod:
         found = self._scores(test, Request(methods), None)
         return dict(zip(keys, found.values(), strict=True))
 
+    def extremes(self, test: Any, k: int, *, group: bool = False) -> Extremes:
+        """Return the k most helpful and most harmful train examples of every test example.
+
+        They are those of ``attribute(test).top(k)`` and ``.bottom(k)``, from one pass over the
+        train set for both, and without the matrix ``[n_train, n_test]``: scores of a train batch
+        are reduced to k numbers for each test example before the next batch is read. With several
+        checkpoints the scores of a batch wait for the last one; where these do not fit the memory
+        all at once, the train set is gone through in parts.
+
+        Args:
+            test: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            k: How many; fewer come when there are fewer train examples.
+            group: As in `attribute`: one column, for the sum over the test set.
+
+        Returns:
+            ``Extremes(top, bottom, test_ids, provenance)``, ids and values ``[k, n_test]`` each.
+
+        Raises:
+            MemoryBudgetError: The scores of several checkpoints cannot wait, and parts of the train
+                set would need another fit of each, or the scorer sees the whole train set at once.
+        """
+        k = checked_count(k, "extremes")
+        request = Request((self.method,), None, group)
+        runner = self._runner(Examples.of(test, "test"), request, None, k)
+        self._require_streams(runner.run)
+        return _announced(runner, lambda: runner.to_extremes(k), lambda found: found.provenance)
+
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
 
@@ -275,52 +305,76 @@ class FittedMethod:
             check_replaceable(Path(out), is_scores_folder)
             if self._held is None:  # sums run as they did, so that not a bit differs
                 self.budget = budget_of(run_folder(Path(out)), self.budget)
-        first = self._fit(self._first(), examples)
+        runner = self._runner(examples, request, out)
+
+        def work() -> dict[str, Scores]:
+            first = self._fit(self._first())
+            if out is None:
+                return runner.to_memory(request.names(first, self.checkpoints))
+            return {WHOLE: runner.to_folder(Path(out), first)}
+
+        return _announced(runner, work, lambda found: next(iter(found.values())).provenance)
+
+    def _runner(
+        self, test: Examples, request: Request, out: str | Path | None, k: int | None = None
+    ) -> Runner:
+        """Return what computes the scores, or the ``k`` extremes of each query; fits if needed."""
+        first = self._fit(self._first(), test)
         self._require_same_weights(first)
-        plan = self._plan(first, examples, request, out)
-        provenance = self._provenance(first, examples, request)
+        plan = self._plan(first, test, request, out, k)
+        provenance = self._provenance(first, test, request)
         dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
         run = Run(
             checkpoints=self.checkpoints,
             scorer=self.method.scorer,
             fold=self.method.fold,
             train=self.train,
-            test=examples,
+            test=test,
             plan=plan,
             dampings=tuple(changes or () for changes in dampings),
             by=request.by,
             blocks=request.blocks(first),
             summed=request.group,
         )
-        runner = Runner(run, request, provenance, self._fit, self.progress)
-        events = default_registry()
-        names = ("method", "n_train", "n_test", "checkpoints")
-        events.emit("run_started", {name: provenance[name] for name in names})
-        started = time.monotonic()
-        if out is None:
-            found = runner.to_memory(request.names(first, self.checkpoints))
+        return Runner(run, request, provenance, self._fit, self.progress)
+
+    def _require_streams(self, run: Run) -> None:
+        """Raise unless tiles of several checkpoints can be finished one after another."""
+        n_train, n_test, several = run.plan.n_train, run.plan.n_test, len(run.checkpoints)
+        if several == 1 or run.plan.shard >= n_train:
+            return
+        if run.scorer.locality == "column":
+            reason = f"the scorer {assemble.name_of(run.scorer)!r} sees all train rows at once"
+        elif any(map(_is_fitted_on_data, self.method.chain)):
+            reason = "parts of the train set would need another fit of every checkpoint for each"
         else:
-            found = {WHOLE: runner.to_folder(Path(out), first)}
-        seconds = time.monotonic() - started
-        said = next(iter(found.values())).provenance
-        events.emit(
-            "run_finished",
-            {"method": provenance["method"], "seconds": seconds, "provenance": said},
+            return
+        raise MemoryBudgetError(
+            f"extremes: the scores of {n_train} x {n_test} examples wait for the last of {several} "
+            f"checkpoints, about {format_bytes(8 * n_train * n_test)}, and the budget of "
+            f"{format_bytes(self.budget)} has room for {run.plan.shard} train rows of them; "
+            f"{reason}; give more memory=, or use attribute(test, out=...).top(k)"
         )
-        return found
 
     def _plan(
-        self, fitted: Fitted, test: Examples, request: Request, out: str | Path | None
+        self,
+        fitted: Fitted,
+        test: Examples,
+        request: Request,
+        out: str | Path | None,
+        k: int | None = None,
     ) -> Plan:
         n_train, n_test = len(self.train), 1 if request.group else len(test)
         variants, readings = request.counts(fitted, self.checkpoints)
-        result = readings * n_train * n_test * fitted.dtype.itemsize
+        # The tiles, and the matrices that they are put together into.
+        result = 2 * readings * n_train * n_test * fitted.dtype.itemsize
+        if k is not None:  # values and positions at both ends, with those of the next batch
+            result = 4 * min(k, n_train) * n_test * (fitted.dtype.itemsize + 8)
         work = Work(
             n_train=n_train,
             n_test=n_test,
             checkpoints=len(self.checkpoints),
-            # The tiles, and the matrices that they are put together into.
-            result_bytes=0 if out is not None else 2 * result,
+            result_bytes=0 if out is not None else result,
             variants=variants,
             readings=readings,
             summed=len(test) if request.group else 0,
@@ -362,6 +416,24 @@ class FittedMethod:
                 "python": platform.python_version(),
             },
         }
+
+
+def _announced(
+    runner: Runner, work: Callable[[], T], provenance_of: Callable[[T], Mapping[str, Any]]
+) -> T:
+    """Return what the work gives; listeners hear of its beginning and its end."""
+    events, facts = default_registry(), runner.provenance
+    names = ("method", "n_train", "n_test", "checkpoints")
+    events.emit("run_started", {name: facts[name] for name in names})
+    started = time.monotonic()
+    found = work()
+    seconds, said = time.monotonic() - started, provenance_of(found)
+    events.emit("run_finished", {"method": facts["method"], "seconds": seconds, "provenance": said})
+    return found
+
+
+def _is_fitted_on_data(stage: Stage) -> bool:
+    return needs_data(stage) if isinstance(stage, Projector) else bool(stage.needs)
 
 
 def _at_dampings(fitted: Fitted, dampings: Sequence[Damping | None]) -> Fitted:

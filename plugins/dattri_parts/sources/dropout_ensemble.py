@@ -48,8 +48,9 @@ class DropoutEnsemble:
     Dropout that is called as a function inside ``forward`` (``F.dropout``, the attention weights of
     ``nn.MultiheadAttention``) is no module, cannot be found, and stays off.
 
-    Source: Deng et al. 2024, Efficient Ensembles Improve Training Data Attribution, section 3.2
-    (arXiv 2405.17293); a thinned network is that of Srivastava et al. 2014, Dropout, section 4.
+    Source: Deng et al. 2024, Efficient Ensembles Improve Training Data Attribution
+    (arXiv 2405.17293); a thinned network is that of Srivastava et al. 2014, Dropout: A Simple Way
+    to Prevent Neural Networks from Overfitting.
 
     Args:
         source: Gives the rows of each thinned network.
