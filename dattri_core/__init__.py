@@ -104,6 +104,8 @@ if TYPE_CHECKING:
     from dattri_core.stages import CurvatureInverse as CurvatureInverse
     from dattri_core.stream import Examples as Examples
     from dattri_core.task import Task as Task
+    from dattri_core.top import Extreme as Extreme
+    from dattri_core.top import Extremes as Extremes
 
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
@@ -125,6 +127,8 @@ _EXPORTS = {
     "EnsembleSource": "capabilities",
     "Evaluator": "evaluate",
     "Examples": "stream",
+    "Extreme": "top",
+    "Extremes": "top",
     "FactorSums": "moments",
     "FittedMethod": "fitted",
     "Fold": "protocols",

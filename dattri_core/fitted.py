@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import attrs
 import torch
@@ -17,28 +16,28 @@ from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import contraction_limit
 from dattri_core.dampings import dampings_between, redamped
-from dattri_core.errors import InputError, MemoryBudgetError, SpecError, format_bytes
+from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.measures import needs_inverse
 from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
+from dattri_core.problem import collect
 from dattri_core.progress import bar
-from dattri_core.protocols import Damping, Projector, as_damping
-from dattri_core.registry import default_registry
+from dattri_core.protocols import Damping, Role, as_damping
 from dattri_core.requests import Request
-from dattri_core.runner import Runner, contractions, run_folder
+from dattri_core.rows import Rows
+from dattri_core.runner import Runner, contractions, require_streams, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
 from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
-from dattri_core.stages import Stage, needs_data
+from dattri_core.stages import Chain
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import budget_of
 from dattri_core.top import Extremes, checked_count
 
-T = TypeVar("T")
 FIT_SHARE = 2  # a fit may use one part in two of the budget; the rest holds queries and batches
 SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
 
@@ -197,8 +196,8 @@ class FittedMethod:
         k = checked_count(k, "extremes")
         request = Request((self.method,), None, group)
         runner = self._runner(Examples.of(test, "test"), request, None, k)
-        self._require_streams(runner.run)
-        return _announced(runner, lambda: runner.to_extremes(k), lambda found: found.provenance)
+        require_streams(runner.run, self.method.chain)
+        return runner.announced(lambda: runner.to_extremes(k), lambda found: found.provenance)
 
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
@@ -213,9 +212,7 @@ class FittedMethod:
             )
         first = self._fit(self._first())
         self._require_same_weights(first)
-        costs = first.outline.costs(measured=True)
-        per_row = costs.activations + costs.routes[0].train_row
-        batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
+        batch = self._batch(first)
         total = len(self.train) * len(self.checkpoints)
         with (
             contraction_limit(contractions(self.budget)),
@@ -230,6 +227,32 @@ class FittedMethod:
                 batch,
                 shown.advance,
             )
+
+    def train_rows(self) -> Iterator[Rows]:
+        """Yield the rows A g of the train set after all stages, a few at a time and in order.
+
+        With those of `test_rows`, S_ij = <A g_i, B h_j> before the scorer: what a nearest-neighbour
+        index stores. Of one checkpoint only.
+        """
+        return self._rows(self.train, "train", Chain.train)
+
+    def test_rows(self, test: Any) -> Iterator[Rows]:
+        """Yield the rows B h of a test set after all stages; see `train_rows`."""
+        return self._rows(Examples.of(test, "test"), "test", Chain.test)
+
+    def _rows(
+        self, examples: Examples, role: Role, pass_: Callable[[Chain, Rows], Rows]
+    ) -> Iterator[Rows]:
+        if len(self.checkpoints) > 1:
+            raise SpecError(
+                f"{role} rows: the method has {len(self.checkpoints)} checkpoints, and rows of one "
+                "do not meet those of another; give a task with one checkpoint"
+            )
+        fitted = self._fit(self._first())
+        self._require_same_weights(fitted)
+        for index, batch in examples.batches(self._batch(fitted)):
+            rows = collect(fitted.chain.source, batch, index, role, fitted.device)
+            yield pass_(fitted.chain, rows)
 
     def with_(self, **overrides: Any) -> FittedMethod:
         """Return the method with some parts or fields replaced; what was fitted is used again.
@@ -263,6 +286,12 @@ class FittedMethod:
     # --- fitting --------------------------------------------------------------------------------
     def _first(self) -> Checkpoint:
         return self.checkpoints[0 if self.method.fold.order == "forward" else -1]
+
+    def _batch(self, fitted: Fitted) -> int:
+        """Return how many rows may pass both sides of the stages at once."""
+        costs = fitted.outline.costs(measured=True)
+        per_row = costs.activations + costs.routes[0].train_row
+        return max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
 
     def _fit(self, checkpoint: Checkpoint, test: Examples | None = None) -> Fitted:
         if self._held is None or self._held.checkpoint is not checkpoint:
@@ -313,7 +342,7 @@ class FittedMethod:
                 return runner.to_memory(request.names(first, self.checkpoints))
             return {WHOLE: runner.to_folder(Path(out), first)}
 
-        return _announced(runner, work, lambda found: next(iter(found.values())).provenance)
+        return runner.announced(work, lambda found: next(iter(found.values())).provenance)
 
     def _runner(
         self, test: Examples, request: Request, out: str | Path | None, k: int | None = None
@@ -337,24 +366,6 @@ class FittedMethod:
             summed=request.group,
         )
         return Runner(run, request, provenance, self._fit, self.progress)
-
-    def _require_streams(self, run: Run) -> None:
-        """Raise unless tiles of several checkpoints can be finished one after another."""
-        n_train, n_test, several = run.plan.n_train, run.plan.n_test, len(run.checkpoints)
-        if several == 1 or run.plan.shard >= n_train:
-            return
-        if run.scorer.locality == "column":
-            reason = f"the scorer {assemble.name_of(run.scorer)!r} sees all train rows at once"
-        elif any(map(_is_fitted_on_data, self.method.chain)):
-            reason = "parts of the train set would need another fit of every checkpoint for each"
-        else:
-            return
-        raise MemoryBudgetError(
-            f"extremes: the scores of {n_train} x {n_test} examples wait for the last of {several} "
-            f"checkpoints, about {format_bytes(8 * n_train * n_test)}, and the budget of "
-            f"{format_bytes(self.budget)} has room for {run.plan.shard} train rows of them; "
-            f"{reason}; give more memory=, or use attribute(test, out=...).top(k)"
-        )
 
     def _plan(
         self,
@@ -416,24 +427,6 @@ class FittedMethod:
                 "python": platform.python_version(),
             },
         }
-
-
-def _announced(
-    runner: Runner, work: Callable[[], T], provenance_of: Callable[[T], Mapping[str, Any]]
-) -> T:
-    """Return what the work gives; listeners hear of its beginning and its end."""
-    events, facts = default_registry(), runner.provenance
-    names = ("method", "n_train", "n_test", "checkpoints")
-    events.emit("run_started", {name: facts[name] for name in names})
-    started = time.monotonic()
-    found = work()
-    seconds, said = time.monotonic() - started, provenance_of(found)
-    events.emit("run_finished", {"method": facts["method"], "seconds": seconds, "provenance": said})
-    return found
-
-
-def _is_fitted_on_data(stage: Stage) -> bool:
-    return needs_data(stage) if isinstance(stage, Projector) else bool(stage.needs)
 
 
 def _at_dampings(fitted: Fitted, dampings: Sequence[Damping | None]) -> Fitted:
