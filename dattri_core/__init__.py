@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import AdditiveMap as AdditiveMap
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
@@ -109,6 +110,8 @@ if TYPE_CHECKING:
     from dattri_core.store import Store as Store
     from dattri_core.stream import Examples as Examples
     from dattri_core.task import Task as Task
+    from dattri_core.top import Extreme as Extreme
+    from dattri_core.top import Extremes as Extremes
 
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
@@ -128,8 +131,11 @@ _EXPORTS = {
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
+    "EnsembleSource": "capabilities",
     "Evaluator": "evaluate",
     "Examples": "stream",
+    "Extreme": "top",
+    "Extremes": "top",
     "FactorSums": "moments",
     "FittedMethod": "fitted",
     "Fold": "protocols",

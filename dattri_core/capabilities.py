@@ -21,6 +21,7 @@ from dattri_core.protocols import (
     Scorer,
     Sink,
     Solver,
+    Source,
 )
 from dattri_core.rows import Rows
 from dattri_core.space import Space
@@ -40,6 +41,19 @@ class OutputSource(BoundSource, Protocol):
         ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
         of the criterion as u they are the rows of the loss.
         """
+        ...
+
+
+@runtime_checkable
+class EnsembleSource(Source, Protocol):
+    """A source that makes several networks of one checkpoint; a fold sees each as a checkpoint.
+
+    `bind` is given checkpoints whose ``member`` counts from 0 to ``members`` - 1.
+    """
+
+    @property
+    def members(self) -> int:
+        """Return how many networks it makes of each checkpoint."""
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,8 @@ from dattri_core.errors import InputError, StoreError
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 CheckpointSource: TypeAlias = str | Path | StateDict | None
+ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], Any]
+"""Module, arguments and output to another output, or None; as torch has it."""
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -32,6 +34,9 @@ class Checkpoint:
     count: int
     learning_rate: float | None
     source: Path | StateDict | None = field(repr=False)  # None: the model's current weights
+    member: int = 0  # which of the networks that an `EnsembleSource` makes of it
+    hooks: Mapping[str, ForwardHook] = field(factory=dict, repr=False)
+    """By module name, of this network; on the model while it is evaluated and at no other time."""
 
     def fingerprint(self, model: nn.Module) -> str:
         """Return a hash of the weights: of the file's bytes, or of names and numbers."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from dattri_core.batch import Batch, batch_size, move, take
 from dattri_core.checkpoint import Checkpoint, state_fingerprint
@@ -61,6 +62,7 @@ class Evaluator:
         self.selected: dict[str, Tensor] = {k: self.parameters[k] for k in task.parameter_names}
         self._runner = _Runner(task.model)
         self._reduction: Reduction = "each"
+        self._in_session = False
         self._check(sample)
 
     @property
@@ -75,14 +77,28 @@ class Evaluator:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Hold the model in eval mode, without fused attention past its modules; then restore."""
+        """Hold the model in eval mode, without fused attention past its modules; then restore.
+
+        The forward hooks of the checkpoint are on its modules meanwhile, before those of the user.
+        """
+        if self._in_session:
+            yield
+            return
         modes = [(module, module.training) for module in self.task.model.modules()]
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         self.task.model.eval()
+        self._in_session = True
+        handles: list[RemovableHandle] = []
         try:
+            for name, hook in self.checkpoint.hooks.items():
+                module = self.task.model.get_submodule(name)
+                handles.append(module.register_forward_hook(hook, prepend=True))
             yield
         finally:
+            for handle in handles:
+                handle.remove()
+            self._in_session = False
             torch.backends.mha.set_fastpath_enabled(fast)
             for module, training in modes:
                 module.training = training

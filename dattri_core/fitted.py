@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,23 +19,27 @@ from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.measures import needs_inverse
+from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
+from dattri_core.problem import collect
 from dattri_core.progress import bar
 from dattri_core.projected import weights_of
-from dattri_core.protocols import Damping, as_damping
-from dattri_core.registry import default_registry
+from dattri_core.protocols import Damping, Role, as_damping
 from dattri_core.requests import Request
-from dattri_core.runner import Runner, contractions, run_folder
+from dattri_core.rows import Rows
+from dattri_core.runner import Runner, contractions, require_streams, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
 from dattri_core.snapshot import Fitted, fit_checkpoint, task_of
+from dattri_core.stages import Chain
 from dattri_core.store import Store
 from dattri_core.stored import Keeping
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import budget_of
+from dattri_core.top import Extremes, checked_count
 
 FIT_SHARE = 2  # a fit may use one part in two of the budget; the rest holds queries and batches
 SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
@@ -54,6 +57,7 @@ class FittedMethod:
     train: Examples
     budget: int
     progress: bool | None
+    checkpoints: tuple[Checkpoint, ...]
     store: Store | None = None
     reference: Examples | None = None
     _held: Fitted | None = None
@@ -74,9 +78,16 @@ class FittedMethod:
         for checkpoint in task.checkpoints:
             checkpoint.check(task.model)
         given = task.reference
-        reference = None if given is None else Examples.of(given, "reference")
-        budget = parse_bytes(memory, task.device)
-        fitted = FittedMethod(method, task, examples, budget, progress, Store.of(store), reference)
+        fitted = FittedMethod(
+            method=method,
+            task=task,
+            train=examples,
+            budget=parse_bytes(memory, task.device),
+            progress=progress,
+            store=Store.of(store),
+            reference=None if given is None else Examples.of(given, "reference"),
+            checkpoints=expand_checkpoints(method.source, task.checkpoints),
+        )
         if not lazy:
             fitted._fit(fitted._first())
         return fitted
@@ -180,6 +191,33 @@ class FittedMethod:
         found = self._scores(test, Request(methods), None)
         return dict(zip(keys, found.values(), strict=True))
 
+    def extremes(self, test: Any, k: int, *, group: bool = False) -> Extremes:
+        """Return the k most helpful and most harmful train examples of every test example.
+
+        They are those of ``attribute(test).top(k)`` and ``.bottom(k)``, from one pass over the
+        train set for both, and without the matrix ``[n_train, n_test]``: scores of a train batch
+        are reduced to k numbers for each test example before the next batch is read. With several
+        checkpoints the scores of a batch wait for the last one; where these do not fit the memory
+        all at once, the train set is gone through in parts.
+
+        Args:
+            test: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+            k: How many; fewer come when there are fewer train examples.
+            group: As in `attribute`: one column, for the sum over the test set.
+
+        Returns:
+            ``Extremes(top, bottom, test_ids, provenance)``, ids and values ``[k, n_test]`` each.
+
+        Raises:
+            MemoryBudgetError: The scores of several checkpoints cannot wait, and parts of the train
+                set would need another fit of each, or the scorer sees the whole train set at once.
+        """
+        k = checked_count(k, "extremes")
+        request = Request((self.method,), None, group)
+        runner = self._runner(Examples.of(test, "test"), request, None, k)
+        require_streams(runner.run, self.method.chain)
+        return runner.announced(lambda: runner.to_extremes(k), lambda found: found.provenance)
+
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
 
@@ -193,23 +231,48 @@ class FittedMethod:
             )
         first = self._fit(self._first())
         self._require_same_weights(first)
-        costs = first.outline.costs(measured=True)
-        per_row = costs.activations + costs.routes[0].train_row
-        batch = max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
-        total = len(self.train) * len(self.task.checkpoints)
+        batch = self._batch(first)
+        total = len(self.train) * len(self.checkpoints)
         with (
             contraction_limit(contractions(self.budget)),
             bar("self-influence", total, self.progress) as shown,
         ):
             return self_influence(
                 self._fit,
-                self.task.checkpoints,
+                self.checkpoints,
                 self.method.scorer,
                 self.method.fold,
                 first.train,
                 batch,
                 shown.advance,
             )
+
+    def train_rows(self) -> Iterator[Rows]:
+        """Yield the rows A g of the train set after all stages, a few at a time and in order.
+
+        With those of `test_rows`, S_ij = <A g_i, B h_j> before the scorer: what a nearest-neighbour
+        index stores. Of one checkpoint only.
+        """
+        return self._rows(None, "train", Chain.train)
+
+    def test_rows(self, test: Any) -> Iterator[Rows]:
+        """Yield the rows B h of a test set after all stages; see `train_rows`."""
+        return self._rows(Examples.of(test, "test"), "test", Chain.test)
+
+    def _rows(
+        self, examples: Examples | None, role: Role, pass_: Callable[[Chain, Rows], Rows]
+    ) -> Iterator[Rows]:
+        if len(self.checkpoints) > 1:
+            raise SpecError(
+                f"{role} rows: the method has {len(self.checkpoints)} checkpoints, and rows of one "
+                "do not meet those of another; give a task with one checkpoint"
+            )
+        fitted = self._fit(self._first())
+        self._require_same_weights(fitted)
+        given = fitted.train if examples is None else examples
+        for index, batch in given.batches(self._batch(fitted)):
+            rows = collect(fitted.chain.source, batch, index, role, fitted.device)
+            yield pass_(fitted.chain, rows)
 
     def with_(self, **overrides: Any) -> FittedMethod:
         """Return the method with some parts or fields replaced; what was fitted is used again.
@@ -222,7 +285,11 @@ class FittedMethod:
         """
         changed = type(self.method)(**assemble.override(assemble.slots_of(self.method), overrides))
         changed.check(task=self.task)
-        return attrs.evolve(self, method=changed, held=self._reusable(changed))
+        checkpoints = self.checkpoints  # the same objects, so that what is held is known again
+        if changed.source != self.method.source:
+            checkpoints = expand_checkpoints(changed.source, self.task.checkpoints)
+        held = self._reusable(changed)
+        return attrs.evolve(self, method=changed, checkpoints=checkpoints, held=held)
 
     def _at_damping(self, damping: Damping) -> Any:
         """Return the method at another damping."""
@@ -238,8 +305,13 @@ class FittedMethod:
 
     # --- fitting --------------------------------------------------------------------------------
     def _first(self) -> Checkpoint:
-        checkpoints = self.task.checkpoints
-        return checkpoints[0] if self.method.fold.order == "forward" else checkpoints[-1]
+        return self.checkpoints[0 if self.method.fold.order == "forward" else -1]
+
+    def _batch(self, fitted: Fitted) -> int:
+        """Return how many rows may pass both sides of the stages at once."""
+        costs = fitted.outline.costs(measured=True)
+        per_row = costs.activations + costs.routes[0].train_row
+        return max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
 
     def _fit(self, checkpoint: Checkpoint, test: Examples | None = None) -> Fitted:
         if self._held is None or self._held.checkpoint is not checkpoint:
@@ -302,52 +374,58 @@ class FittedMethod:
             check_replaceable(Path(out), is_scores_folder)
             if self._held is None:  # sums run as they did, so that not a bit differs
                 self.budget = budget_of(run_folder(Path(out)), self.budget)
-        first = self._fit(self._first(), examples)
+        runner = self._runner(examples, request, out)
+
+        def work() -> dict[str, Scores]:
+            first = self._fit(self._first())
+            if out is None:
+                return runner.to_memory(request.names(first, self.checkpoints))
+            return {WHOLE: runner.to_folder(Path(out), first)}
+
+        return runner.announced(work, lambda found: next(iter(found.values())).provenance)
+
+    def _runner(
+        self, test: Examples, request: Request, out: str | Path | None, k: int | None = None
+    ) -> Runner:
+        """Return what computes the scores, or the ``k`` extremes of each query; fits if needed."""
+        first = self._fit(self._first(), test)
         self._require_same_weights(first)
-        plan = self._plan(first, examples, request, out)
-        provenance = self._provenance(first, examples, request)
+        plan = self._plan(first, test, request, out, k)
+        provenance = self._provenance(first, test, request)
         dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
         run = Run(
-            checkpoints=self.task.checkpoints,
+            checkpoints=self.checkpoints,
             scorer=self.method.scorer,
             fold=self.method.fold,
             train=first.train,
-            test=examples,
+            test=test,
             plan=plan,
             dampings=tuple(changes or () for changes in dampings),
             by=request.by,
             blocks=request.blocks(first),
             summed=request.group,
         )
-        runner = Runner(run, request, provenance, self._fit, self.progress)
-        events = default_registry()
-        names = ("method", "n_train", "n_test", "checkpoints")
-        events.emit("run_started", {name: provenance[name] for name in names})
-        started = time.monotonic()
-        if out is None:
-            found = runner.to_memory(request.names(first, self.task))
-        else:
-            found = {WHOLE: runner.to_folder(Path(out), first)}
-        seconds = time.monotonic() - started
-        said = next(iter(found.values())).provenance
-        events.emit(
-            "run_finished",
-            {"method": provenance["method"], "seconds": seconds, "provenance": said},
-        )
-        return found
+        return Runner(run, request, provenance, self._fit, self.progress)
 
     def _plan(
-        self, fitted: Fitted, test: Examples, request: Request, out: str | Path | None
+        self,
+        fitted: Fitted,
+        test: Examples,
+        request: Request,
+        out: str | Path | None,
+        k: int | None = None,
     ) -> Plan:
         n_train, n_test = len(self.train), 1 if request.group else len(test)
-        variants, readings = request.counts(fitted, self.task)
-        result = readings * n_train * n_test * fitted.dtype.itemsize
+        variants, readings = request.counts(fitted, self.checkpoints)
+        # The tiles, and the matrices that they are put together into.
+        result = 2 * readings * n_train * n_test * fitted.dtype.itemsize
+        if k is not None:  # values and positions at both ends, with those of the next batch
+            result = 4 * min(k, n_train) * n_test * (fitted.dtype.itemsize + 8)
         work = Work(
             n_train=n_train,
             n_test=n_test,
-            checkpoints=len(self.task.checkpoints),
-            # The tiles, and the matrices that they are put together into.
-            result_bytes=0 if out is not None else 2 * result,
+            checkpoints=len(self.checkpoints),
+            result_bytes=0 if out is not None else result,
             variants=variants,
             readings=readings,
             summed=len(test) if request.group else 0,
@@ -366,6 +444,7 @@ class FittedMethod:
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
         asked = task_of(fitted.chain.source, self.task)
         target = asked.target
+        weights = {id(c.source): c.fingerprint(self.task.model) for c in self.task.checkpoints}
         return {
             "method": self.method.to_spec(),
             "n_train": len(self.train),
@@ -375,10 +454,10 @@ class FittedMethod:
                 "name": asked.target_name,
                 "higher_is_better": bool(target is not None and target.higher_is_better),
             },
-            "checkpoints": [c.name for c in self.task.checkpoints],
-            "learning_rates": [c.learning_rate for c in self.task.checkpoints],
+            "checkpoints": [c.name for c in self.checkpoints],
+            "learning_rates": [c.learning_rate for c in self.checkpoints],
             "parameters": list(self.task.parameter_names),
-            "weights": [c.fingerprint(self.task.model) for c in self.task.checkpoints],
+            "weights": [weights[id(c.source)] for c in self.checkpoints],
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,

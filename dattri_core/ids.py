@@ -48,6 +48,15 @@ def _item(value: Any) -> Any:
     return value.item() if isinstance(value, (np.generic, Tensor)) else value
 
 
+def id_array(ids: Sequence[Id], positions: Tensor) -> np.ndarray[Any, Any]:
+    """Return the ids at positions of any shape, as an array of that shape."""
+    if isinstance(ids, range):
+        return np.asarray(positions)
+    same_kind = any(all(type(i) is kind for i in ids) for kind in (str, int))
+    table = np.array(list(ids), dtype=None if same_kind else object)
+    return np.asarray(table[positions.numpy()])
+
+
 def positions_of(ids: Ids, wanted: Sequence[Id], side: str) -> list[int]:
     """Return the position of each wanted id.
 

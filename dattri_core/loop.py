@@ -33,6 +33,7 @@ from dattri_core.tiles import Tiles, shards
 
 By = Literal["block", "checkpoint"]
 Fit = Callable[[Checkpoint], Fitted]
+Whole = Callable[[int, int, int], None]
 Report = Callable[[Fitted, Sequence[Branch], int], None]
 DIAGONAL = 8
 """Rows that self-influence pairs at once: the square of it is formed, only its diagonal is kept."""
@@ -93,7 +94,13 @@ class Run:
 
 
 def fold_tiles(
-    run: Run, fit: Fit, tiles: Tiles, advance: Callable[[int], None], report: Report
+    run: Run,
+    fit: Fit,
+    tiles: Tiles,
+    advance: Callable[[int], None],
+    report: Report,
+    span: tuple[int, int] | None = None,
+    whole: Whole | None = None,
 ) -> None:
     """Fold every checkpoint into every tile; tiles that hold a checkpoint already are passed over.
 
@@ -103,17 +110,21 @@ def fold_tiles(
         tiles: Where the states are kept.
         advance: Called with the number of train examples scored.
         report: Called with each fitted checkpoint after its inverse Hessians were applied.
+        span: First train row, and the one after the last; default all.
+        whole: Called with query group, first train row and the one after the last as soon as a
+            tile holds every checkpoint.
     """
+    first, last = span or (0, len(run.train))
     ordered = run.checkpoints if run.fold.order == "forward" else run.checkpoints[::-1]
     for done, checkpoint in enumerate(ordered):
         known = Known(len(run.train)) if needs_inverse(run.scorer) else None
         for group in range(run.plan.groups):
             waiting = [
-                shard
-                for shard in shards(len(run.train), run.shard)
-                if tiles.done(group, shard[0]) <= done
+                (first + start, first + stop)
+                for start, stop in shards(last - first, run.shard)
+                if tiles.done(group, first + start) <= done
             ]
-            advance(len(run.train) - sum(stop - start for start, stop in waiting))
+            advance(last - first - sum(stop - start for start, stop in waiting))
             if not waiting:
                 continue
             fitted = fit(checkpoint)
@@ -132,6 +143,8 @@ def fold_tiles(
                 scored = score_tile(run, fitted, branches, start, stop, advance, known)
                 states = _updated(run, tiles.get(group, start), scored, checkpoint)
                 tiles.put(group, start, done + 1, states)
+                if whole is not None and done + 1 == len(ordered):
+                    whole(group, start, stop)
 
 
 def finished(run: Run, tiles: Tiles) -> Iterator[tuple[slice, slice, list[Tensor]]]:
@@ -139,11 +152,17 @@ def finished(run: Run, tiles: Tiles) -> Iterator[tuple[slice, slice, list[Tensor
     for group in range(run.plan.groups):
         columns = run.columns(group)
         for start, stop in shards(len(run.train), run.shard):
-            held = tiles.get(group, start)
-            assert held is not None
-            values = [run.fold.finish(state) for state in _apart(held)]
-            tiles.drop(group, start)
+            values = finish_tile(run, tiles, group, start)
             yield slice(start, stop), slice(columns.start, columns.stop), values
+
+
+def finish_tile(run: Run, tiles: Tiles, group: int, start: int) -> list[Tensor]:
+    """Return the scores of a tile by reading, and forget the tile."""
+    held = tiles.get(group, start)
+    assert held is not None
+    values = [run.fold.finish(state) for state in _apart(held)]
+    tiles.drop(group, start)
+    return values
 
 
 # --- readings -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
+from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.ids import Id
 from dattri_core.loop import By
@@ -70,18 +71,18 @@ class Request:
             )
         return row.space.names
 
-    def counts(self, fitted: Fitted, task: Task) -> tuple[int, int]:
+    def counts(self, fitted: Fitted, checkpoints: Sequence[Checkpoint]) -> tuple[int, int]:
         """Return how many test sides there are, and how many totals of a pair of rows are kept."""
         variants = len(self.methods)
-        by = {"block": len(self.blocks(fitted)), "checkpoint": len(task.checkpoints), None: 1}
+        by = {"block": len(self.blocks(fitted)), "checkpoint": len(checkpoints), None: 1}
         return variants, variants * by[self.by]
 
-    def names(self, fitted: Fitted, task: Task) -> Sequence[str]:
+    def names(self, fitted: Fitted, checkpoints: Sequence[Checkpoint]) -> Sequence[str]:
         """Return a name for each result, in order."""
         if self.by == "block":
             return self.blocks(fitted)
         if self.by == "checkpoint":
-            names = [checkpoint.name for checkpoint in task.checkpoints]
+            names = [checkpoint.name for checkpoint in checkpoints]
             twice = {name for name in names if names.count(name) > 1}
             return [f"{n} ({at})" if n in twice else n for at, n in enumerate(names)]
         return (WHOLE,) if len(self.methods) == 1 else [str(at) for at in range(len(self.methods))]

@@ -1,30 +1,38 @@
-"""Running the loop for one request: into memory, or into a folder where it can be resumed."""
+"""Running the loop for one request: into memory, into a folder, or down to the extremes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
 from attrs import define, field
 
+from dattri_core import assemble
 from dattri_core.atomic import discard_leftovers
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
-from dattri_core.loop import Run, finished, fold_tiles
+from dattri_core.errors import MemoryBudgetError, NumericsError, format_bytes
+from dattri_core.ids import id_array
+from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
 from dattri_core.measures import needs_inverse
 from dattri_core.pairing import WHOLE
 from dattri_core.progress import bar
+from dattri_core.protocols import Projector
 from dattri_core.queries import Branch
 from dattri_core.registry import default_registry
 from dattri_core.requests import Request
 from dattri_core.scores import Scores
 from dattri_core.scores_writer import ScoresWriter
 from dattri_core.snapshot import Fitted
-from dattri_core.tiles import MemoryTiles, Tiles, open_tiles
+from dattri_core.stages import Stage, needs_data
+from dattri_core.tiles import MemoryTiles, Tiles, open_tiles, shards
+from dattri_core.top import Extreme, ExtremeRows, Extremes
 
+T = TypeVar("T")
 LAYOUT = ("shard", "query_group", "groups", "train_batch", "test_batch", "budget", "choice")
 """What a resumed run keeps of the plan that it began with."""
 
@@ -47,6 +55,19 @@ class Runner:
     fit: Callable[[Checkpoint], Fitted]
     progress: bool | None
     _reports: list[tuple[int, dict[str, Any]]] = field(factory=list)
+
+    def announced(self, work: Callable[[], T], provenance_of: Callable[[T], Any]) -> T:
+        """Return what the work gives; listeners hear of its beginning and its end."""
+        events, facts = default_registry(), self.provenance
+        names = ("method", "n_train", "n_test", "checkpoints")
+        events.emit("run_started", {name: facts[name] for name in names})
+        started = time.monotonic()
+        found = work()
+        seconds, said = time.monotonic() - started, provenance_of(found)
+        events.emit(
+            "run_finished", {"method": facts["method"], "seconds": seconds, "provenance": said}
+        )
+        return found
 
     def to_memory(self, names: Sequence[str]) -> dict[str, Scores]:
         """Return the scores of each reading, by its name."""
@@ -92,7 +113,43 @@ class Runner:
         tiles.close()
         return scores
 
-    def _fold(self, tiles: Tiles) -> None:
+    def to_extremes(self, k: int) -> Extremes:
+        """Return the k largest and smallest scores of each query; no tile outlives its batch.
+
+        A tile is finished once it holds every checkpoint. With one, that is as soon as its batch is
+        scored; with several, tiles of as many train rows wait as the plan has room for.
+        """
+        run, tiles, n_train = self.run, MemoryTiles(), len(self.run.train)
+        span = run.plan.shard if len(run.checkpoints) > 1 else n_train
+        batch = min(run.plan.shard, run.plan.train_batch)
+        self.run = run = attrs.evolve(run, plan=attrs.evolve(run.plan, shard=batch))
+        kept = [
+            (ExtremeRows(k, largest=True), ExtremeRows(k, largest=False))
+            for _ in range(run.plan.groups)
+        ]
+
+        def whole(group: int, start: int, stop: int) -> None:
+            (values,) = finish_tile(run, tiles, group, start)
+            _require_finite(values, start, run.columns(group).start)
+            for side in kept[group]:
+                side.add(start, values)
+
+        self._fold(tiles, shards(n_train, max(span, run.shard)), whole)
+        top, bottom = (
+            Extreme(
+                id_array(run.train.ids, torch.cat([side.positions for side in sides], 1)),
+                torch.cat([side.values for side in sides], 1),
+            )
+            for sides in zip(*kept, strict=True)
+        )
+        return Extremes(top, bottom, self.request.test_ids(run.test), self._facts(0, WHOLE))
+
+    def _fold(
+        self,
+        tiles: Tiles,
+        spans: Sequence[tuple[int, int] | None] = (None,),
+        whole: Whole | None = None,
+    ) -> None:
         events, plan = default_registry(), self.run.plan
         total = plan.train_passes * len(self.run.train)
         with (
@@ -104,7 +161,8 @@ class Runner:
                 shown.advance(count)
                 events.emit("block_scored", {"done": shown.done, "total": shown.total})
 
-            fold_tiles(self.run, self.fit, tiles, advance, self._report)
+            for span in spans:
+                fold_tiles(self.run, self.fit, tiles, advance, self._report, span, whole)
 
     def _report(self, fitted: Fitted, branches: Sequence[Branch], group: int) -> None:
         place = {"checkpoint": fitted.checkpoint.name, "group": group}
@@ -117,6 +175,41 @@ class Runner:
         variant = at if len(self.run.dampings) > 1 else 0
         said = [stats for of, stats in self._reports if of == variant]
         return {**self.provenance, **self.request.facts(at, name), "solver": said}
+
+
+def require_streams(run: Run, stages: Sequence[Stage]) -> None:
+    """Raise unless the tiles of several checkpoints can be finished one after another.
+
+    Raises:
+        MemoryBudgetError: Not all of them fit at once, and a part of the train set is not enough
+            for the scorer, or would have the stages fitted again.
+    """
+    plan, several = run.plan, len(run.checkpoints)
+    if several == 1 or plan.shard >= plan.n_train:
+        return
+    if run.scorer.locality == "column":
+        reason = f"the scorer {assemble.name_of(run.scorer)!r} sees all train rows at once"
+    elif any(needs_data(s) if isinstance(s, Projector) else bool(s.needs) for s in stages):
+        reason = "parts of the train set would need another fit of every checkpoint for each"
+    else:
+        return
+    raise MemoryBudgetError(
+        f"extremes: the scores of {plan.n_train} x {plan.n_test} examples wait for the last of "
+        f"{several} checkpoints, about {format_bytes(8 * plan.n_train * plan.n_test)}, and the "
+        f"budget of {format_bytes(plan.budget)} has room for {plan.shard} train rows of them; "
+        f"{reason}; give more memory=, or use attribute(test, out=...).top(k)"
+    )
+
+
+def _require_finite(values: torch.Tensor, row: int, column: int) -> None:
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        at, query = bad[0].tolist()
+        raise NumericsError(
+            f"extremes: the value {values[at, query].item()} at train position {row + at}, test "
+            f"position {column + query} is not finite; look for a diverged checkpoint, or a "
+            "singular curvature with damping 0"
+        )
 
 
 def contractions(budget: int) -> int:

@@ -15,9 +15,9 @@ from attrs import field, frozen
 from torch import Tensor
 
 from dattri_core.errors import InputError, NumericsError
-from dattri_core.ids import Id, Ids, as_ids, positions_of, select_axis
+from dattri_core.ids import Id, Ids, as_ids, id_array, positions_of, select_axis
 from dattri_core.scores_file import FolderWriter, read_folder, release_pages
-from dattri_core.top import Extreme, extreme_rows
+from dattri_core.top import Extreme, checked_count, extreme_rows
 
 Values: TypeAlias = Tensor | np.ndarray[Any, Any]  # an array is an open memmap
 CHUNK = 32 * 2**20
@@ -133,17 +133,16 @@ class Scores:
         return self._extreme(k, test, largest=False)
 
     def _extreme(self, k: int, test: Id | None, *, largest: bool) -> Extreme:
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise InputError(f"top of scores: k is {k!r}; give a whole number of at least 1")
+        k = checked_count(k, "top of scores")
         columns = slice(None)
         if test is not None:
             (column,) = positions_of(self.test_ids, [test], "test")
             columns = slice(column, column + 1)
         pieces = ((start, piece) for start, piece in self._pieces(columns))
-        positions, values = extreme_rows(pieces, int(k), largest=largest)
+        positions, values = extreme_rows(pieces, k, largest=largest)
         if test is not None:
             return Extreme(tuple(self.train_ids[i] for i in positions[:, 0].tolist()), values[:, 0])
-        return Extreme(_id_array(self.train_ids, positions.cpu()), values)
+        return Extreme(id_array(self.train_ids, positions.cpu()), values)
 
     def mean_over_tests(self) -> Tensor:
         """Return the mean score of each train example over all test examples, ``[n_train]``.
@@ -317,14 +316,6 @@ def _index_for(index: slice | Tensor, values: Values) -> Any:
 
 def _tensor_of(values: Values) -> Tensor:
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-
-
-def _id_array(ids: Sequence[Id], positions: Tensor) -> np.ndarray[Any, Any]:
-    if isinstance(ids, range):
-        return np.asarray(positions)
-    same_kind = any(all(type(i) is kind for i in ids) for kind in (str, int))
-    table = np.array(list(ids), dtype=None if same_kind else object)
-    return np.asarray(table[positions.numpy()])
 
 
 def _as_provenance(provenance: Mapping[str, Any], n_train: int) -> Mapping[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from attrs import define, field
 from torch import Tensor
+
+from dattri_core.errors import InputError
 
 
 class Extreme(NamedTuple):
@@ -15,6 +18,57 @@ class Extreme(NamedTuple):
 
     ids: tuple[int | str, ...] | np.ndarray[Any, Any]  # k of them, or [k, m]
     values: Tensor  # [k] or [k, m]
+
+
+class Extremes(NamedTuple):
+    """The most helpful and the most harmful train examples of every test example.
+
+    `top` and `bottom` are what `Scores.top` and `Scores.bottom` return for all test examples.
+    """
+
+    top: Extreme
+    bottom: Extreme
+    test_ids: Sequence[int | str]
+    provenance: Mapping[str, Any]
+
+
+@define(eq=False)
+class ExtremeRows:
+    """The k extreme rows of each column among those seen so far: k m numbers and positions.
+
+    Equal values keep the order of rows, whatever the size of the pieces.
+
+    Args:
+        k: Rows to keep; there are fewer while fewer were seen.
+        largest: Whether to keep the largest or the smallest.
+    """
+
+    k: int
+    largest: bool
+    positions: Tensor = field(factory=lambda: torch.zeros(0, 0, dtype=torch.long), init=False)
+    values: Tensor = field(factory=lambda: torch.zeros(0, 0), init=False)
+
+    def add(self, start: int, piece: Tensor) -> None:
+        """Take further rows in, values ``[B, m]`` of the rows from ``start`` on, in order."""
+        found = _best_of(piece, self.k, largest=self.largest)
+        positions, values = found + start, piece.gather(0, found)
+        if len(self.positions):
+            positions = torch.cat([self.positions, positions])
+            values = torch.cat([self.values, values])
+            found = _best_of(values, self.k, largest=self.largest)
+            positions, values = positions.gather(0, found), values.gather(0, found)
+        self.positions, self.values = positions, values
+
+
+def checked_count(k: Any, what: str) -> int:
+    """Return k as an int.
+
+    Raises:
+        InputError: It is no whole number of at least 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"{what}: k is {k!r}; give a whole number of at least 1")
+    return int(k)
 
 
 def extreme_rows(
@@ -30,20 +84,10 @@ def extreme_rows(
         k: Rows to keep; fewer are returned when there are fewer.
         largest: Whether to keep the largest or the smallest.
     """
-    kept: tuple[Tensor, Tensor] | None = None
+    kept = ExtremeRows(k, largest)
     for start, piece in pieces:
-        found = _best_of(piece, k, largest=largest)
-        positions, values = found + start, piece.gather(0, found)
-        if kept is not None:
-            positions = torch.cat([kept[0], positions])
-            values = torch.cat([kept[1], values])
-            found = _best_of(values, k, largest=largest)
-            positions, values = positions.gather(0, found), values.gather(0, found)
-        kept = positions, values
-    if kept is None:
-        empty = torch.zeros(0, 0)
-        return empty.long(), empty
-    return kept
+        kept.add(start, piece)
+    return kept.positions, kept.values
 
 
 def _best_of(values: Tensor, k: int, *, largest: bool) -> Tensor:

@@ -57,6 +57,7 @@ ORDER = [
     "task",
     "halving",
     "stream",
+    "members",
     "evaluate",
     "row_kinds",
     "activations",

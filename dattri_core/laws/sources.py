@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dattri_core.batch import Batch, batch_size, join, take
 from dattri_core.blocks import Block
 from dattri_core.capabilities import OutputSource
 from dattri_core.errors import SpecError
+from dattri_core.evaluate import Evaluator
 from dattri_core.laws.law import (
     NotApplicable,
     law,
@@ -87,6 +89,14 @@ def rows_of(bound: BoundSource, batch: Batch, role: Role = "train") -> Rows:
 def flat_of(bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
     """Return the rows of a batch, formed, ``[B, d]``."""
     return rows_of(bound, batch, role).flat().double()
+
+
+def expected_rows(task: Task, bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
+    """Return the gradients by autograd of the network that the source evaluates, ``[B, d]``."""
+    evaluator = getattr(bound, "evaluator", None)
+    session = evaluator.session() if isinstance(evaluator, Evaluator) else nullcontext()
+    with session:  # an ensemble's member is the model under the hooks of its checkpoint
+        return row_matrix(task, bound.space, batch, role)
 
 
 def alone(bound: BoundSource, batch: Batch, role: Role = "train") -> Tensor:
@@ -183,7 +193,7 @@ def _of_a_margin(bench: SourceBench) -> str | None:
 def rows_are_gradients(bench: SourceBench) -> None:
     """row(z) = d loss(z) / d theta where the space covers parameters; z alone in its batch."""
     for world, task, bound in bench.gradients():
-        want = row_matrix(task, bound.space, take(world.train, slice(0, 4)))
+        want = expected_rows(task, bound, take(world.train, slice(0, 4)))
         got = alone(bound, take(world.train, slice(0, 4)))
         require_close(got, want, f"gradients in {world.name}")
 
@@ -213,7 +223,7 @@ def target_rows_carry_the_sign(bench: SourceBench) -> None:
             task = world.task(target=Target(first_logit, higher_is_better=higher))
             bound = bench.bind(task, world)
             some = take(world.test, slice(0, 2))
-            want = row_matrix(task, bound.space, some, "test")
+            want = expected_rows(task, bound, some, "test")
             require_close(alone(bound, some, "test"), want, f"target rows in {world.name}")
 
 

@@ -126,7 +126,7 @@ def minimise_logistic(train: Batch, weights: Tensor, rate: float) -> Tensor:
 
 
 class _Network(nn.Module):
-    """Several kinds of module: a convolution, norms, a linear layer used at one position."""
+    """Several kinds of module: a convolution, norms, dropout, a linear layer at one position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,12 +134,13 @@ class _Network(nn.Module):
         self.group_norm = nn.GroupNorm(1, 3)
         self.hidden = nn.Linear(12, 4)
         self.layer_norm = nn.LayerNorm(4)
+        self.dropout = nn.Dropout(0.4)  # off in eval mode, but for a source that masks it
         self.head = nn.Linear(4, 3, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = torch.tanh(self.group_norm(self.conv(inputs)))
         hidden = torch.tanh(self.layer_norm(self.hidden(hidden.flatten(1))))
-        answer: Tensor = self.head(hidden)
+        answer: Tensor = self.head(self.dropout(hidden))
         return answer
 
 

@@ -36,6 +36,12 @@ def register(registry: dattri.Registry) -> None:
         "Per-example gradients of any function of parameters and batch",
     )
     registry.part(
+        "source",
+        "dropout-ensemble",
+        "dattri_parts.sources.dropout_ensemble:DropoutEnsemble",
+        "Another source under fixed dropout masks: several thinned networks of each checkpoint",
+    )
+    registry.part(
         "projector",
         "identity",
         "dattri_parts.projectors.identity:Identity",
