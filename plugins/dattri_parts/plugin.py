@@ -60,6 +60,18 @@ def register(registry: dattri.Registry) -> None:
         "A dense sketch of flat rows with normal entries",
     )
     registry.part(
+        "projector",
+        "block-count-sketch",
+        "dattri_parts.projectors.block_count_sketch:BlockCountSketch",
+        "Blocks of flat rows turned, signed and added up: about the time of reading a row",
+    )
+    registry.part(
+        "projector",
+        "srht",
+        "dattri_parts.projectors.srht:SRHT",
+        "Randomised Hadamard transforms of blocks of flat rows, added up",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",

@@ -7,6 +7,7 @@ from toy_row_parts import (
     ToyAttributor,
     ToyDataProjector,
     ToyFitting,
+    ToyFlatProjector,
     ToyFold,
     ToyProjector,
     ToyScorer,
@@ -46,7 +47,7 @@ def registry():
 
 GOOD = {
     "source": [ToySource(), ToyMargin()],
-    "projector": [ToyProjector(), ToyDataProjector()],
+    "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
         ToyFisher(),
@@ -109,6 +110,7 @@ BROKEN = {
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
         "blockwise-is-true": ToyProjector("leak"),
+        "additive-is-true": ToyFlatProjector("place"),
     },
     "curvature": {
         "gives-is-pure": ToyGGN("gives"),

@@ -61,7 +61,7 @@ def entries(
     Args:
         key: 64 bits.
         rows: First, and one past the last.
-        columns: First, and one past the last; below 2^39 for signs, 2^63 for normal numbers.
+        columns: First, and one past the last; below 2^63.
         distribution: See `random_matrix`.
         device: Where torch draws them; None: NumPy draws them on the host.
     """
@@ -77,12 +77,12 @@ def random_integers(
 ) -> Words:
     """Return integers at the places ``start`` to ``stop`` of a row, ``[stop-start]``.
 
-    Place j has word j mod 4 of the counter (j // 4, row, 2, 0), times ``below`` over 2^32.
+    Place j has word j mod 4 of counter j // 4 of the row, times ``below`` over 2^32.
 
     Args:
         key: 64 bits.
         row: Which series.
-        start: First place, below 2^34.
+        start: First place.
         stop: One past the last.
         below: One more than the largest integer; less than 2^31.
         device: Where torch draws them; None: NumPy does.
@@ -112,25 +112,25 @@ def _signs(
     """Return signs in an order that suits fused matrix kernels, ``[rows, 512 spans]``.
 
     Column d lies at e = d mod 128 of quarter j = (d // 128) mod 4 of span d // 512. Its bit is bit
-    15 + 16 (e mod 2) - e // 8 of word j of the counter (4 (d // 512) + (e // 2) mod 4, row, 0, 0).
-    The bit becomes the sign of 1.0.
+    15 + 16 (e mod 2) - e // 8 of word j of counter 4 (d // 512) + (e // 2) mod 4. The bit becomes
+    the sign of 1.0.
     """
     words = _words(key, rows, (4 * spans[0], 4 * spans[1]), SIGNS, device)
     count = rows[1] - rows[0]
-    eighth, parity = counting(0, 16, device)[:, None, None], counting(0, 2, device)
-    shifts = _int32(eighth + 16 - 16 * parity)  # [16, 1, 2], to the bit of the sign
-    length = spans[1] - spans[0]
-    stacked = _int32(_library(device).stack(words, -1)).reshape(count, length, 4, 4)
-    bits = stacked.swapaxes(-1, -2)[:, :, :, None, :, None] << shifts
-    bits &= SIGN_BIT  # [rows, spans, quarters, eighths, counters, parities]
+    library, length = _library(device), spans[1] - spans[0]
+    stacked = _int32(library.stack(words, -1)).reshape(count, length, 4, 4).swapaxes(-1, -2)
+    # Odd columns have the upper half of a word, even ones the lower half, moved up.
+    halves = library.stack((stacked << 16, stacked), -1).reshape(count, length, 4, 1, 8)
+    bits = halves << _int32(counting(0, 16, device))[:, None]
+    bits &= SIGN_BIT  # [rows, spans, quarters, eighths, counters and parities]
     bits |= ONE_BITS
-    return bits.reshape(count, length * SPAN).view(_library(device).float32)
+    return bits.reshape(count, length * SPAN).view(library.float32)
 
 
 def _normals(
     key: int, rows: tuple[int, int], quads: tuple[int, int], device: torch.device | None
 ) -> Any:
-    """Return normal numbers: columns 4 q to 4 q + 3 of a row from the counter (q, row, 1, 0)."""
+    """Return normal numbers: columns 4 q to 4 q + 3 of a row from counter q."""
     library = _library(device)
     words = _words(key, rows, quads, NORMAL, device)
     found = []
