@@ -110,7 +110,9 @@ class _MixedMoment:
 
     def _moments(self) -> dict[str, Tensor]:
         train = self.train.moments()
-        return {name: self._mix(asked, train[name]) for name, asked in self.asked.moments().items()}
+        asked = self.asked.moments().items()
+        return {name: self._mix(moment, train.pop(name)) for name, moment in asked}
 
     def _mix(self, asked: Tensor, train: Tensor) -> Tensor:
-        return self.weight * asked + (1 - self.weight) * train
+        """Return the mixture in place of the first, so that no third copy is made."""
+        return asked.mul_(self.weight).add_(train, alpha=1 - self.weight)

@@ -39,7 +39,7 @@ def register(registry: dattri.Registry) -> None:
             "projector": "rademacher",
             "inverse_hessian": {
                 "curvature": "gauss-newton",
-                "solver": {"name": "cholesky", "damping": {"relative": 1e-3}},
+                "solver": {"name": "cholesky", "damping": {"relative": 0.1}},
             },
             "scorer": "trak",
             "fold": "trak",
@@ -59,7 +59,7 @@ def register(registry: dattri.Registry) -> None:
             "projector": {"name": "kronecker", "rank": 64, "uncovered": "sketch"},
             "inverse_hessian": {
                 "curvature": {"name": "mixed", "block": True},
-                "solver": {"name": "spectral", "damping": {"relative": 1e-3}},
+                "solver": {"name": "spectral", "damping": {"relative": 0.1}},
                 "form": "two-sided",
             },
             "scorer": "cosine",
