@@ -61,7 +61,7 @@ def entries(
     Args:
         key: 64 bits.
         rows: First, and one past the last.
-        columns: First, and one past the last; below 2^39 for signs, 2^63 for normal numbers.
+        columns: First, and one past the last; below 2^63.
         distribution: See `random_matrix`.
         device: Where torch draws them; None: NumPy draws them on the host.
     """
@@ -77,12 +77,12 @@ def random_integers(
 ) -> Words:
     """Return integers at the places ``start`` to ``stop`` of a row, ``[stop-start]``.
 
-    Place j has word j mod 4 of the counter (j // 4, row, 2, 0), times ``below`` over 2^32.
+    Place j has word j mod 4 of counter j // 4 of the row, times ``below`` over 2^32.
 
     Args:
         key: 64 bits.
         row: Which series.
-        start: First place, below 2^34.
+        start: First place.
         stop: One past the last.
         below: One more than the largest integer; less than 2^31.
         device: Where torch draws them; None: NumPy does.
@@ -112,8 +112,8 @@ def _signs(
     """Return signs in an order that suits fused matrix kernels, ``[rows, 512 spans]``.
 
     Column d lies at e = d mod 128 of quarter j = (d // 128) mod 4 of span d // 512. Its bit is bit
-    15 + 16 (e mod 2) - e // 8 of word j of the counter (4 (d // 512) + (e // 2) mod 4, row, 0, 0).
-    The bit becomes the sign of 1.0.
+    15 + 16 (e mod 2) - e // 8 of word j of counter 4 (d // 512) + (e // 2) mod 4. The bit becomes
+    the sign of 1.0.
     """
     words = _words(key, rows, (4 * spans[0], 4 * spans[1]), SIGNS, device)
     count = rows[1] - rows[0]
@@ -130,7 +130,7 @@ def _signs(
 def _normals(
     key: int, rows: tuple[int, int], quads: tuple[int, int], device: torch.device | None
 ) -> Any:
-    """Return normal numbers: columns 4 q to 4 q + 3 of a row from the counter (q, row, 1, 0)."""
+    """Return normal numbers: columns 4 q to 4 q + 3 of a row from counter q."""
     library = _library(device)
     words = _words(key, rows, quads, NORMAL, device)
     found = []

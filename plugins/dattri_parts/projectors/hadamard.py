@@ -67,7 +67,8 @@ class HadamardKernel:
             begin, end = max(first, start), min(last, start + values.shape[1])
             blocks[:, begin - first : end - first] = values[:, begin - start : end - start]
             before, after = self._signs(first, last, out)
-            turned = self._transform(blocks.mul_(before).reshape(batch, -1, self.rows))
+            count = (last - first) // self.rows
+            turned = self._transform(blocks.mul_(before).reshape(batch, count, self.rows))
             out.add_(turned.mul_(after).sum(1))
 
     def adjoint(self, keys: Tensor, start: int, stop: int) -> Tensor:
@@ -97,7 +98,7 @@ class HadamardKernel:
         for factor in factors:
             inner //= factor
             matrix = hadamard(factor, dtype=blocks.dtype, device=blocks.device)
-            turned = matrix @ turned.reshape(-1, factor, inner)
+            turned = matrix @ turned.reshape(blocks.numel() // (factor * inner), factor, inner)
         return turned.reshape(blocks.shape)
 
     def _signs(self, first: int, last: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from dattri_parts.projectors import entries
-from dattri_parts.projectors.entries import philox, random_matrix
+from dattri_parts.projectors.entries import random_integers, random_matrix
+from dattri_parts.projectors.philox import philox
 
 from dattri_core import RandomStream
 
 KINDS = ("signs", "normal")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 KEY = 0x1234_5678_9ABC_DEF0
 
 
@@ -29,6 +31,56 @@ def test_the_generator_gives_the_published_answers():
     counter = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     key = 0xA4093822 | 0x299F31D0 << 32
     assert words(counter, key) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+def test_numpy_and_torch_draw_the_same_words():
+    """The whole range of every word, the largest products included."""
+    generator = np.random.default_rng(0)
+    counter = generator.integers(0, 2**32, (4, 1000), dtype=np.int64)
+    counter[:, :2] = [[0, 2**32 - 1]] * 4
+    for key in (0, KEY, 2**64 - 1):
+        want = philox(tuple(counter.astype(np.uint64)), key)
+        for words in (philox(tuple(counter), key), philox(tuple(torch.from_numpy(counter)), key)):
+            for got, expected in zip(words, want, strict=True):
+                assert torch.equal(
+                    torch.as_tensor(got), torch.from_numpy(expected.astype(np.int64))
+                )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [0, 511, 2**31 - 3, 2**33 + 5, 2**38 - 7])
+def test_numpy_and_torch_draw_the_same_entries(kind, start, device):
+    place = (KEY, (2, 5), (start, start + 1030), kind)
+    drawn = entries.entries(*place, None)
+    assert drawn.dtype == torch.float32
+    assert drawn.shape == (3, 1030)
+    got = entries.entries(*place, torch.device(device)).cpu()
+    if kind == "signs":
+        assert torch.equal(got, drawn)
+    else:  # a logarithm may be rounded another way
+        assert (got - drawn).abs().max() <= 2e-7 * drawn.abs().max()
+        assert (got != drawn).float().mean() < 1e-3
+
+
+def test_far_signs_lie_where_the_documented_order_says():
+    for d in (2**31 + 77, 2**33 + 5, 2**38 + 130, 2**39 + 3, 2**40 + 513):
+        drawn = entries.entries(KEY, (3, 4), (d, d + 2), "signs", None)
+        assert drawn[0].tolist() == [plain_sign(KEY, 3, d), plain_sign(KEY, 3, d + 1)]
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_integers_lie_where_the_documented_order_says(device):
+    for row, start, below in [(0, 0, 7), (3, 5, 2048), (1, 2**33 + 2, 2**31 - 1)]:
+        drawn = random_integers(KEY, row, start, start + 9, below, device)
+        want = [
+            (words((j // 4 % 2**32, row, 2, j // 4 >> 32), KEY)[j % 4] * below) >> 32
+            for j in range(start, start + 9)
+        ]
+        assert drawn.tolist() == want
+    many = torch.as_tensor(random_integers(KEY, 0, 0, 7000, 7, device))
+    assert (many.bincount(minlength=7) - 1000).abs().max() < 5 * 1000**0.5
+    assert len(random_integers(KEY, 0, 5, 5, 7, device)) == 0
 
 
 @pytest.mark.parametrize(
@@ -56,7 +108,8 @@ def plain_sign(key, k, d):
     """The order of the signs, spelled entry by entry."""
     span, quarter, e = d // 512, d // 128 % 4, d % 128
     eighth, counter, parity = e // 8, e // 2 % 4, e % 2
-    word = words((4 * span + counter, k, 0, 0), key)[quarter]
+    at = 4 * span + counter
+    word = words((at % 2**32, k, 0, at >> 32), key)[quarter]
     return 1 - 2 * (word >> (15 + 16 * parity - eighth) & 1)
 
 
