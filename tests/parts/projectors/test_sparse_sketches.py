@@ -178,14 +178,17 @@ def test_grass_and_factgrass_are_their_chains():
     assert kept.out_space["linear"].shape == (3,)
 
 
-def test_a_chain_of_one_part_is_the_part_and_every_part_has_its_own_numbers():
-    rows = toy_rows(4)
-    assert torch.equal(build(Chain((SJLT(5),))).map(rows).flat(), build(SJLT(5)).map(rows).flat())
+def test_every_place_of_a_chain_has_its_own_numbers():
     space = Space((BlockSpec("sketch", "dense", (64,)),))
-    chain = build(Chain((SJLT(64), SJLT(64))), space)
+    inner = Chain((SJLT(64), SJLT(64)))
+    chain = build(Chain((inner, SJLT(64), inner)), space)
     assert isinstance(chain, ChainMap)
-    first, second = (matrix_of(step) for step in chain.maps)
-    assert (first * second).abs().sum() < 8  # 64 places each, one in 64 shared by chance
+    first, second, third = chain.maps
+    matrices = [matrix_of(m) for m in (*first.maps, second, *third.maps)]
+    assert len(matrices) == 5
+    for j, one in enumerate(matrices):
+        for other in matrices[:j]:  # 64 places each, one in 64 shared by chance
+            assert (one * other).abs().sum() < 8
 
 
 def test_factors_are_never_formed_before_the_masks(monkeypatch):
