@@ -21,6 +21,7 @@ from oracles.sketches import matrix_of
 from dattri_core import (
     BlockSpec,
     DenseBlock,
+    GroupedBlock,
     Method,
     OneHot,
     OuterBlock,
@@ -213,6 +214,31 @@ def test_factors_are_never_formed_before_the_masks(monkeypatch):
     assert (small.dense().values - picked).abs().max() < 1e-12
     want = picked.flatten(1) @ matrix_of(mapped.maps[1]).T
     assert (got - want).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Mask(9), Mask(4, scope="block"), FactorMask(3), FactGrass(4, mask_rank=3), SJLT(5)],
+    ids=repr,
+)
+def test_grouped_blocks_are_sketched_like_their_formed_rows(part):
+    space = Space((BlockSpec("convolution", "grouped", (6, 5)), *SPACE.blocks[2:]))
+    generator = torch.Generator().manual_seed(2)
+    outputs, inputs = (
+        torch.randn(3, 4, 2, size, generator=generator, dtype=torch.float64) for size in (3, 5)
+    )
+    blocks = {"convolution": GroupedBlock(outputs, inputs), "scale": toy_rows(3).blocks["scale"]}
+    rows = Rows(space, blocks, torch.arange(3))
+    mapped = build(part, space)
+    assert (mapped.map(rows).flat() - rows.flat() @ matrix_of(mapped).T).abs().max() < 1e-12
+    keys = flat_rows(mapped.out_space, 3)
+    assert (mapped.adjoint(keys).flat() - keys.flat() @ matrix_of(mapped)).abs().max() < 1e-12
+
+
+def test_a_mask_of_factors_needs_some():
+    for part in (FactorMask(2, uncovered="drop"), FactGrass(2, uncovered="drop")):
+        with pytest.raises(SpecError, match=r"'factor-mask': none of the blocks scale has factors"):
+            part.out_space(SPACE.select(["scale"]))
 
 
 # --- moments over seeds ---------------------------------------------------------------------------
