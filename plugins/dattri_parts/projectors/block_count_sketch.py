@@ -78,6 +78,12 @@ class BlockCountSketch:
             if backend == "numpy":
                 columns = partial(shifted_columns, key, self.dim, self.nonzeros)
                 return TiledKernel(self.dim, 1 / math.sqrt(self.nonzeros), columns, host=True)
-            return ShiftedKernel(key, self.dim, self.nonzeros)
+            shifted = ShiftedKernel(key, self.dim, self.nonzeros)
+            if backend != "triton":
+                return shifted
+            # An optional dependency, and only for CUDA.
+            from dattri_parts.projectors.triton_shifted import TritonShiftedKernel
+
+            return TritonShiftedKernel(shifted)
 
         return flat_map("block-count-sketch", space, self.dim, self.scope, kernel)

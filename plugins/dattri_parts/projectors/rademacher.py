@@ -58,7 +58,13 @@ class Rademacher:
         def kernel(*block: str) -> Kernel:
             key = stream.key("rademacher", VERSION, *block)
             columns = partial(_signs, key, self.dim)
-            return TiledKernel(self.dim, 1 / math.sqrt(self.dim), columns, backend == "numpy")
+            tiled = TiledKernel(self.dim, 1 / math.sqrt(self.dim), columns, backend == "numpy")
+            if backend != "triton":
+                return tiled
+            # An optional dependency, and only for CUDA.
+            from dattri_parts.projectors.triton_signs import TritonSignsKernel
+
+            return TritonSignsKernel(key, tiled)
 
         return flat_map("rademacher", space, self.dim, self.scope, kernel)
 

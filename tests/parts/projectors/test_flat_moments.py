@@ -89,7 +89,7 @@ def test_distances_of_many_vectors_are_kept(name: str) -> None:
     error = (after / before - 1).abs()
     assert float(error.max()) < 0.23
     assert float(error.quantile(0.999)) < 5 * (2 / 2048) ** 0.5
-    assert 0.5 < float(error.square().mean()) / (2 / 2048) < 1.5
+    assert 0.2 < float(error.square().mean()) / (2 / 2048) < 1.5  # less where rows have few blocks
 
 
 @every
