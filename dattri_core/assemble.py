@@ -286,12 +286,14 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
     for wants_part in (True, False):
         for key in list(waiting):
             found = _nearest(parts, key)
+            if any(holds for _, holds in found) is not wants_part:
+                continue
             if len(found) > 1:
                 spellings = ", ".join(repr(_dotted(path)) for path, _ in found)
                 raise SpecError(
                     f"{label}: several parts have a field {key!r}; write one of {spellings}"
                 )
-            if found and found[0][1] is wants_part:
+            if found:
                 parts = _replace(parts, found[0][0], waiting.pop(key))
     for key in waiting:
         valid = {_dotted(path) for path, *_ in _paths(parts)}

@@ -67,6 +67,19 @@ class FakeSketch:
 
 
 @frozen
+class FakeSeries:
+    """Sketches in a row: a part made of a tuple of parts."""
+
+    parts: tuple[Projector, ...]
+    gives: ClassVar[frozenset[str]] = frozenset({"adjoint"})
+
+    def out_space(self, space: Any) -> Any:
+        return space
+
+    def build(self, space: Any, *, stream: Any, device: Any) -> Any: ...
+
+
+@frozen
 class FakePair:
     """Two sketches: a part made of parts of its own kind."""
 
@@ -162,6 +175,7 @@ def fake_registry() -> Registry:
         ("projector", "identity"): "FakeIdentity",
         ("projector", "sketch"): "FakeSketch",
         ("projector", "pair"): "FakePair",
+        ("projector", "series"): "FakeSeries",
         ("inverse_hessian", "identity"): "FakeInverseIdentity",
         ("inverse_hessian", "damped"): "FakeInverse",
         ("curvature", "hessian"): "FakeCurvature",

@@ -143,6 +143,41 @@ def test_dotted_overrides_name_as_much_of_the_path_as_is_needed() -> None:
         assert made == fakes.FakePair(fakes.FakeSketch(), fakes.FakeSketch(rank=2))
 
 
+def test_a_tuple_of_parts_is_spelled_as_a_list_and_its_parts_take_overrides() -> None:
+    first, second = fakes.FakeSketch(), fakes.FakeSketch(rank=2)
+    spec = {"name": "series", "parts": ["sketch", {"name": "sketch", "rank": 2}]}
+    made = assemble.build_part("projector", spec)
+    assert made == fakes.FakeSeries((first, second))
+    assert assemble.describe_part(made) == spec
+    assert assemble.build_part("projector", {"name": "series", "parts": (first, second)}) == made
+    nested = {"name": "series", "parts": [spec, "sketch"]}
+    assert assemble.build_part("projector", nested) == fakes.FakeSeries((made, first))
+    for key in ("parts.1.rank", "projector.parts.1.rank"):
+        changed = overridden("if-cg", projector=spec, **{key: 5})["projector"]
+        assert changed == fakes.FakeSeries((first, fakes.FakeSketch(rank=5)))
+    with pytest.raises(SpecError) as caught:
+        overridden("if-cg", projector=spec, rank=5)
+    assert "'projector.parts.0.rank', 'projector.parts.1.rank'" in str(caught.value)
+    alone = {"name": "series", "parts": ["sketch"], "rank": 5}
+    assert assemble.build_part("projector", alone).parts == (fakes.FakeSketch(rank=5),)
+    replaced = overridden("if-cg", projector=spec, rank=5, parts=["sketch"])["projector"]
+    assert replaced.parts == (fakes.FakeSketch(rank=5),)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("sketch", r"field 'parts' got 'sketch' \(str\), expected list of Projector"),
+        (["skech"], "no projector 'skech'; did you mean 'sketch'"),
+        ([{"name": "sketch", "rnk": 1}], "no field 'rnk'; did you mean 'rank'"),
+        ([3], r"projector: got 3 \(int\), which has no"),
+    ],
+)
+def test_what_is_no_tuple_of_parts_is_refused(parts: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        assemble.build_part("projector", {"name": "series", "parts": parts})
+
+
 def test_fields_of_spelled_stages_are_overridden_too() -> None:
     made = overridden("staged", damping=0.25, rank=2)["stages"]
     assert made[0].solver == fakes.FakeSolver(damping=0.25)

@@ -20,8 +20,8 @@ from dattri_core import (
 class Chain:
     """P = P_m ... P_2 P_1, each a sketch of what the one before it leaves.
 
-    Inner products are unbiased where those of every part are, since the parts are independent: part
-    j > 0 has random numbers of its own. What the chain gives is what all of its parts give.
+    Inner products are unbiased where those of every part are, since the parts are independent: each
+    place in the chain has random numbers of its own. What the chain gives is what all parts give.
 
     Args:
         parts: In the order in which rows pass them. Spelled ``{"name": "chain", "parts": ["mask",
@@ -67,8 +67,8 @@ class Chain:
 
 
 def stream_of(stream: RandomStream, position: int) -> RandomStream:
-    """Return the random numbers of one part: those of the chain for the first one."""
-    return evolve(stream, role=f"{stream.role}/{position}") if position else stream
+    """Return the random numbers of the part at a place of a chain, which may be inside another."""
+    return evolve(stream, role=f"{stream.role}/{position}")
 
 
 @frozen(eq=False)

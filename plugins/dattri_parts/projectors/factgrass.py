@@ -73,7 +73,7 @@ class FactGrass:
 
     def build(self, space: Space, *, stream: RandomStream, device: torch.device) -> LinearMap:
         """Return the map."""
-        mask = self.mask.build(space, stream=stream, device=device)
+        mask = self.mask.build(space, stream=stream_of(stream, 0), device=device)
         covered = self._covered(space, mask.out_space)
         sketch = self.sketch.build(covered, stream=stream_of(stream, 1), device=device)
         return ChainMap(space, (mask, CoveredMap(mask.out_space, covered, sketch)))
