@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from dattri_core.blocks import GroupedBlock as GroupedBlock
     from dattri_core.blocks import OneHot as OneHot
     from dattri_core.blocks import OuterBlock as OuterBlock
+    from dattri_core.blocks import Selection as Selection
     from dattri_core.blocks import SpanBlock as SpanBlock
     from dattri_core.blocks import SumBlock as SumBlock
     from dattri_core.blocks import compact as compact
     from dattri_core.blocks import concatenate as concatenate
     from dattri_core.blocks import explain_inner as explain_inner
     from dattri_core.blocks import low_rank as low_rank
+    from dattri_core.blocks import pick_entries as pick_entries
     from dattri_core.blocks import share as share
+    from dattri_core.capabilities import AdditiveMap as AdditiveMap
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
@@ -32,11 +35,13 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
+    from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
+    from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -102,6 +107,7 @@ if TYPE_CHECKING:
     from dattri_core.space import ParameterView as ParameterView
     from dattri_core.space import Space as Space
     from dattri_core.stages import CurvatureInverse as CurvatureInverse
+    from dattri_core.store import Store as Store
     from dattri_core.stream import Examples as Examples
     from dattri_core.task import Task as Task
     from dattri_core.top import Extreme as Extreme
@@ -109,6 +115,7 @@ if TYPE_CHECKING:
 
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
+    "AdditiveMap": "capabilities",
     "Attributor": "protocols",
     "Block": "blocks",
     "BlockSpec": "space",
@@ -158,6 +165,7 @@ _EXPORTS = {
     "RandomStream": "protocols",
     "ReducedInverse": "capabilities",
     "ReducingSolver": "capabilities",
+    "ReferencedProblem": "capabilities",
     "Registry": "registry",
     "RootSolver": "capabilities",
     "RowKind": "protocols",
@@ -168,6 +176,7 @@ _EXPORTS = {
     "Scorer": "protocols",
     "Scores": "scores",
     "ScoresWriter": "scores_writer",
+    "Selection": "blocks",
     "Side": "protocols",
     "Snapshot": "protocols",
     "Solver": "protocols",
@@ -177,10 +186,12 @@ _EXPORTS = {
     "SpecError": "errors",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
+    "Store": "store",
     "StoreError": "errors",
     "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
+    "WeighingScorer": "capabilities",
     "as_damping": "protocols",
     "atomic_file": "atomic",
     "attribute": "methods",
@@ -205,6 +216,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "pick_entries": "blocks",
     "share": "blocks",
     "square_sum": "moments",
     "squared_error": "losses",

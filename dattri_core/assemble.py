@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -99,8 +100,7 @@ def _from_mapping(kind: str, value: Mapping[str, Any]) -> Any:
     registry = default_registry()
     cls = registry.resolve(kind, name)
     own = fields.public_fields(cls) if isinstance(cls, type) else {}
-    inner = [n for n, a in own.items() if fields.part_kind(fields.hints(cls).get(a.name))]
-    if not inner:
+    if not any(fields.held_kind(fields.hints(cls).get(a.name)) for a in own.values()):
         return registry.make_with(kind, name, values, build_part)
     mine = {key: item for key, item in values.items() if key in own}
     rest = {key: item for key, item in values.items() if key not in own}
@@ -172,6 +172,20 @@ def describe_method(method: Any) -> dict[str, Any]:
     if stages is not None:
         data["stages"] = [{str(_kind_of_stage(part)): describe_part(part)} for part in stages]
     return {**data, "seed": seed}
+
+
+def describe_front(method: Any) -> dict[str, Any]:
+    """Return the source and the projectors that a method begins with, as plain data."""
+    parts = map(describe_part, itertools.takewhile(_is_projector, method.chain))
+    identity = describe_part(build_part("projector", "identity"))
+    return {
+        "source": describe_part(method.source),
+        "projectors": [part for part in parts if part != identity],
+    }
+
+
+def _is_projector(stage: Any) -> bool:
+    return _kind_of_stage(stage) == "projector"
 
 
 def name_of(part: Any) -> str:
@@ -277,7 +291,7 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
                 raise SpecError(
                     f"{label}: several parts have a field {key!r}; write one of {spellings}"
                 )
-            if found and bool(found[0][1]) is wants_part:
+            if found and found[0][1] is wants_part:
                 parts = _replace(parts, found[0][0], waiting.pop(key))
     for key in waiting:
         valid = {_dotted(path) for path, *_ in _paths(parts)}
@@ -291,37 +305,37 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
     return parts
 
 
-def _nearest(parts: Mapping[str, Any], key: str) -> list[tuple[Path, str | None]]:
+def _nearest(parts: Mapping[str, Any], key: str) -> list[tuple[Path, bool]]:
     """Return the fields of a name; those of a stage inside a stage only where no other has it.
 
     ``damping`` means ``solver.damping``, not ``preconditioner.solver.damping``.
     """
-    found = [(p, kind, nested) for p, kind, nested in _paths(parts) if _ends_with(p, key)]
+    found = [(p, holds, nested) for p, holds, nested in _paths(parts) if _ends_with(p, key)]
     least = min((nested for *_, nested in found), default=0)
-    return [(path, kind) for path, kind, nested in found if nested == least]
+    return [(path, holds) for path, holds, nested in found if nested == least]
 
 
-def _paths(parts: Mapping[str, Any]) -> Iterator[tuple[Path, str | None, int]]:
-    """Yield the path of every field of every part, the kind of part it holds or None, its depth.
+def _paths(parts: Mapping[str, Any]) -> Iterator[tuple[Path, bool, int]]:
+    """Yield the path of every field of every part, whether it holds parts, and its depth.
 
     The depth counts stages inside stages.
     """
     for slot, part in parts.items():
-        prefix = (slot,) if slot else ()
-        if isinstance(part, tuple):
-            for position, item in enumerate(part):
-                yield from _paths_in(item, (*prefix, str(position)), 0)
-        else:
-            yield from _paths_in(part, prefix, 0)
+        yield from _paths_in(part, (slot,) if slot else (), 0)
 
 
-def _paths_in(part: Any, prefix: Path, nested: int) -> Iterator[tuple[Path, str | None, int]]:
+def _paths_in(part: Any, prefix: Path, nested: int) -> Iterator[tuple[Path, bool, int]]:
+    if isinstance(part, tuple):
+        for position, item in enumerate(part):
+            yield from _paths_in(item, (*prefix, str(position)), nested)
+        return
     cls: Any = type(part)
     for name, attribute in fields.public_fields(cls).items():
-        kind = fields.part_kind(fields.hints(cls).get(attribute.name))
-        yield (*prefix, name), kind, nested
-        if kind is not None:
-            depth = nested + (kind in STAGE_KINDS)
+        annotation = fields.hints(cls).get(attribute.name)
+        held = fields.held_kind(annotation)
+        yield (*prefix, name), held is not None, nested
+        if held is not None:
+            depth = nested + (held in STAGE_KINDS)
             yield from _paths_in(getattr(part, attribute.name), (*prefix, name), depth)
 
 

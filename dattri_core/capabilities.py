@@ -18,6 +18,7 @@ from dattri_core.protocols import (
     Problem,
     Projector,
     RandomStream,
+    Scorer,
     Sink,
     Solver,
     Source,
@@ -68,6 +69,25 @@ class DataProjector(Projector, Protocol):
     def fit(self, problem: Problem) -> LinearMap:
         """Return the map for the space of the problem, fitted on the whole train set."""
         ...
+
+
+@runtime_checkable
+class AdditiveMap(LinearMap, Protocol):
+    """A map that mixes blocks and is a sum over them: P g = sum_k P_k g_k.
+
+    ``map`` of rows that hold a part of the blocks is that part of the sum, in the same space, so
+    that a sketch of whole rows takes them a block at a time.
+    """
+
+    @property
+    def additive(self) -> bool:
+        """Return whether this map is such a sum."""
+        ...
+
+
+def is_additive(step: LinearMap) -> bool:
+    """Return whether a map may be taken block by block and its parts added up."""
+    return isinstance(step, AdditiveMap) and step.additive
 
 
 @runtime_checkable
@@ -213,6 +233,29 @@ class RowsOperator(Operator, Protocol):
 
     def rows(self) -> Iterator[Rows]:
         """Read all rows, a few at a time; the same ones, in the same order, each time."""
+        ...
+
+
+@runtime_checkable
+class WeighingScorer(Scorer, Protocol):
+    """A scorer that also gives a weight per train row, for a fold that reduces both apart."""
+
+    @property
+    def weighs(self) -> bool:
+        """Return whether `Scored.weight` is given."""
+        ...
+
+
+@runtime_checkable
+class ReferencedProblem(Problem, Protocol):
+    """A problem whose task has reference examples."""
+
+    @property
+    def reference(self) -> Problem | None:
+        """Return the reference examples in place of the train set, None where there are none.
+
+        Its rows of kind ``"loss"`` are those of the test side: of the target, signed.
+        """
         ...
 
 

@@ -147,6 +147,18 @@ def hessian_factor(criterion: Callable[[Tensor], Tensor], outputs: Tensor, name:
     return columns.permute(2, 0, 1).reshape(size, *outputs.shape).to(outputs.dtype)
 
 
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of the label, p = softmax(logits): exact where p rounds to 0 or 1.
+
+    Args:
+        logits: ``[..., V]``.
+        labels: ``[...]``, each a class.
+    """
+    picked = labels.unsqueeze(-1)
+    rest = logits.scatter(-1, picked, float("-inf")).logsumexp(-1)
+    return logits.gather(-1, picked).squeeze(-1) - rest
+
+
 def _output_hessian(criterion: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
     """Return C_b in float64, ``[B, K, K]``."""
     count, size = len(outputs), outputs.shape[1:].numel()

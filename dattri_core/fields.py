@@ -51,6 +51,14 @@ def part_kind(annotation: Any) -> str | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
+def held_kind(annotation: Any) -> str | None:
+    """Return the kind of the part, or of the parts of a tuple, that a field so annotated holds."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and arguments[-1:] == (Ellipsis,):
+        return part_kind(arguments[0])
+    return part_kind(annotation)
+
+
 def build(cls: type, given: Mapping[str, Any], label: str, build_part: BuildPart) -> Any:
     """Return ``cls(**given)`` with every field named and typed as declared.
 
@@ -200,6 +208,9 @@ def _admit_items(
 
 
 def _admit_plain(value: Any, annotation: Any, build_part: BuildPart) -> Any:
+    kind = part_kind(annotation)
+    if kind is not None:
+        return build_part(kind, value)
     if annotation is None or annotation is type(None):
         _require(value is None)
     elif annotation is bool:
@@ -231,6 +242,8 @@ def spell(annotation: Any) -> str:
         return " or ".join(spell(choice) for choice in choices)
     if typing.get_origin(annotation) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
+    if typing.get_origin(annotation) is tuple and held_kind(annotation) is not None:
+        return f"list of {spell(typing.get_args(annotation)[0])}"
     if annotation is None or annotation is type(None):
         return "None"
     if isinstance(annotation, type) and typing.get_origin(annotation) is None:

@@ -25,14 +25,17 @@ from dattri_core.pairing import WHOLE
 from dattri_core.plans import Plan, Work, make_plan
 from dattri_core.problem import collect
 from dattri_core.progress import bar
+from dattri_core.projected import weights_of
 from dattri_core.protocols import Damping, Role, as_damping
 from dattri_core.requests import Request
 from dattri_core.rows import Rows
 from dattri_core.runner import Runner, contractions, require_streams, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.snapshot import Fitted, fit_checkpoint, weights_of
+from dattri_core.snapshot import Fitted, fit_checkpoint, task_of
 from dattri_core.stages import Chain
+from dattri_core.store import Store
+from dattri_core.stored import Keeping
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 from dattri_core.tiles import budget_of
@@ -55,6 +58,8 @@ class FittedMethod:
     budget: int
     progress: bool | None
     checkpoints: tuple[Checkpoint, ...]
+    store: Store | None = None
+    reference: Examples | None = None
     _held: Fitted | None = None
 
     @staticmethod
@@ -65,15 +70,21 @@ class FittedMethod:
         *,
         memory: str | int | None,
         progress: bool | None,
+        store: Any = None,
         lazy: bool = False,
     ) -> FittedMethod:
         """Check everything that can be checked, then fit the first checkpoint (unless ``lazy``)."""
         examples = Examples.of(train, "train")
         for checkpoint in task.checkpoints:
             checkpoint.check(task.model)
+        given = task.reference
+        reference = None if given is None else Examples.of(given, "reference")
         budget = parse_bytes(memory, task.device)
         checkpoints = expand_checkpoints(method.source, task.checkpoints)
-        fitted = FittedMethod(method, task, examples, budget, progress, checkpoints)
+        kept = Store.of(store)
+        fitted = FittedMethod(
+            method, task, examples, budget, progress, checkpoints, kept, reference
+        )
         if not lazy:
             fitted._fit(fitted._first())
         return fitted
@@ -89,11 +100,14 @@ class FittedMethod:
         out: str | Path | None,
         by: By | None = None,
         group: bool = False,
+        store: Any = None,
     ) -> Plan:
         """Return how the work would be cut to fit the memory; only a few examples are evaluated."""
         request = Request((method,), by, group)
         request.check(task, out)
-        fitted = FittedMethod.fit(method, task, train, memory=memory, progress=False, lazy=True)
+        fitted = FittedMethod.fit(
+            method, task, train, memory=memory, progress=False, store=store, lazy=True
+        )
         probe = fit_checkpoint(
             method.source,
             method.chain,
@@ -103,6 +117,8 @@ class FittedMethod:
             fitted.train,
             fitted.budget // FIT_SHARE,
             plan_only=True,
+            keeping=fitted._keeping(fitted._first()),
+            reference=fitted.reference,
         )
         return fitted._plan(probe, Examples.of(test, "test"), request, out)
 
@@ -223,7 +239,7 @@ class FittedMethod:
                 self.checkpoints,
                 self.method.scorer,
                 self.method.fold,
-                self.train,
+                first.train,
                 batch,
                 shown.advance,
             )
@@ -234,14 +250,14 @@ class FittedMethod:
         With those of `test_rows`, S_ij = <A g_i, B h_j> before the scorer: what a nearest-neighbour
         index stores. Of one checkpoint only.
         """
-        return self._rows(self.train, "train", Chain.train)
+        return self._rows(None, "train", Chain.train)
 
     def test_rows(self, test: Any) -> Iterator[Rows]:
         """Yield the rows B h of a test set after all stages; see `train_rows`."""
         return self._rows(Examples.of(test, "test"), "test", Chain.test)
 
     def _rows(
-        self, examples: Examples, role: Role, pass_: Callable[[Chain, Rows], Rows]
+        self, test: Examples | None, role: Role, pass_: Callable[[Chain, Rows], Rows]
     ) -> Iterator[Rows]:
         if len(self.checkpoints) > 1:
             raise SpecError(
@@ -250,7 +266,7 @@ class FittedMethod:
             )
         fitted = self._fit(self._first())
         self._require_same_weights(fitted)
-        for index, batch in examples.batches(self._batch(fitted)):
+        for index, batch in (test or fitted.train).batches(self._batch(fitted)):
             rows = collect(fitted.chain.source, batch, index, role, fitted.device)
             yield pass_(fitted.chain, rows)
 
@@ -296,17 +312,37 @@ class FittedMethod:
     def _fit(self, checkpoint: Checkpoint, test: Examples | None = None) -> Fitted:
         if self._held is None or self._held.checkpoint is not checkpoint:
             self._held = None  # the one before goes first: two never live at once
-            self._held = fit_checkpoint(
-                self.method.source,
-                self.method.chain,
-                self.method.seed,
-                self.task,
-                checkpoint,
-                self.train,
-                self.budget // FIT_SHARE,
-                test,
-            )
+            show = False if self.store is None else self.progress
+            with bar("store", len(self.train), show) as shown:
+                self._held = fit_checkpoint(
+                    self.method.source,
+                    self.method.chain,
+                    self.method.seed,
+                    self.task,
+                    checkpoint,
+                    self.train,
+                    self.budget // FIT_SHARE,
+                    test,
+                    keeping=self._keeping(checkpoint, shown.advance),
+                    reference=self.reference,
+                )
         return self._held
+
+    def _keeping(
+        self, checkpoint: Checkpoint, advance: Callable[[int], None] = lambda count: None
+    ) -> Keeping | None:
+        """Return the store with what decides the numbers in it."""
+        if self.store is None:
+            return None
+        facts = {
+            **assemble.describe_front(self.method),
+            "seed": self.method.seed,
+            "loss": self.task.loss_name,
+            "parameters": list(self.task.parameter_names),
+            "train": self.train.fingerprint,
+            "dattri-core": __version__,
+        }
+        return Keeping(self.store, checkpoint, facts, advance)
 
     def _reusable(self, changed: Any) -> Fitted | None:
         """Return what is fitted as a changed method needs it, where no new fit is needed."""
@@ -357,7 +393,7 @@ class FittedMethod:
             checkpoints=self.checkpoints,
             scorer=self.method.scorer,
             fold=self.method.fold,
-            train=self.train,
+            train=first.train,
             test=test,
             plan=plan,
             dampings=tuple(changes or () for changes in dampings),
@@ -402,7 +438,8 @@ class FittedMethod:
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
 
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
-        target = self.task.target
+        asked = task_of(fitted.chain.source, self.task)
+        target = asked.target
         weights = {id(c.source): c.fingerprint(self.task.model) for c in self.task.checkpoints}
         return {
             "method": self.method.to_spec(),
@@ -410,7 +447,7 @@ class FittedMethod:
             "n_test": len(test),
             "loss": self.task.loss_name,
             "target": {
-                "name": self.task.target_name,
+                "name": asked.target_name,
                 "higher_is_better": bool(target is not None and target.higher_is_better),
             },
             "checkpoints": [c.name for c in self.checkpoints],
@@ -420,7 +457,9 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
+            "reference": None if self.reference is None else self.reference.fingerprint,
             "group": "sum" if request.group else None,
+            "store": None if self.store is None else {"dtype": self.store.dtype},
             "versions": {
                 "dattri-core": __version__,
                 "torch": torch.__version__,

@@ -22,7 +22,7 @@ from dattri_core.making import Variants, make_branches
 from dattri_core.measures import Known, Measures, join_sides, needs_inverse, take_side
 from dattri_core.pairing import WHOLE, Paired, pair_batch, require_finite
 from dattri_core.plans import Plan
-from dattri_core.problem import require_complete
+from dattri_core.projected import require_complete
 from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot
 from dattri_core.queries import Branch, require_finite_queries
 from dattri_core.routes import shared_steps

@@ -14,7 +14,13 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from dattri_core.batch import Batch
-from dattri_core.criteria import identity_factor, normal_sample, softmax_factor, softmax_sample
+from dattri_core.criteria import (
+    identity_factor,
+    log_odds,
+    normal_sample,
+    softmax_factor,
+    softmax_sample,
+)
 from dattri_core.errors import InputError, nearest
 
 LABEL_KEYS = ("labels", "label")
@@ -37,6 +43,10 @@ class Loss:
         factor: ``(outputs, batch) -> [K, B, ...]``: columns f_k with sum_k f_k f_k^T = C_b, the
             Hessian of the criterion in the outputs of example b; a column that example b does not
             have is 0. Without it C_b is formed and decomposed (up to 1024 outputs an example).
+        margin: ``(outputs, batch) -> [B]``: the number f of each example that the loss is a falling
+            function of, such as log(p / (1 - p)) of the label. The source ``margin`` needs it.
+        residual: ``(outputs, batch) -> [B]``: -d loss / d f, what is left to learn of each example.
+            Without it 1 - p = 1 / (1 + exp(f)), that of ``loss = log(1 + exp(-f))``.
     """
 
     forward: Callable[[nn.Module, Batch], Tensor]
@@ -44,6 +54,8 @@ class Loss:
     name: str = "loss"
     sample: Callable[[Tensor, Batch, Draw], Tensor] | None = field(default=None, kw_only=True)
     factor: Callable[[Tensor, Batch], Tensor] | None = field(default=None, kw_only=True)
+    margin: Callable[[Tensor, Batch], Tensor] | None = field(default=None, kw_only=True)
+    residual: Callable[[Tensor, Batch], Tensor] | None = field(default=None, kw_only=True)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of each example, ``[B]``."""
@@ -140,6 +152,31 @@ def _cross_entropy_factor(outputs: Tensor, batch: Batch) -> Tensor:
     return softmax_factor(outputs, _cross_entropy_weight(outputs, batch))
 
 
+def _label_margin(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return log(p / (1 - p)) of the label, ``[B]``; 0 for an ignored one."""
+    labels = labels_of(batch)
+    if labels.is_floating_point():
+        raise InputError(
+            f"margin of the loss 'cross-entropy': the labels are {labels.dtype} of shape "
+            f"{tuple(labels.shape)}, shares of the classes; log(p / (1 - p)) is of one class: give "
+            "integer labels, or dattri.Loss(..., margin=..., residual=...)"
+        )
+    return _token_margins(outputs, labels)[0]
+
+
+def _label_residual(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return 1 - p of the label, ``[B]``; 0 for an ignored one."""
+    margins, known = _token_margins(outputs, labels_of(batch))
+    return (-margins).sigmoid() * known
+
+
+def _token_margins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(p / (1 - p)) of each label, 0 for an ignored one, and which are not ignored."""
+    known = (labels != IGNORED).to(logits.device)
+    margins = log_odds(logits, labels.to(logits.device).masked_fill(~known, 0))
+    return margins.masked_fill(~known, 0.0), known
+
+
 # --- squared error ------------------------------------------------------------------------------
 def _squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     values = labels_of(batch).to(outputs.dtype).reshape(outputs.shape)
@@ -185,12 +222,25 @@ def _next_token_factor(outputs: Tensor, batch: Batch) -> Tensor:
     return factor.flatten(0, 1)
 
 
+def _next_token_margin(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return the sum over tokens of log(p_t / (1 - p_t)), ``[B]``; ignored ones count nothing."""
+    return _token_margins(outputs[:, :-1], labels_of(batch)[:, 1:])[0].sum(1)
+
+
+def _next_token_residual(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return the mean over tokens of 1 - p_t, ``[B]``; 0 for a sequence without any."""
+    margins, known = _token_margins(outputs[:, :-1], labels_of(batch)[:, 1:])
+    return ((-margins).sigmoid() * known).sum(1) / known.sum(1).clamp_min(1)
+
+
 cross_entropy = Loss(
     forward_of,
     _cross_entropy,
     "cross-entropy",
     sample=_cross_entropy_sample,
     factor=_cross_entropy_factor,
+    margin=_label_margin,
+    residual=_label_residual,
 )
 """Classification: ``-log p(label)``; batch ``(inputs..., labels)`` or a dict with ``labels``."""
 
@@ -204,7 +254,13 @@ squared_error = Loss(
 """Regression: half the squared error, summed over the outputs of an example."""
 
 causal_lm = Loss(
-    forward_of, _next_token, "causal-lm", sample=_next_token_sample, factor=_next_token_factor
+    forward_of,
+    _next_token,
+    "causal-lm",
+    sample=_next_token_sample,
+    factor=_next_token_factor,
+    margin=_next_token_margin,
+    residual=_next_token_residual,
 )
 """Language modelling: ``-log p(next token)`` summed over a sequence; -100 is ignored."""
 
@@ -217,10 +273,7 @@ def true_logit(model: nn.Module, batch: Batch) -> Tensor:
 
 def true_margin(model: nn.Module, batch: Batch) -> Tensor:
     """Return log(p / (1 - p)) of the true class, ``[B]`` (TRAK, arXiv 2303.14186, section 3)."""
-    outputs = forward_of(model, batch)
-    labels = labels_of(batch).unsqueeze(1)
-    rest = outputs.scatter(1, labels, float("-inf")).logsumexp(1)
-    return outputs.gather(1, labels).squeeze(1) - rest
+    return log_odds(forward_of(model, batch), labels_of(batch))
 
 
 logit = Target(true_logit, higher_is_better=True, name="logit")

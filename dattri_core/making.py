@@ -15,7 +15,8 @@ from dattri_core.errors import SpecError
 from dattri_core.halving import halving
 from dattri_core.measures import needs_inverse, root
 from dattri_core.plans import Plan, Route
-from dattri_core.problem import collect, require_complete
+from dattri_core.problem import collect
+from dattri_core.projected import require_complete
 from dattri_core.protocols import BoundSource, LinearMap, Scorer, Side
 from dattri_core.queries import Branch, Queries, require_finite_queries, rows_in
 from dattri_core.rows import Rows

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 from attrs import field, frozen
 
 from dattri_core import assemble
+from dattri_core.capabilities import WeighingScorer
 from dattri_core.errors import SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.loop import By
@@ -18,6 +19,7 @@ from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
 from dattri_core.space import Space
 from dattri_core.stages import Stage, check_stages, example_space, is_two_sided
+from dattri_core.store import Store
 from dattri_core.task import Task
 
 
@@ -124,9 +126,26 @@ class Method:
                 "side with its root only; use form='one-sided', or the scorer 'relatif' with "
                 "form='l', which both forms serve"
             )
+        self._check_weight()
         check_stages(self.chain, space or example_space())
         if task is not None:
             self._check_task(task)
+
+    def _check_weight(self) -> None:
+        weighs = isinstance(self.scorer, WeighingScorer) and self.scorer.weighs
+        needs = "weight" in self.fold.needs
+        if weighs == needs:
+            return
+        scorer, fold = assemble.name_of(self.scorer), assemble.name_of(self.fold)
+        if needs:
+            raise SpecError(
+                f"method: the fold {fold!r} needs a weight per train row, which the scorer "
+                f"{scorer!r} does not give; use the scorer 'trak', or another fold such as 'mean'"
+            )
+        raise SpecError(
+            f"method: the scorer {scorer!r} gives a weight per train row, which the fold {fold!r} "
+            "would drop; use the fold 'trak', or another scorer such as 'dot'"
+        )
 
     def _check_task(self, task: Task) -> None:
         if "learning-rate" in self.fold.needs:
@@ -144,6 +163,12 @@ class Method:
                 f"{task.loss_name!r} gives neither; give dattri.Loss(forward=..., criterion=...) "
                 "or a shipped loss by name, or use the curvature 'hessian'"
             )
+        if "reference-rows" in needs and task.reference is None:
+            raise SpecError(
+                "method: its curvature mixes the rows of the train set with those of examples like "
+                "the ones that will be asked, and the task has none; give Task(..., "
+                "reference=examples), the test set or others of its kind"
+            )
         for need in sorted(needs & KIND_OF_NEED.keys()):
             require_kind(KIND_OF_NEED[need], task)
 
@@ -153,6 +178,7 @@ class Method:
         train: Any,
         *,
         memory: str | int | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> FittedMethod:
         """Fit on the train set: everything that does not depend on the test examples.
@@ -161,13 +187,16 @@ class Method:
             task: Model, loss, target and checkpoints.
             train: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
             memory: Budget such as ``"16GiB"``; default half of what is free.
+            store: Folder for train rows, see `Store`: after the projectors that the method begins
+                with they are written once, and read by every method that begins in the same way. A
+                build that was stopped goes on where it was.
             progress: Show a bar; default only on a terminal.
 
         Raises:
             SpecError, InputError, NumericsError: Before any long work, where that can be known.
         """
         self.check(task=task)
-        return FittedMethod.fit(self, task, train, memory=memory, progress=progress)
+        return FittedMethod.fit(self, task, train, memory=memory, progress=progress, store=store)
 
     @overload
     def attribute(
@@ -181,6 +210,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> Plan: ...
 
@@ -196,6 +226,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> dict[str, Scores]: ...
 
@@ -211,6 +242,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> Scores: ...
 
@@ -225,6 +257,7 @@ class Method:
         group: bool = False,
         memory: str | int | None = None,
         out: str | Path | None = None,
+        store: str | Path | Store | None = None,
         progress: bool | None = None,
     ) -> Scores | dict[str, Scores] | Plan:
         """Return the scores ``[n_train, n_test]`` of every train example for every test example.
@@ -239,14 +272,18 @@ class Method:
             group: One column, for the sum over the test set, at the cost of one query.
             memory: Budget such as ``"16GiB"``; default half of what is free.
             out: Folder for scores that do not fit in memory, and to resume a run that was stopped.
+            store: Folder for train rows; see `fit`. Of further test sets, or of another scorer,
+                curvature or damping, no train example is evaluated again.
             progress: Show a bar; default only on a terminal.
         """
         self.check(task=task)
         if dry_run:
             return FittedMethod.plan(
-                self, task, train, test, memory=memory, out=out, by=by, group=group
+                self, task, train, test, memory=memory, out=out, by=by, group=group, store=store
             )
-        fitted = FittedMethod.fit(self, task, train, memory=memory, progress=progress, lazy=True)
+        fitted = FittedMethod.fit(
+            self, task, train, memory=memory, progress=progress, store=store, lazy=True
+        )
         if by is None:
             return fitted.attribute(test, group=group, out=out)
         return fitted.attribute(test, by=by, group=group, out=out)
@@ -288,6 +325,7 @@ def attribute(
     group: bool = False,
     memory: str | int | None = None,
     out: str | Path | None = None,
+    store: str | Path | Store | None = None,
     progress: bool | None = None,
     **overrides: Any,
 ) -> Any:
@@ -297,13 +335,20 @@ def attribute(
     """
     made = _named(method, overrides)
     settings: dict[str, Any] = {}
+    if store is not None:
+        if not isinstance(made, Method):
+            raise SpecError(
+                f"attribute: store= keeps the rows of a method, and a {type(made).__name__} is not "
+                "made of parts and has none"
+            )
+        settings["store"] = store
     if by is not None or group:
         if not isinstance(made, Method):
             raise SpecError(
                 f"attribute: by= and group= take the rows of a method apart or add them up, and a "
                 f"{type(made).__name__} is not made of parts and has none"
             )
-        settings = {"by": by, "group": group}
+        settings |= {"by": by, "group": group}
     return made.attribute(
         task, train, test, dry_run=dry_run, memory=memory, out=out, progress=progress, **settings
     )

@@ -13,7 +13,7 @@ from dattri_core.blocks import Block
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError
 from dattri_core.measures import Known, Measures
-from dattri_core.problem import require_complete
+from dattri_core.projected import require_complete
 from dattri_core.protocols import BoundSource, Role, Scorer, Side
 from dattri_core.queries import Branch, Queries
 from dattri_core.rows import Rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from attrs import define
@@ -16,7 +16,8 @@ from dattri_core.halving import halved, halving
 from dattri_core.lift import empty_rows, to_parameters
 from dattri_core.memory import is_out_of_memory
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
-from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, RowKind
+from dattri_core.projected import pass_blocks, require_complete
+from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, Role, RowKind
 from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
@@ -35,6 +36,8 @@ class TrainProblem:
         random: Keys of random numbers.
         memory: Bytes that a fit may use.
         advance: Called with the number of examples after each batch.
+        role: Of the rows of kind ``"loss"``.
+        reference: The reference examples of the task, as a problem of their own.
     """
 
     source: BoundSource
@@ -44,6 +47,8 @@ class TrainProblem:
     random: RandomStream
     memory: int
     advance: Callable[[int], None] | None = None
+    role: Role = "train"
+    reference: TrainProblem | None = None
 
     @property
     def space(self) -> Space:
@@ -58,24 +63,34 @@ class TrainProblem:
     @property
     def evaluator(self) -> Evaluator:
         """Return the evaluator of a source whose rows are gradients of parameters."""
-        evaluator = getattr(self.source, "evaluator", None)
-        if not isinstance(evaluator, Evaluator) or not self.source.space.covers_parameters:
+        if not self.source.space.covers_parameters:
             raise SpecError(
                 f"curvature products: the rows of {type(self.source).__name__} are not gradients "
                 "with respect to parameters; use the source 'per-example' or 'functional', or a "
                 "curvature made from rows"
+            )
+        return self._any_evaluator
+
+    @property
+    def _any_evaluator(self) -> Evaluator:
+        evaluator = getattr(self.source, "evaluator", None)
+        if not isinstance(evaluator, Evaluator):
+            raise SpecError(
+                f"curvature: the source {type(self.source).__name__} has no evaluator, so neither "
+                "the device of its rows nor its model is known; use the source 'per-example' or "
+                "'functional'"
             )
         return evaluator
 
     @property
     def device(self) -> torch.device:
         """Return where the rows live."""
-        return self.evaluator.device
+        return self._any_evaluator.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the rows."""
-        return self.evaluator.dtype
+        return self._any_evaluator.dtype
 
     def rows(
         self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
@@ -141,16 +156,21 @@ class TrainProblem:
             halving(work, positions, nest, "train rows")
 
     def _reader(self, kind: RowKind, draw: int) -> RowReader:
-        return RowReader(self.source, self.evaluator, kind, draw, self.random, self.memory)
+        given = (self.source, self._any_evaluator, kind, draw, self.random, self.memory, self.role)
+        return RowReader(*given)
 
     def _rows(self, reader: RowReader, index: Tensor | None) -> Iterator[Rows]:
         space = self.source.space
 
         def whole(positions: Tensor, nest: Batch) -> Rows:
             blocks: dict[str, Block] = {}
-            aux = reader.stream(positions, nest, blocks.__setitem__)
-            require_complete(space, blocks)
-            return self._map(Rows(space, blocks, positions, aux))
+            aux = pass_blocks(
+                space,
+                self.maps,
+                lambda sink: reader.stream(positions, nest, sink),
+                blocks.__setitem__,
+            )
+            return Rows(self.space, blocks, positions, aux)
 
         for positions, nest in self._parts(reader, index):
             yield from halved(whole, positions, nest, "train rows")
@@ -258,12 +278,3 @@ def collect(
     aux = source.stream(move(batch, device), role, blocks.__setitem__)  # type: ignore[arg-type]
     require_complete(source.space, blocks)
     return Rows(source.space, blocks, index, aux)
-
-
-def require_complete(space: Space, names: Sequence[str] | dict[str, Block]) -> None:
-    """Raise when a source did not hand over every block exactly once."""
-    if set(names) != set(space.names) or len(names) != len(space):
-        raise SpecError(
-            f"source: handed over the blocks {sorted(names)}, its space has {sorted(space.names)}; "
-            "a source gives each block once for each batch"
-        )

@@ -229,8 +229,9 @@ class Curvature(Protocol):
     def needs(self) -> frozenset[str]:
         """Return what it asks of the `Problem`.
 
-        Of ``{"hessian-product", "ggn-product", "rows", "fisher-rows", "ggn-rows"}``: products of
-        a kind, and rows of the kinds ``"loss"``, ``"fisher"`` and ``"ggn"``.
+        Of ``{"hessian-product", "ggn-product", "rows", "fisher-rows", "ggn-rows",
+        "reference-rows"}``: products of a kind, rows of the kinds ``"loss"``, ``"fisher"`` and
+        ``"ggn"``, and those of the reference examples.
         """
         ...
 
@@ -466,7 +467,10 @@ class Fold(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the facts it asks of every checkpoint: of ``{"learning-rate"}``."""
+        """Return what it asks for: of ``{"learning-rate", "weight"}``.
+
+        A learning rate of every checkpoint; a weight per train row, which the scorer gives.
+        """
         ...
 
     def update(self, state: FoldState | None, scored: Scored, snapshot: Snapshot) -> FoldState:

@@ -22,7 +22,7 @@ from dattri_core.capabilities import OutputSource
 from dattri_core.errors import MemoryBudgetError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.losses import Draw, Loss
-from dattri_core.protocols import BoundSource, RandomStream, RowKind, Sink
+from dattri_core.protocols import BoundSource, RandomStream, Role, RowKind, Sink
 from dattri_core.task import Task
 
 KINDS: tuple[RowKind, ...] = ("loss", "fisher", "ggn")
@@ -76,6 +76,7 @@ class RowReader:
         draw: Which draw of labels; other draws are independent.
         random: Keys of random numbers.
         memory: Bytes of the fit; an eighth of it for the columns of a factor.
+        role: Of the rows of kind ``"loss"``.
     """
 
     source: BoundSource
@@ -84,6 +85,7 @@ class RowReader:
     draw: int
     random: RandomStream
     memory: int
+    role: Role = "train"
 
     def __attrs_post_init__(self) -> None:
         require_kind(self.kind, self.evaluator.task)
@@ -135,7 +137,7 @@ class RowReader:
         """Hand the blocks of one of `parts`, or of a part of it, to the sink."""
         batch = nest[0]
         if self.kind == "loss":
-            return dict(self.source.stream(batch, "train", sink))
+            return dict(self.source.stream(batch, self.role, sink))
         source = require_outputs(self.kind, self.source)
         if self.kind == "ggn":
             source.pull(batch, lambda _: nest[1], sink)

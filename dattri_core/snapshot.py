@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import attrs
 import torch
 from attrs import frozen
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import move
-from dattri_core.capabilities import Outlook
+from dattri_core.capabilities import Outlook, is_additive
 from dattri_core.checkpoint import Checkpoint
+from dattri_core.errors import SpecError
 from dattri_core.evaluate import Evaluator
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.plans import Costs
 from dattri_core.problem import TrainProblem, collect
+from dattri_core.projected import Projected, weights_of
 from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source
 from dattri_core.routes import contractions_of, gradient_work, routes_of, streams_through
 from dattri_core.rows import Rows
+from dattri_core.space import Space
 from dattri_core.stages import (
     Chain,
     Stage,
@@ -27,10 +31,13 @@ from dattri_core.stages import (
     needs_data,
     space_after,
 )
+from dattri_core.stored import Formed, Keeping, Stored, keep_rows
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
+OF_ROWS = frozenset({"rows", "reference-rows"})
+"""What a stage may ask of rows that have passed projectors; for the rest it gets the model."""
 FLAT = ("inner products   of flat rows",)
 
 
@@ -42,11 +49,17 @@ class Outline:
         steps: Maps as they are, and of an inverse what is known of it.
         row: One train row as the source gives it.
         activations: Bytes that a pass keeps for one example.
+        work: Multiply-adds that a train row takes at the source; 0 where it is read from a store.
+        mixed: Whether the source mixes the blocks of the parameters into others.
+        said: What is to be told of the store.
     """
 
     steps: tuple[LinearMap | Outlook, ...]
     row: Rows
     activations: int
+    work: int
+    mixed: bool = False
+    said: tuple[str, ...] = ()
 
     def costs(self, *, variants: bool = False, measured: bool = False) -> Costs:
         """Return the costs of one example.
@@ -56,13 +69,13 @@ class Outline:
             measured: Train rows pass the test side too, for what a scorer needs of them.
         """
         routes = routes_of(self.steps, self.row, variants=variants, measured=measured)
-        return Costs(self.activations, gradient_work(self.row), routes)
+        return Costs(self.activations, self.work, routes)
 
     @property
     def after(self) -> Rows | None:
         """Return the row after the train side, or None where a stage mixes its blocks."""
         row = self.row
-        if not all(map(streams_through, self.steps)):
+        if self.mixed or not all(map(streams_through, self.steps)):
             return None
         for step in self.steps:
             if isinstance(step, LinearMap):
@@ -74,7 +87,7 @@ class Outline:
         """Return what was decided of inverses, and how each block will be contracted."""
         row = self.after
         told = (step.note for step in self.steps if isinstance(step, Outlook) and step.note)
-        return (*told, *(FLAT if row is None else contractions_of(row)))
+        return (*self.said, *told, *(FLAT if row is None else contractions_of(row)))
 
 
 @frozen(eq=False)
@@ -86,6 +99,7 @@ class Fitted:
     outline: Outline
     weights: str | None  # fingerprint of the weights at the time of the fit
     dtype: torch.dtype  # of scores
+    train: Examples  # what the source takes for train examples: themselves, or their positions
 
     @property
     def device(self) -> torch.device:
@@ -105,12 +119,16 @@ def fit_checkpoint(
     test: Examples | None = None,
     advance: Callable[[int], None] | None = None,
     plan_only: bool = False,
+    keeping: Keeping | None = None,
+    reference: Examples | None = None,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
     A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
     costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
-    are fitted on a few examples.
+    are fitted on a few examples. Where rows are kept in a store they are computed first, so far as
+    they are not there, and read by all that needs no more than train rows. Reference examples are
+    those of the task.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     bound = source.bind(task, checkpoint, sample)
@@ -119,26 +137,55 @@ def fit_checkpoint(
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
     evaluator = getattr(bound, "evaluator", None)
     activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
-    rows = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
-    row_bytes = [max(1, block.nbytes // SAMPLE) for block in rows.blocks.values()]
-    item = max(4, rows.dtype.itemsize)
-    # A map that is not blockwise takes whole rows; most form them block by block, then join them.
-    whole = sum(row_bytes) + 2 * bound.space.dim * item
-    largest = max(row_bytes) if all_blockwise(stages, bound.space) else whole
-    per_example = activations + largest
+    raw = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
+    stream = RandomStream(seed, "projector", checkpoint.position)
+    front = _front(stages, bound.space, stream, task.device, stored=keeping is not None)
+    work = gradient_work(raw)
+    given: BoundSource = bound
+    data, rows = examples, raw
+    said: tuple[str, ...] = ()
+    if front:
+        given = projected = Projected(bound, front)
+        rows = collect(given, sample, torch.arange(SAMPLE), "train", task.device)
+        # While blocks pass the maps, one is alive beside what has been added up.
+        activations += _largest(raw, formed=True)
+        if keeping is not None:
+            given, data, said = keep_rows(
+                keeping, projected, examples, rows, activations, memory, plan_only=plan_only
+            )
+            work = 0 if isinstance(given, Stored) else work
+            check_stages(stages[len(front) - 1 :], given.space)
+    chain = Chain(given, absorbed=len(front) - (keeping is not None))
+    per_example = activations + (
+        _largest(rows, formed=False)
+        if all_blockwise(stages[chain.absorbed :], given.space)
+        else _whole(rows)
+    )
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
-    chain = Chain(bound)
     outlooks: list[LinearMap | Outlook] = []
-    space = bound.space
+    space = given.space
     step: Step
-    for stage in stages:
+    for stage in stages[chain.absorbed :]:
         before, space = space, space_after(stage, space)
         role = "projector" if isinstance(stage, Projector) else "curvature"
         stream = RandomStream(seed, role, checkpoint.position)
-        # A plan only asks what comes out of a projector: a few examples tell.
-        few = plan_only and isinstance(stage, Projector)
-        data = Examples("train", SAMPLE, "tensors", sample) if few else examples
-        problem = TrainProblem(bound, data, chain.maps, batch, stream, memory, advance)
+        if not stage_needs(stage) <= OF_ROWS or given is bound:
+            maps: tuple[LinearMap, ...] = (*front, *chain.maps)
+            problem = TrainProblem(bound, examples, maps, batch, stream, memory, advance)
+        else:
+            problem = TrainProblem(given, data, chain.maps, batch, stream, memory, advance)
+        if plan_only and isinstance(stage, Projector):
+            # A plan only asks what comes out of a projector: a few examples tell.
+            few = Examples("train", SAMPLE, "tensors", sample)
+            maps = (*front, *chain.maps)
+            problem = TrainProblem(bound, few, maps, batch, stream, memory, advance)
+        if reference is not None:
+            problem.reference = attrs.evolve(
+                problem,
+                examples=reference,
+                random=attrs.evolve(stream, role="reference"),
+                role="test",
+            )
         if plan_only and not isinstance(stage, Projector):
             outlooks.append(outlook_before_fit(stage, before, problem))
             continue
@@ -147,13 +194,67 @@ def fit_checkpoint(
         else:
             step = stage.fit(problem)
         outlooks.append(outlook_of(stage, step, before))
-        chain = Chain(bound, (*chain.steps, step))
+        chain = attrs.evolve(chain, steps=(*chain.steps, step))
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations)
-    return Fitted(checkpoint, chain, outline, weights_of(bound), dtype)
+    mixed = any(not step.blockwise for step in front)
+    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said)
+    return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data)
 
 
-def weights_of(source: BoundSource) -> str | None:
-    """Return a hash of the weights that a source reads, where it has an evaluator."""
+def _front(
+    stages: Sequence[Stage],
+    space: Space,
+    stream: RandomStream,
+    device: torch.device,
+    *,
+    stored: bool,
+) -> tuple[LinearMap, ...]:
+    """Return the maps that the source takes by itself: while it makes rows, or before the store.
+
+    Those are the projectors that a method begins with, up to the last that mixes blocks and can
+    take them one by one; before a store all of them.
+    """
+    front: list[LinearMap] = []
+    taken = 0
+    for stage in stages:
+        if not isinstance(stage, Projector):
+            break
+        if needs_data(stage):
+            if stored:
+                raise SpecError(
+                    f"store: the projector {type(stage).__name__} is fitted on the train set, and "
+                    "a store keeps rows whose projectors need no data; use a random one "
+                    "(initialisation='random'), or leave store= out"
+                )
+            break
+        front.append(stage.build(space, stream=stream, device=device))
+        space = front[-1].out_space
+        if not front[-1].blockwise and (taken or is_additive(front[-1])):
+            taken = len(front)
+    if stored:
+        return (*front, Formed(space))
+    return tuple(front[:taken])
+
+
+def stage_needs(stage: Stage) -> frozenset[str]:
+    """Return what a stage asks of the `Problem`."""
+    return getattr(stage, "needs", frozenset())
+
+
+def _largest(rows: Rows, *, formed: bool) -> int:
+    """Return the bytes of the largest block of one row, as it comes or as it is formed."""
+    item = max(4, rows.dtype.itemsize)
+    sizes = [max(1, block.nbytes // len(rows)) for block in rows.blocks.values()]
+    return max(*sizes, *(spec.size * item for spec in rows.space if formed), 1)
+
+
+def _whole(rows: Rows) -> int:
+    """Return the bytes of one whole row while a map that takes whole rows forms and joins it."""
+    item = max(4, rows.dtype.itemsize)
+    return max(1, rows.nbytes // len(rows)) + 2 * rows.space.dim * item
+
+
+def task_of(source: BoundSource, task: Task) -> Task:
+    """Return what a source asks of the model: the task, with the loss and target of the source."""
     evaluator = getattr(source, "evaluator", None)
-    return evaluator.fingerprint if isinstance(evaluator, Evaluator) else None
+    return evaluator.task if isinstance(evaluator, Evaluator) else task

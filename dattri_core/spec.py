@@ -146,6 +146,7 @@ class Run:
         setting_fields: What the setting is called with.
         output: Folder for the scores.
         memory: Budget such as ``"4GiB"``.
+        store: Folder for train rows; see `Method.fit`.
     """
 
     method: str | Mapping[str, Any]
@@ -153,6 +154,7 @@ class Run:
     setting_fields: Mapping[str, Any] = field(factory=dict)
     output: Path | None = field(default=None, converter=_path)
     memory: str | int | None = None
+    store: Path | None = field(default=None, converter=_path)
 
 
 def run_of(data: Mapping[str, Any], label: str = "run") -> Run:
@@ -161,7 +163,7 @@ def run_of(data: Mapping[str, Any], label: str = "run") -> Run:
     Raises:
         SpecError: A key is missing or unknown.
     """
-    valid = ("method", "setting", "output", "memory")
+    valid = ("method", "setting", "output", "memory", "store")
     for key in data:
         if key not in valid:
             raise SpecError(f"{label}: no key {key!r}; {nearest(key, valid)}")

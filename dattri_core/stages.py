@@ -227,11 +227,13 @@ class Chain:
         source: At the checkpoint.
         steps: In the order in which rows pass them.
         split: Whether the last step, a `SplitInverse`, is carried by both sides.
+        absorbed: How many stages before those of the steps the source takes by itself.
     """
 
     source: BoundSource
     steps: tuple[Step, ...] = ()
     split: bool = False
+    absorbed: int = 0
 
     @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
@@ -312,10 +314,10 @@ class Chain:
         """Return the chain with some steps at another damping, without a new fit.
 
         Args:
-            dampings: One entry a step; None leaves it as it is.
+            dampings: One entry a stage; None leaves it as it is.
         """
         steps: list[Any] = list(self.steps)
-        for at, damping in enumerate(dampings):
+        for at, damping in enumerate(dampings[self.absorbed :]):
             if damping is not None:
                 steps[at] = steps[at].with_damping(damping)
         return attrs.evolve(self, steps=tuple(steps))

@@ -49,7 +49,7 @@ class Examples:
         Args:
             data: A Dataset or list of examples, a DataLoader, or a tensor, tuple or dict of tensors
                 whose first axis counts examples.
-            name: How errors call it: "train" or "test".
+            name: How errors call it: "train", "test" or "reference".
 
         Raises:
             InputError: The data are empty, shuffled, or of changing length or content.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ class Task:
         learning_rates: One for each checkpoint, for methods that weigh checkpoints by it.
         parameters: Patterns of parameter names to attribute through (``"fc*"``, ``"*.weight"``);
             one that begins with ``!`` excludes. Frozen parameters never take part.
+        reference: Examples like those that will be asked, for curvatures that see both sides
+            (``mixed``): a Dataset, a DataLoader in a fixed order, or a nest of tensors.
 
     Raises:
         InputError: A pattern matches nothing, a checkpoint does not exist, and the like.
@@ -46,6 +49,7 @@ class Task:
         checkpoints: Any = None,
         learning_rates: Sequence[float] | None = None,
         parameters: str | Sequence[str] = "*",
+        reference: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"task: model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -54,7 +58,17 @@ class Task:
         self.target = as_target(target)
         self.checkpoints: tuple[Checkpoint, ...] = checkpoints_of(checkpoints, learning_rates)
         self.parameter_names = select_parameters(model, parameters)
+        self.reference = reference
         self.device = _device_of(model)
+
+    def with_(self, *, loss: AnyLoss, target: Target | None) -> Task:
+        """Return the same model and checkpoints with another loss and target.
+
+        For sources whose rows are of another function than the loss.
+        """
+        changed = copy.copy(self)
+        changed.loss, changed.target = loss, target
+        return changed
 
     @property
     def sign(self) -> float:

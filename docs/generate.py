@@ -122,10 +122,14 @@ def _method(recipe: Any) -> Iterator[str]:
 
 def _values(path: str, part: Any) -> Iterator[str]:
     """Yield a row for each field of a part that is no part itself, defaults included."""
+    if isinstance(part, tuple):
+        for position, item in enumerate(part):
+            yield from _values(f"{path}.{position}", item)
+        return
     cls = type(part)
     for name, attribute in fields.public_fields(cls).items():
         value = getattr(part, attribute.name)
-        if fields.part_kind(fields.hints(cls).get(attribute.name)):
+        if fields.held_kind(fields.hints(cls).get(attribute.name)):
             yield from _values(f"{path}.{name}", value)
         else:
             yield f"| `{path}.{name}` | `{_plain(attribute, value)!r}` |"

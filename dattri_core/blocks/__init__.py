@@ -15,8 +15,16 @@ from torch import Tensor
 from dattri_core.blocks.block import Block, LinearFunction, explain_inner
 from dattri_core.blocks.dense import DenseBlock
 from dattri_core.blocks.grouped import GroupedBlock
-from dattri_core.blocks.inputs import OneHot, Shared, accumulate, held_by, take_own
+from dattri_core.blocks.inputs import (
+    OneHot,
+    Selection,
+    Shared,
+    accumulate,
+    held_by,
+    take_own,
+)
 from dattri_core.blocks.outer import OuterBlock, join_outer, low_rank
+from dattri_core.blocks.pick import pick_entries
 from dattri_core.blocks.span import SpanBlock, SumBlock
 from dattri_core.contract import Shape
 
@@ -27,6 +35,7 @@ __all__ = [
     "LinearFunction",
     "OneHot",
     "OuterBlock",
+    "Selection",
     "Shared",
     "SpanBlock",
     "SumBlock",
@@ -36,6 +45,7 @@ __all__ = [
     "explain_inner",
     "joins",
     "low_rank",
+    "pick_entries",
     "shape_of",
     "share",
 ]

@@ -37,6 +37,38 @@ class Shared:
 Inputs: TypeAlias = Tensor | OneHot | Shared
 
 
+@frozen(eq=False)
+class Selection:
+    """The linear function that keeps some entries of the last axis: a matrix that is not written.
+
+    Args:
+        index: Of the entries, ascending, ``[k]``.
+        size: I, the length of the axis.
+        scale: They are multiplied by it.
+    """
+
+    index: Tensor
+    size: int
+    scale: float = 1.0
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Return the kept entries of vectors ``[..., I]``, ``[..., k]``."""
+        return accumulate(vectors).index_select(-1, self.index) * self.scale
+
+    def transposed(self, vectors: Tensor) -> Tensor:
+        """Return vectors ``[..., k]`` put back where they came from, ``[..., I]``."""
+        wide = accumulate(vectors)
+        raised = wide.new_zeros(*wide.shape[:-1], self.size)
+        return raised.index_copy_(-1, self.index, wide * self.scale)
+
+    def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what becomes of one-hot vectors, given by their indices: ``[*index, k]``."""
+        place = torch.searchsorted(self.index, index).clamp_(max=len(self.index) - 1)
+        kept = (self.index[place] == index).to(dtype) * self.scale
+        found = kept.new_zeros(*index.shape, len(self.index))
+        return found.scatter_(-1, place.unsqueeze(-1), kept.unsqueeze(-1))
+
+
 def accumulate(values: Tensor) -> Tensor:
     """Return values in float32 when they are half precision: sums never run in fewer bits."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -87,7 +119,7 @@ def own(inputs: Inputs) -> Tensor | OneHot:
 def map_inputs(inputs: Inputs, function: LinearFunction | None, dtype: torch.dtype) -> Inputs:
     """Return a linear function of the inputs; shared ones stay shared.
 
-    A matrix for indices is read by columns: no one-hot vector is made.
+    A matrix or a selection for indices is read by columns: no one-hot vector is made.
     """
     if isinstance(inputs, Shared):
         mapped = map_inputs(inputs.values, function, dtype)
@@ -97,6 +129,8 @@ def map_inputs(inputs: Inputs, function: LinearFunction | None, dtype: torch.dty
         return inputs
     if isinstance(inputs, OneHot) and isinstance(function, Tensor):
         return function.mT[inputs.index]
+    if isinstance(inputs, OneHot) and isinstance(function, Selection):
+        return function.columns(inputs.index, torch.promote_types(dtype, torch.float32))
     return applied(function, _written(inputs, dtype))
 
 

@@ -20,6 +20,7 @@ BUILT_IN = {
     "plugins": ("dattri_core.cli.listing:plugins", "List the plugins, broken ones too"),
     "show": ("dattri_core.cli.show:command", "Show a method or a part: fields, formula, citation"),
     "run": ("dattri_core.cli.run:command", "Run what a TOML file spells"),
+    "store": ("dattri_core.cli.store:command", "Look at a gradient store, or verify it"),
     "check": ("dattri_core.cli.check:command", "Run the conformance laws of a part or plugin"),
 }
 USAGE_ERROR = 2

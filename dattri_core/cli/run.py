@@ -20,6 +20,7 @@ method = "if-cg"          # or a table: name and overrides, or the slots spelled
 setting = "digits"        # or "module:function", which returns task, train, test
 output = "scores"         # folder for the scores
 memory = "4GiB"
+store = "rows"            # optional: folder for train rows, read again by later runs
 """
 
 
@@ -51,8 +52,9 @@ class RunCommand:
         task, train, test = _inputs(run, method, _world(run, Path(args.spec).parent))
         # Written as they are made: a run that is stopped resumes, and an output that cannot be
         # used is refused before long work.
+        settings = {} if run.store is None else {"store": run.store}
         made = method.attribute(
-            task, train, test, memory=run.memory, out=output, dry_run=args.dry_run
+            task, train, test, memory=run.memory, out=output, dry_run=args.dry_run, **settings
         )
         print(made)
         if not args.dry_run:

@@ -82,7 +82,7 @@ def _slot_rows(path: str, part: Any) -> Iterator[tuple[str, str, str, str]]:
     for name, attribute in fields.public_fields(cls).items():
         value = getattr(part, attribute.name)
         annotation = fields.hints(cls).get(attribute.name, Any)
-        if fields.part_kind(annotation):
+        if fields.held_kind(annotation):
             yield from _slot_rows(f"{path}.{name}", value)
         else:
             row = (_spelled(attribute, value), _default(attribute), fields.spell(annotation))

@@ -117,6 +117,21 @@ def fold_is_homogeneous(bench: FoldBench) -> None:
         require_close(got, factor * want, f"the fold of {factor:g} times the scores")
 
 
+def _weighted(bench: FoldBench) -> str | None:
+    return None if "weight" in bench.part.needs else "it needs no weight of train rows"
+
+
+@law("fold", _weighted)
+def equal_weights_scale_the_rows(bench: FoldBench) -> None:
+    """The fold at weights w_i, equal at all checkpoints, is w_i times that at weights 1."""
+    made = tiles(COUNT)
+    weight = made[0].weight
+    assert weight is not None
+    got = bench.run(Scored(tile.values, weight) for tile in made)
+    plain = bench.run(Scored(tile.values, torch.ones_like(weight)) for tile in made)
+    require_close(got, weight.unsqueeze(1) * plain, "the fold at equal weights")
+
+
 @law("fold")
 def equal_checkpoints_keep_the_sign(bench: FoldBench) -> None:
     """The fold of equal checkpoints is the scores times a positive number: signs survive."""

@@ -40,6 +40,9 @@ ITERATIVE = 1e-6
 SHORT = 20
 """Steps of a solver with a field ``depth``: no law asks how far a series goes."""
 
+SKETCHED = 16
+"""Numbers of a sketch with a field ``dim``: no law asks how near it comes to the rows."""
+
 MANY = 800
 """Copies of the train set that do not fit in 1 MiB at once."""
 
@@ -49,15 +52,15 @@ class MethodBench:
     """A method on a convex world, and on a network where it has no curvature to invert.
 
     A solver with a field ``tolerance`` is run at 1e-12, but for the law of float32; one with a
-    field ``depth`` for `SHORT` steps.
+    field ``depth`` for `SHORT` steps. A projector with a field ``dim`` leaves `SKETCHED` numbers.
     """
 
     part: Any
 
     @property
     def short(self) -> Any:
-        """Return the method with its series cut short."""
-        return _change_solvers(self.part, depth=SHORT)
+        """Return the method with its series cut short and its sketches small."""
+        return _change_solvers(_small_sketches(self.part), depth=SHORT)
 
     @property
     def tight(self) -> Any:
@@ -71,8 +74,9 @@ class MethodBench:
         return (logistic(),) if inverts else (logistic(), network())
 
     def task(self, world: World, dtype: torch.dtype = torch.float64, **options: Any) -> Task:
-        """Return a task with one checkpoint of learning rate 1."""
+        """Return a task with one checkpoint of learning rate 1; the test set is its reference."""
         state = world.model().to(dtype).state_dict()
+        options = {"reference": cast(world.test, dtype), **options}
         return world.task(dtype, checkpoints=[state], learning_rates=[1.0], **options)
 
     def scores(self, task: Task, train: Any, test: Any, **settings: Any) -> Scores:
@@ -101,6 +105,23 @@ def run(method: Any, task: Task, train: Any, test: Any, **settings: Any) -> Scor
 def tensor(scores: Scores) -> Tensor:
     """Return the values of scores."""
     return torch.as_tensor(scores.values).clone()
+
+
+def _small_sketches(part: Any) -> Any:
+    """Return a method whose projectors with a field ``dim`` leave a few numbers."""
+
+    def small(stage: Any) -> Any:
+        owner: Any = stage if isinstance(stage, Projector) else None
+        if owner is None or not attrs.has(type(owner)):
+            return stage
+        known = {a.name for a in attrs.fields(type(owner))}
+        return attrs.evolve(owner, dim=SKETCHED) if "dim" in known else owner
+
+    if getattr(part, "chain", None) is None:
+        return part
+    if part.stages is None:
+        return attrs.evolve(part, projector=small(part.projector))
+    return attrs.evolve(part, stages=[small(stage) for stage in part.stages])
 
 
 def _change_solvers(part: Any, **changes: Any) -> Any:

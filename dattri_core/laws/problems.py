@@ -45,6 +45,7 @@ class DenseProblem:
         convex: Whether the loss is convex in the parameters.
         batch: Rows at a time.
         seed: Of the fit.
+        reference: The test set of the world, as a problem of its own.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DenseProblem:
     convex: bool = False
     batch: int = 4
     seed: int = 0
+    reference: DenseProblem | None = None
 
     @property
     def space(self) -> Space:
@@ -147,7 +149,11 @@ def problem_of(world: World, order: tuple[int, ...] | None = None, copies: int =
     """Return the problem of a world, its train set in another order or several times over."""
     origin = torch.arange(batch_size(world.train)) if order is None else torch.tensor(order)
     origin = origin.repeat(copies)
-    train = take(world.train, origin)
+    asked = _dense(world, world.test, torch.arange(batch_size(world.test)))
+    return evolve(_dense(world, take(world.train, origin), origin), reference=asked)
+
+
+def _dense(world: World, train: Batch, origin: Tensor) -> DenseProblem:
     task = world.task()
     space = plain_space(task)
     owners, columns = output_columns(task, train)

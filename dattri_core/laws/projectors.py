@@ -43,6 +43,11 @@ def _gives(capability: str) -> Any:
     return condition
 
 
+def _additive(bench: ProjectorBench) -> str | None:
+    additive = getattr(bench.build(), "additive", False)
+    return None if additive else "its map is not additive"
+
+
 def _blockwise(bench: ProjectorBench) -> str | None:
     return None if bench.build().blockwise else "its map is not blockwise"
 
@@ -177,3 +182,19 @@ def blockwise_is_true(bench: ProjectorBench) -> None:
         for key, block in mapped.blocks.items():
             require(key in whole.blocks, f"the part {name!r} gave the block {key!r}")
             require_close(block.flat(), whole.blocks[key].flat(), f"map of block {name!r} alone")
+
+
+@law("projector", _additive)
+def additive_is_true(bench: ProjectorBench) -> None:
+    """The maps of the parts of a row, each in the whole out_space, add up to P g."""
+    built, rows = bench.build(), toy_rows(4)
+    whole = built.map(rows)
+    for names in ([[n] for n in SPACE.names], [SPACE.names[:2], SPACE.names[2:]]):
+        parts = [built.map(rows.select(part)) for part in names]
+        for mapped in parts:
+            require_equal(
+                mapped.space.fingerprint, whole.space.fingerprint, "space of a part's map"
+            )
+            require_identical(mapped.index, rows.index, "index of a part's map")
+        total = torch.stack([mapped.flat() for mapped in parts]).sum(0)
+        require_close(total, whole.flat(), f"sum of the maps of the parts {names}")

@@ -10,6 +10,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.blocks import DenseBlock
+from dattri_core.capabilities import WeighingScorer
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.spaces import formed, toy_rows
 from dattri_core.laws.worlds import random
@@ -76,11 +77,13 @@ def _tile(bench: ScorerBench) -> str | None:
 
 @law("scorer")
 def facts_are_declared(bench: ScorerBench) -> None:
-    """Locality is "tile" or "column"; scores are [B, C], a weight is [B], all finite."""
+    """Locality is "tile" or "column"; scores are [B, C], a weight [B] if it weighs, all finite."""
     require(bench.part.locality in ("tile", "column"), f"locality is {bench.part.locality!r}")
     scored = bench.scored(toy_rows(4), toy_rows(3, seed=9))
     require_equal(tuple(scored.values.shape), (4, 3), "shape of the scores")
     require(bool(torch.isfinite(scored.values).all()), "the scores are not finite")
+    weighs = isinstance(bench.part, WeighingScorer) and bench.part.weighs
+    require_equal(scored.weight is not None, weighs, "whether it gives a weight")
     if scored.weight is not None:
         require_equal(tuple(scored.weight.shape), (4,), "shape of the weight")
 

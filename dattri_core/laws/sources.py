@@ -26,7 +26,7 @@ from dattri_core.laws.law import (
 )
 from dattri_core.laws.oracles import row_matrix, singles
 from dattri_core.laws.worlds import World, cast, first_logit, scaled, worlds
-from dattri_core.losses import Target
+from dattri_core.losses import Target, labels_of
 from dattri_core.members import expand_checkpoints
 from dattri_core.problem import collect
 from dattri_core.protocols import BoundSource, Role, Source
@@ -186,13 +186,41 @@ def rows_are_repeatable(bench: SourceBench) -> None:
             require_identical(flat_of(bound, world.train), first, f"rows in {world.name}")
 
 
-@law("source")
+def _of_the_loss(bench: SourceBench) -> str | None:
+    if "residual" not in bench.part.provides:
+        return None
+    return "it provides the residual: its rows are of a margin that the loss is a function of"
+
+
+def _of_a_margin(bench: SourceBench) -> str | None:
+    given = "residual" in bench.part.provides
+    return None if given else "it provides no residual: its rows are of the loss"
+
+
+@law("source", _of_the_loss)
 def rows_are_gradients(bench: SourceBench) -> None:
     """row(z) = d loss(z) / d theta where the space covers parameters; z alone in its batch."""
     for world, task, bound in bench.gradients():
         want = expected_rows(task, bound, take(world.train, slice(0, 4)))
         got = alone(bound, take(world.train, slice(0, 4)))
         require_close(got, want, f"gradients in {world.name}")
+
+
+@law("source", _of_a_margin)
+def residual_times_row_is_the_loss_row(bench: SourceBench) -> None:
+    """residual(z) row(z) = d loss(z) / d theta, where z has one label; z alone in its batch."""
+    for world, task, bound in bench.gradients():
+        some = take(world.train, slice(0, 4))
+        if labels_of(some).dim() != 1:
+            continue
+        residuals = [bound.stream(z, "train", _drop)["residual"].double() for z in singles(some)]
+        got = torch.cat(residuals).unsqueeze(1) * alone(bound, some)
+        want = row_matrix(task, bound.space, some)
+        require_close(got, want, f"residuals times rows in {world.name}")
+
+
+def _drop(name: str, block: Block) -> None:
+    """Forget a block."""
 
 
 @law("source")
@@ -207,7 +235,7 @@ def target_rows_carry_the_sign(bench: SourceBench) -> None:
             require_close(alone(bound, some, "test"), want, f"target rows in {world.name}")
 
 
-@law("source")
+@law("source", _of_the_loss)
 def rows_scale_with_the_loss(bench: SourceBench) -> None:
     """Rows of c loss = c rows of loss, for c = 1000 and c = -1000."""
     for world, _, bound in bench.gradients():

@@ -54,6 +54,66 @@ def register(registry: dattri.Registry) -> None:
         "A small matrix on each side of a layer's gradient, which keeps its factors (LoGra)",
     )
     registry.part(
+        "projector",
+        "rademacher",
+        "dattri_parts.projectors.rademacher:Rademacher",
+        "A dense sketch of flat rows with signs",
+    )
+    registry.part(
+        "projector",
+        "gaussian",
+        "dattri_parts.projectors.gaussian:Gaussian",
+        "A dense sketch of flat rows with normal entries",
+    )
+    registry.part(
+        "projector",
+        "sjlt",
+        "dattri_parts.projectors.sjlt:SJLT",
+        "The sparse sketch: a few signs for each coordinate, no tables",
+    )
+    registry.part(
+        "projector",
+        "mask",
+        "dattri_parts.projectors.mask:Mask",
+        "A random choice of coordinates",
+    )
+    registry.part(
+        "projector",
+        "factor-mask",
+        "dattri_parts.projectors.factor_mask:FactorMask",
+        "A random choice of each layer's inputs and outputs, which keeps its factors",
+    )
+    registry.part(
+        "projector",
+        "grass",
+        "dattri_parts.projectors.grass:Grass",
+        "A mask, then the sparse sketch of what it leaves (GraSS)",
+    )
+    registry.part(
+        "projector",
+        "factgrass",
+        "dattri_parts.projectors.factgrass:FactGrass",
+        "A mask on each side of a layer, then the sparse sketch of the rest (FactGraSS)",
+    )
+    registry.part(
+        "projector",
+        "chain",
+        "dattri_parts.projectors.chain:Chain",
+        "Projectors one after another",
+    )
+    registry.part(
+        "projector",
+        "block-count-sketch",
+        "dattri_parts.projectors.block_count_sketch:BlockCountSketch",
+        "Blocks of flat rows turned, signed and added up: about the time of reading a row",
+    )
+    registry.part(
+        "projector",
+        "srht",
+        "dattri_parts.projectors.srht:SRHT",
+        "Randomised Hadamard transforms of blocks of flat rows, added up",
+    )
+    registry.part(
         "inverse_hessian",
         "identity",
         "dattri_parts.inverse_hessians.identity:Identity",

@@ -39,6 +39,7 @@ class Job:
         dampings: A sweep instead of one attribution; implies ``split``.
         queries: Test examples, from the first; all when None.
         scores: Where to save the matrix.
+        checkpoints: Folder of the checkpoints; the world's own weights when None.
     """
 
     world: str
@@ -51,6 +52,7 @@ class Job:
     dampings: list[float] | None = None
     queries: int | None = None
     scores: str | None = None
+    checkpoints: str | None = None
 
 
 def resident_mib(which: str) -> float:
@@ -73,10 +75,12 @@ def method_of(method: str | Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     return dattri.Method(**method, **overrides)
 
 
-def task_of(world: worlds.World, layers_only: bool = False) -> dattri.Task:
+def task_of(
+    world: worlds.World, layers_only: bool = False, checkpoints: str | None = None
+) -> dattri.Task:
     """Return the task of a world."""
     chosen = worlds.layers_of(world.model) if layers_only else "*"
-    return dattri.Task(world.model, world.loss, parameters=chosen)
+    return dattri.Task(world.model, world.loss, parameters=chosen, checkpoints=checkpoints)
 
 
 def attribute(world: worlds.World, method: Any, memory: str | None = None) -> dattri.Scores:
@@ -103,7 +107,7 @@ def run(job: Job) -> dict[str, Any]:
     reset_peak()
     world = worlds.load(job.world)
     test = dattri.take(world.test, slice(0, job.queries))
-    task = task_of(world, job.layers_only)
+    task = task_of(world, job.layers_only, job.checkpoints)
     split = job.split or job.dampings is not None
     found: dict[str, Any] = {}
     best = float("inf")

@@ -22,6 +22,7 @@ N, M = 14, 5
 TRAIN, TEST = examples(N), examples(M, seed=300)
 RATES = [0.5, 0.25]
 METHODS = ["grad-dot", "grad-cos", "tracin", "if-explicit", "if-cg"]
+METHODS.append(pytest.param(dattri.method("trak", dim=9), id="trak"))
 
 
 def task(weights=None, **options):
@@ -119,6 +120,19 @@ def test_a_run_that_is_stopped_leaves_no_half_written_file_and_goes_on(
     want = dattri.attribute(task(), TRAIN, TEST, method="tracin")
     assert np.array_equal(again.values, want.values.numpy())
     assert names(tmp_path) == ["scores"]
+
+
+@pytest.mark.parametrize("at", [1, 6, 7, 10, 12])
+def test_a_fold_of_two_means_goes_on_within_and_between_checkpoints(at, tmp_path, small):
+    method = dattri.method("trak", dim=9)
+    with pytest.MonkeyPatch.context() as patch:
+        Stop(patch, "dattri_core.loop.score_tile", at)
+        with pytest.raises(KeyboardInterrupt):
+            method.attribute(task(), TRAIN, TEST, out=tmp_path / "scores")
+    again = method.attribute(task(), TRAIN, TEST, out=tmp_path / "scores")
+    want = method.attribute(task(), TRAIN, TEST)
+    assert np.array_equal(again.values, want.values.numpy())
+    assert again.provenance["target"]["name"] == "margin"
 
 
 @pytest.mark.parametrize("method", METHODS)

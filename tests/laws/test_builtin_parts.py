@@ -12,6 +12,8 @@ BUILT_IN = (
     "dattri_parts",
     "dattri_influence",
     "dattri_tracin",
+    "dattri_grass",
+    "dattri_trak",
     "dattri_baselines",
 )
 CASES = [
@@ -29,9 +31,12 @@ def test_the_built_ins_are_found():
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_built_in(kind, name):
     part = name
+    make = default_registry().make
     if (kind, name) == ("inverse_hessian", "composed"):  # made of parts that it has no default for
-        make = default_registry().make
         part = dattri.CurvatureInverse(make("curvature", "ggn"), make("solver", "cholesky"))
+    if (kind, name) == ("projector", "chain"):
+        sketches = ({"name": "mask", "rank": 7}, {"name": "sjlt", "rank": 4})
+        part = make("projector", "chain", parts=sketches)
     report = check(kind, part)
     assert report.ok, str(report)
     assert report.count("failed") == 0
@@ -53,6 +58,17 @@ def test_built_in(kind, name):
         ("curvature", "kfac", {"fisher": "empirical", "approximation": "reduce"}),
         ("curvature", "ekfac", {"draws": 2, "uncovered": "drop"}),
         ("curvature", "ekfac", {"fisher": "empirical"}),
+        ("projector", "sjlt", {"rank": 6, "nonzeros": 3}),
+        ("projector", "sjlt", {"rank": 3, "scope": "block"}),
+        ("projector", "mask", {"rank": 7}),
+        ("projector", "mask", {"rank": 3, "scope": "block"}),
+        ("projector", "factor-mask", {"rank": 2, "uncovered": "sketch"}),
+        ("projector", "factor-mask", {"rank_in": 2, "uncovered": "drop"}),
+        ("projector", "grass", {"rank": 4, "mask_rank": 9}),
+        ("projector", "grass", {"rank": 3, "mask_rank": 5, "scope": "block"}),
+        ("projector", "factgrass", {"rank": 3, "mask_rank": 2}),
+        ("projector", "factgrass", {"rank": 3, "mask_rank_in": 2, "uncovered": "sketch"}),
+        ("projector", "factgrass", {"rank": 3, "mask_rank": 2, "uncovered": "drop"}),
     ],
 )
 def test_other_settings_of_built_ins(kind, name, changes):

@@ -7,6 +7,7 @@ from toy_row_parts import (
     ToyAttributor,
     ToyDataProjector,
     ToyFitting,
+    ToyFlatProjector,
     ToyFold,
     ToyProjector,
     ToyScorer,
@@ -17,6 +18,7 @@ from toy_world_parts import (
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
+    ToyMargin,
     ToySource,
     ToySpectrum,
 )
@@ -45,8 +47,8 @@ def registry():
 
 
 GOOD = {
-    "source": [ToySource(), ToyEnsemble()],
-    "projector": [ToyProjector(), ToyDataProjector()],
+    "source": [ToySource(), ToyMargin(), ToyEnsemble()],
+    "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
         ToyFisher(),
@@ -68,7 +70,7 @@ GOOD = {
         ToyInverseHessian(split=True),
     ],
     "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
-    "fold": [ToyFold()],
+    "fold": [ToyFold(), ToyFold(weighted=True)],
     "method": [
         PLAIN,
         ToyAttributor(PLAIN),
@@ -85,6 +87,7 @@ BROKEN = {
         "rows-are-their-own": ToySource("centre"),
         "rows-are-repeatable": ToySource("noise"),
         "rows-are-gradients": ToySource("half"),
+        "residual-times-row-is-the-loss-row": ToyMargin("residual"),
         "target-rows-carry-the-sign": ToySource("sign"),
         "rows-scale-with-the-loss": ToySource("clip"),
         "rows-cover-the-selection": ToySource("everything"),
@@ -109,6 +112,7 @@ BROKEN = {
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
         "blockwise-is-true": ToyProjector("leak"),
+        "additive-is-true": ToyFlatProjector("place"),
     },
     "curvature": {
         "gives-is-pure": ToyGGN("gives"),
@@ -180,6 +184,7 @@ BROKEN = {
         "tiles-are-their-own": ToyFold("rows"),
         "state-is-all-it-keeps": ToyFold("number"),
         "fold-is-homogeneous": ToyFold("clamp"),
+        "equal-weights-scale-the-rows": ToyFold("root", weighted=True),
         "equal-checkpoints-keep-the-sign": ToyFold("turn"),
         "inputs-are-untouched": ToyFold("in place"),
         "fold-is-repeatable": ToyFold("noise"),

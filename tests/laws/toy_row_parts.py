@@ -60,6 +60,44 @@ class ToyDataProjector(ToyProjector):
         return evolve(built, matrices=scaled)
 
 
+@frozen
+class ToyFlatProjector:
+    """A normal matrix on the whole row; what parts of a row give adds up."""
+
+    fault: str = ""
+    gives = frozenset({"adjoint"})
+
+    def out_space(self, space):
+        return Space((BlockSpec("sketch", "dense", (3,)),))
+
+    def build(self, space, *, stream, device):
+        size = (3, space.dim)
+        matrix = torch.randn(*size, generator=stream.generator(), dtype=torch.float64)
+        return ToyFlatMap(self.fault, space, self.out_space(space), matrix)
+
+
+@frozen(eq=False)
+class ToyFlatMap:
+    fault: str
+    in_space: Space
+    out_space: Space
+    matrix: torch.Tensor
+    blockwise = False
+    additive = True
+
+    def map(self, rows):
+        total = torch.zeros(len(rows), 3, dtype=rows.dtype)
+        for spec in rows.space:
+            start = (self.in_space if self.fault != "place" else rows.space).offsets[spec.name]
+            columns = self.matrix[:, start : start + spec.size].to(rows.dtype)
+            total += rows.blocks[spec.name].flat() @ columns.T
+        return Rows(self.out_space, {"sketch": DenseBlock(total)}, rows.index, rows.aux)
+
+    def adjoint(self, rows):
+        flat = rows.flat() @ self.matrix.to(rows.dtype)
+        return Rows.from_flat(self.in_space, flat, rows.index, rows.aux)
+
+
 def _out_space(space, dense):
     return Space(
         tuple(BlockSpec(s.name, s.kind, (2, 2) if s.kind == "outer" else (dense,)) for s in space)
@@ -176,10 +214,14 @@ class ForgetfulScorer:
 # --- folds ----------------------------------------------------------------------------------
 @frozen
 class ToyFold:
-    """The mean."""
+    """The mean, of scores times weights where it is weighted."""
 
     fault: str = ""
-    needs = frozenset()
+    weighted: bool = False
+
+    @property
+    def needs(self):
+        return frozenset({"weight"} if self.weighted else ())
 
     @property
     def order(self):
@@ -187,6 +229,9 @@ class ToyFold:
 
     def update(self, state, scored, snapshot):
         values = scored.values
+        if self.weighted:
+            weight = scored.weight.unsqueeze(1)
+            values = values * (weight.sqrt() if self.fault == "root" else weight)
         if self.fault == "clamp":
             values = values.clamp(-5, 5)
         if self.fault == "turn" and snapshot.position > 0:

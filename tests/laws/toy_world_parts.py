@@ -119,6 +119,36 @@ class BoundToySource:
         return torch.cat(rows).to(self.evaluator.dtype)
 
 
+@frozen
+class ToyMargin:
+    """Half of the gradient with the residual 2: rows of half of the loss as a margin."""
+
+    fault: str = ""
+    provides = frozenset({"residual"})
+
+    def bind(self, task, checkpoint, sample):
+        return BoundToyMargin(self.fault, ToySource().bind(task, checkpoint, sample))
+
+
+@frozen(eq=False)
+class BoundToyMargin:
+    fault: str
+    inner: BoundToySource
+
+    @property
+    def evaluator(self):
+        return self.inner.evaluator
+
+    @property
+    def space(self):
+        return self.inner.space
+
+    def stream(self, batch, role, sink):
+        scale = torch.full((batch_size(batch),), 0.5 if role == "train" else 1.0)
+        self.inner.stream(batch, role, lambda name, block: sink(name, block.scale(scale)))
+        return {"residual": 1.01 / scale if self.fault == "residual" else 1 / scale}
+
+
 # --- curvatures -----------------------------------------------------------------------------
 @frozen
 class ToyGGN:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar
 
@@ -124,10 +124,10 @@ class SecondMoment:
             MemoryBudgetError: It does not fit the memory that may be used.
         """
         size, device = self.space.dim, self.problem.device
-        self._require_room(8 * size**2, f"a {size} x {size} matrix")
+        require_room(self.space, 8 * size**2, f"a {size} x {size} matrix", self.memory)
         matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
         if self.blockwise:
-            for name, moment in self._moments().items():
+            for name, moment in self.moments().items():
                 start = self.space.offsets[name]
                 where = slice(start, start + len(moment))
                 matrix[where, where] = moment
@@ -152,23 +152,9 @@ class SecondMoment:
 
     @cached_property
     def _spectrum(self) -> tuple[BlockBasis, dict[str, Tensor]]:
-        needed = 16 * sum(spec.size**2 for spec in self.space)
-        self._require_room(needed, "the eigenvectors of its blocks")
-        columns, values = {}, {}
-        for name, moment in self._moments().items():
-            found, columns[name] = torch.linalg.eigh(moment)
-            values[name] = found.clamp_min(0)  # a second moment: below zero is rounding
-        return BlockBasis(self.space, columns), values
+        return spectrum_of(self.space, self.moments, self.memory)
 
-    def _require_room(self, needed: int, what: str) -> None:
-        if needed > self.memory:
-            raise MemoryBudgetError(
-                f"second moment of rows of {self.space.dim} numbers: {what} needs "
-                f"{format_bytes(needed)}, {format_bytes(self.memory)} may be used; use a solver "
-                "that needs rows alone ('woodbury'), or a projector"
-            )
-
-    def _moments(self) -> dict[str, Tensor]:
+    def moments(self) -> dict[str, Tensor]:
         """Return the diagonal blocks of H in float64."""
         device = self.problem.device
         total = {
@@ -183,6 +169,33 @@ class SecondMoment:
         for draw in range(self.draws):
             self.problem.stream(add, kind=self.kind, draw=draw)
         return total
+
+
+def spectrum_of(
+    space: Space, moments: Callable[[], Mapping[str, Tensor]], memory: int
+) -> tuple[BlockBasis, dict[str, Tensor]]:
+    """Return the eigenvectors and eigenvalues of the diagonal blocks of a second moment.
+
+    Raises:
+        MemoryBudgetError: They do not fit the memory; before the blocks are made.
+    """
+    needed = 16 * sum(spec.size**2 for spec in space)
+    require_room(space, needed, "the eigenvectors of its blocks", memory)
+    columns, values = {}, {}
+    for name, moment in moments().items():
+        found, columns[name] = torch.linalg.eigh(moment)
+        values[name] = found.clamp_min(0)  # a second moment: below zero is rounding
+    return BlockBasis(space, columns), values
+
+
+def require_room(space: Space, needed: int, what: str, memory: int) -> None:
+    """Raise `MemoryBudgetError` when a part of a second moment needs more than the memory."""
+    if needed > memory:
+        raise MemoryBudgetError(
+            f"second moment of rows of {space.dim} numbers: {what} needs {format_bytes(needed)}, "
+            f"{format_bytes(memory)} may be used; use a solver that needs rows alone "
+            "('woodbury'), or a projector"
+        )
 
 
 def answers(space: Space, *, blockwise: bool) -> frozenset[str]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from attrs import define, evolve, field, frozen, validators
+from attrs import field, frozen, validators
 from torch import Tensor
 
 from dattri_core import (
-    Block,
-    BlockSpec,
-    DenseBlock,
     LinearMap,
     Problem,
     RandomStream,
-    Rows,
     Space,
     SpecError,
 )
 from dattri_parts.projectors.entries import Distribution, random_matrix
 from dattri_parts.projectors.principal import principal_directions
+from dattri_parts.projectors.sides import (
+    UNCOVERED,
+    KroneckerMap,
+    MatrixSide,
+    SideRanks,
+    Uncovered,
+)
 
 VERSION = 1
 """Of the rule that makes random entries; a key holds it, so that another rule is another sketch."""
@@ -69,9 +72,7 @@ class Kronecker:
     distribution: Distribution = field(
         default="signs", validator=validators.in_(("signs", "normal"))
     )
-    uncovered: Literal["keep", "sketch", "drop"] = field(
-        default="keep", validator=validators.in_(("keep", "sketch", "drop"))
-    )
+    uncovered: Uncovered = field(default="keep", validator=validators.in_(UNCOVERED))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint", "keeps-factors"})
 
     @property
@@ -79,20 +80,21 @@ class Kronecker:
         """Return what `fit` asks of the problem: the train rows, or nothing when random."""
         return frozenset({"rows"} if self.initialisation == "pca" else ())
 
+    @property
+    def ranks(self) -> SideRanks:
+        """Return what is left of each side."""
+        outputs, inputs = (
+            self.rank if own is None else own for own in (self.rank_out, self.rank_in)
+        )
+        return SideRanks("kronecker", outputs, inputs, self.uncovered)
+
     def out_space(self, space: Space) -> Space:
         """Return the space of sketched rows; a block that is left as it is keeps its parameters.
 
         Raises:
             SpecError: No block is left.
         """
-        kept = tuple(self._sketched(spec) for spec in space if not self._drops(spec))
-        if not kept:
-            raise SpecError(
-                f"projector 'kronecker': none of the blocks {', '.join(space.names)} has factors, "
-                "and uncovered='drop' leaves nothing; give uncovered='sketch' or 'keep', or the "
-                "source 'per-example', which gives factors"
-            )
-        return Space(kept)
+        return self.ranks.out_space(space)
 
     def build(self, space: Space, *, stream: RandomStream, device: torch.device) -> LinearMap:
         """Return the random map.
@@ -107,7 +109,7 @@ class Kronecker:
             )
         matrices = {
             (spec.name, side): self._random(stream, spec.name, side, rank, size).to(device)
-            for spec, side, rank, size in self._sides(space)
+            for spec, side, rank, size in self.ranks.sides(space)
         }
         return self._map(space, matrices)
 
@@ -120,108 +122,15 @@ class Kronecker:
         """
         if not self.needs:
             return self.build(problem.space, stream=problem.random, device=problem.device)
-        wanted = {(spec.name, side): rank for spec, side, rank, _ in self._sides(problem.space)}
+        wanted = {
+            (spec.name, side): rank for spec, side, rank, _ in self.ranks.sides(problem.space)
+        }
         return self._map(problem.space, principal_directions(problem, wanted))
-
-    def _sides(self, space: Space) -> Iterable[tuple[BlockSpec, str, int, int]]:
-        """Yield block, side, rank and length of every side that is shortened."""
-        for spec in space:
-            if self._drops(spec) or (spec.kind == "dense" and self.uncovered == "keep"):
-                continue
-            for side, size in zip(("outputs", "inputs"), spec.matrix_shape, strict=True):
-                own = self.rank_out if side == "outputs" else self.rank_in
-                rank = self.rank if own is None else own
-                if rank < size:
-                    yield spec, side, rank, size
-
-    def _drops(self, spec: BlockSpec) -> bool:
-        return spec.kind == "dense" and self.uncovered == "drop"
-
-    def _sketched(self, spec: BlockSpec) -> BlockSpec:
-        ranks = {side: rank for _, side, rank, _ in self._sides(Space((spec,)))}
-        if not ranks:
-            return spec
-        outputs, inputs = spec.matrix_shape
-        shape = (ranks.get("outputs", outputs), ranks.get("inputs", inputs))
-        return BlockSpec(spec.name, "outer" if spec.kind == "outer" else "dense", shape)
 
     def _random(self, stream: RandomStream, name: str, side: str, rank: int, size: int) -> Tensor:
         key = stream.key("kronecker", VERSION, self.distribution, name, side)
         return random_matrix(key, rank, size, self.distribution) / math.sqrt(rank)
 
     def _map(self, space: Space, matrices: Mapping[tuple[str, str], Tensor]) -> LinearMap:
-        return KroneckerMap(
-            space, self.out_space(space), {key: Side(matrix) for key, matrix in matrices.items()}
-        )
-
-
-@define(eq=False)
-class Side:
-    """A matrix ``[r, size]``; None where a side is left as it is.
-
-    The copy in the dtype of the rows is kept, so that it is made once and not for each batch.
-    """
-
-    matrix: Tensor
-    _cast: Tensor | None = None
-
-    def at(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix in the dtype in which rows of ``dtype`` are added up."""
-        wide = torch.promote_types(dtype, torch.float32)
-        if self._cast is None or self._cast.dtype != wide:
-            self._cast = self.matrix.to(wide)
-        return self._cast
-
-
-@frozen(eq=False)
-class KroneckerMap:
-    """P_out G P_in^T for every row and block, with its adjoint P_out^T K P_in."""
-
-    in_space: Space
-    out_space: Space
-    sides: Mapping[tuple[str, str], Side]
-    blockwise: ClassVar[bool] = True
-
-    def map(self, rows: Rows) -> Rows:
-        """Return P g for every row g, whole or in parts."""
-        self.in_space.select(rows.space.names).require_same(rows.space, "projector 'kronecker'")
-        kept = [name for name in rows.space.names if name in self.out_space]
-        space = self.out_space.select(kept)
-        blocks = {spec.name: self._down(spec, rows.blocks[spec.name]) for spec in space}
-        return evolve(rows, space=space, blocks=blocks)
-
-    def adjoint(self, rows: Rows) -> Rows:
-        """Return P^T k for every mapped row k; blocks that were dropped are zero."""
-        self.out_space.require_same(rows.space, "adjoint of the projector 'kronecker'")
-        blocks: dict[str, Block] = {}
-        for spec in self.in_space:
-            if spec.name in rows.blocks:
-                blocks[spec.name] = self._up(spec, rows.blocks[spec.name])
-            else:
-                zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
-                blocks[spec.name] = DenseBlock(zero.expand(len(rows), *spec.shape))
-        return evolve(rows, space=self.in_space, blocks=blocks)
-
-    def _down(self, spec: BlockSpec, block: Block) -> Block:
-        inputs, outputs = (self._at(spec.name, side, block) for side in ("inputs", "outputs"))
-        if inputs is None and outputs is None:
-            return block
-        if spec.kind == "dense":  # its matrix view; a layer's block is one already
-            shape = self.in_space[spec.name].matrix_shape
-            block = DenseBlock(block.flat().reshape(len(block), *shape))
-        return block.map(inputs, outputs)
-
-    def _up(self, spec: BlockSpec, block: Block) -> Block:
-        inputs, outputs = (self._at(spec.name, side, block) for side in ("inputs", "outputs"))
-        if inputs is None and outputs is None:
-            return block
-        raised = block.map(
-            None if inputs is None else inputs.mT, None if outputs is None else outputs.mT
-        )
-        if spec.kind == "dense":
-            return DenseBlock(raised.flat().reshape(len(block), *spec.shape))
-        return raised
-
-    def _at(self, name: str, side: str, block: Block) -> Tensor | None:
-        held = self.sides.get((name, side))
-        return None if held is None else held.at(block.dtype)
+        sides = {key: MatrixSide(matrix) for key, matrix in matrices.items()}
+        return KroneckerMap("kronecker", space, self.out_space(space), sides)

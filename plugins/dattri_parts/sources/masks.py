@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from dattri_core import InputError
-from dattri_parts.projectors.entries import philox
+from dattri_parts.projectors.philox import philox
 
 UNIFORM = 2
 """Third word of the counter of uniform numbers; 0 and 1 are those of random matrices."""

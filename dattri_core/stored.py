@@ -1,0 +1,234 @@
+"""A source whose train rows are read from a store, after they were computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, frozen
+from torch import Tensor
+
+from dattri_core.checkpoint import Checkpoint
+from dattri_core.errors import NumericsError, StoreError, format_bytes
+from dattri_core.evaluate import Evaluator
+from dattri_core.halving import halved
+from dattri_core.plans import MAXIMUM_BATCH
+from dattri_core.problem import collect
+from dattri_core.projected import Projected, weights_of
+from dattri_core.protocols import BoundSource, Role, Sink
+from dattri_core.rows import Rows
+from dattri_core.space import BlockSpec, Space
+from dattri_core.store import (
+    DTYPES,
+    MANIFEST,
+    OpenStore,
+    Store,
+    StoredCheckpoint,
+    plan_layout,
+)
+from dattri_core.stream import Examples
+
+PROBE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""By how much rows may differ from those on disk, relative to the largest number, by dtype."""
+
+
+@frozen(eq=False)
+class Keeping:
+    """A store for the rows of a method, and the facts that decide their numbers.
+
+    Args:
+        store: Where they are kept.
+        checkpoint: Whose rows they are.
+        facts: What the rows of every checkpoint have in common, JSON-ready.
+        advance: Called with the number of rows that are there.
+    """
+
+    store: Store
+    checkpoint: Checkpoint
+    facts: Mapping[str, Any]
+    advance: Callable[[int], None] = lambda count: None
+
+
+@frozen(eq=False)
+class Formed:
+    """The map to formed rows: what is on disk has no factors, so no later stage is promised any."""
+
+    in_space: Space
+    blockwise = True
+
+    @property
+    def out_space(self) -> Space:
+        """Return the same blocks, all of kind dense."""
+        return Space(tuple(_dense(spec) for spec in self.in_space))
+
+    def map(self, rows: Rows) -> Rows:
+        """Return the rows formed, whole or in parts."""
+        space = self.out_space.select(rows.space.names)
+        blocks = {spec.name: rows.blocks[spec.name].dense() for spec in space}
+        return attrs.evolve(rows, space=space, blocks=blocks)
+
+    def adjoint(self, rows: Rows) -> Rows:
+        """Return the rows as they are."""
+        return attrs.evolve(rows, space=self.in_space.select(rows.space.names))
+
+
+def _dense(spec: BlockSpec) -> BlockSpec:
+    return attrs.evolve(spec, kind="dense")
+
+
+@define(eq=False)
+class Stored:
+    """A source at one checkpoint whose train examples are positions in a store.
+
+    Test rows are computed as ever; of train rows none is.
+
+    Args:
+        projected: Computes test rows, and train rows to be stored.
+        rows: On disk.
+    """
+
+    projected: Projected
+    rows: StoredCheckpoint
+
+    @property
+    def space(self) -> Space:
+        """Return the space of the rows, formed."""
+        return self.projected.space
+
+    @property
+    def evaluator(self) -> Evaluator | None:
+        """Return the evaluator of the source, where it has one."""
+        return self.projected.evaluator
+
+    def stream(self, batch: Any, role: Role, sink: Sink) -> Mapping[str, Tensor]:
+        """Hand over the blocks of test examples, or of the train rows at positions ``[B]``."""
+        if role == "test":
+            return self.projected.stream(batch, role, sink)
+        values, aux = self.rows.read(batch)
+        evaluator = self.evaluator
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        if evaluator is not None:
+            dtype = torch.promote_types(evaluator.dtype, torch.float32)
+        values = values.to(device=batch.device, dtype=dtype)
+        for name, block in Rows.from_flat(self.space, values, batch).blocks.items():
+            sink(name, block)
+        return {name: numbers.to(batch.device) for name, numbers in aux.items()}
+
+
+def keep_rows(
+    keeping: Keeping,
+    projected: Projected,
+    examples: Examples,
+    rows: Rows,
+    activations: int,
+    memory: int,
+    *,
+    plan_only: bool = False,
+) -> tuple[BoundSource, Examples, tuple[str, ...]]:
+    """Return a source that reads train rows from the store, and the positions it reads them by.
+
+    A plan computes no rows: where some are missing, it gets the source that would.
+
+    Args:
+        keeping: Where.
+        projected: Computes the rows, formed.
+        examples: The train set.
+        rows: Of its first examples, computed anew.
+        activations: Bytes that a pass takes for one example.
+        memory: Bytes of the fit.
+        plan_only: Whether nothing is to be computed.
+
+    Returns:
+        The source, its train examples, and lines for the plan.
+    """
+    device, dim = rows.device, rows.space.dim
+    item = max(4, rows.dtype.itemsize)
+    batch = max(1, min(MAXIMUM_BATCH, memory // 8 // (activations + 2 * dim * item)))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    dtype = keeping.store.dtype or str(wide).removeprefix("torch.")
+    layout = plan_layout(len(examples), dim, batch, dtype)
+    folder, checkpoint = keeping.store.folder, keeping.checkpoint
+    said = f"store             {format_bytes(layout.nbytes)} a checkpoint"
+    if plan_only and not (folder / MANIFEST).exists():
+        return projected, examples, (f"{said}, nothing there yet",)
+    facts = {**keeping.facts, "space": projected.source.space.fingerprint}
+    opened = OpenStore.open(folder, facts, layout)
+    if plan_only and checkpoint.position not in opened.checkpoints:
+        return projected, examples, (f"{said}, this one not there yet",)
+    held = opened.checkpoint(
+        checkpoint.position, checkpoint.name, weights_of(projected.source) or ""
+    )
+    require_same_rows(held, rows.take(slice(0, min(len(rows), len(examples)))))
+    count = len(held.layout.starts)
+    told = (f"{said}, {count - len(held.missing)} of {count} shards there",)
+    if plan_only and held.missing:
+        return projected, examples, told
+    build(projected, held, examples, device, keeping.advance)
+    return Stored(projected, held), positions(examples), told
+
+
+def build(
+    projected: Projected,
+    rows: StoredCheckpoint,
+    examples: Examples,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> None:
+    """Compute and write the shards that are missing, each whole and in order.
+
+    Raises:
+        NumericsError: A number is not finite in the dtype of the store.
+    """
+    layout = rows.layout
+    dtype = DTYPES[layout.dtype]
+    missing = rows.missing
+    advance(layout.rows - sum(layout.stop(start) - start for start in missing))
+    for start in missing:
+        parts: list[Tensor] = []
+        aux: dict[str, list[Tensor]] = {}
+        for index, batch in examples.batches(layout.batch, start, layout.stop(start)):
+            for made in halved(
+                lambda i, b: collect(projected, b, i, "train", device), index, batch, "train rows"
+            ):
+                values = made.flat().to(dtype)
+                if not bool(torch.isfinite(values).all()):
+                    bad = (~torch.isfinite(values).all(1)).nonzero().flatten()[0]
+                    raise NumericsError(
+                        f"store: the row of train example {int(made.index[bad])} is not finite in "
+                        f"{layout.dtype}; use dattri.Store(folder, dtype='float32') or 'bfloat16'"
+                    )
+                parts.append(values.to("cpu"))
+                for name, numbers in made.aux.items():
+                    aux.setdefault(name, []).append(numbers.to("cpu"))
+                advance(len(made))
+        rows.write(start, torch.cat(parts), {name: torch.cat(held) for name, held in aux.items()})
+
+
+def require_same_rows(rows: StoredCheckpoint, some: Rows) -> None:
+    """Compare the rows of the first examples, computed anew, with those on disk.
+
+    The fingerprints cover weights, data and method, not the code of the model and of the loss.
+
+    Raises:
+        StoreError: They differ by more than rounding.
+    """
+    if 0 in rows.missing:
+        return
+    held = rows.read(some.index)[0].double()
+    fresh = some.flat().to(device="cpu", dtype=torch.float64)
+    size = max(float(fresh.abs().max()), float(held.abs().max()))
+    gap = float((held - fresh).abs().max())
+    if gap > PROBE[DTYPES[rows.layout.dtype]] * size:
+        raise StoreError(
+            f"store {str(rows.folder)!r}: the rows of the first examples, computed anew, differ "
+            f"from those on disk by {gap:.2g} (the largest number is {size:.2g}), so the loss, the "
+            "code of the model or its settings changed; give another store=, or delete this one"
+        )
+
+
+def positions(examples: Examples) -> Examples:
+    """Return the positions of examples in place of their data, with the same ids."""
+    order = None if examples.ids == range(len(examples)) else examples.ids
+    return Examples(examples.name, len(examples), "tensors", torch.arange(len(examples)), order)

@@ -1,0 +1,1 @@
+"""GraSS: influence functions in sparse sketches: recipes."""

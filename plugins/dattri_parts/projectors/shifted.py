@@ -1,0 +1,125 @@
+"""The matrix of the block count-sketch: signed cyclic shifts side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_parts.projectors.entries import entries, random_integers
+
+SIGNS_AT_ONCE = 2**20
+"""Signs that are drawn at once; bounds the memory, never the numbers."""
+NUMBERS_AT_ONCE = 2**15
+"""Numbers of one operation on the CPU: torch takes so many on one thread, and to wake others for
+each of thousands of short operations would cost more than they save."""
+
+
+def shifted_columns(
+    key: int, rows: int, nonzeros: int, start: int, stop: int, device: torch.device | None
+) -> Tensor:
+    """Return ``M[:, start:stop]`` written down in float32, ``[K, stop-start]``.
+
+    With L = K / s, column d = j L + i has, for each t below s, the sign (t, d) in row
+    t L + (i + shift) mod L, where shift is integer (t, j) below L.
+    """
+    length = rows // nonzeros
+    signs = entries(key, (0, nonzeros), (start, stop), "signs", device)
+    coordinate = torch.arange(start, stop, dtype=torch.int64, device=signs.device)
+    first = start // length
+    targets = []
+    for t in range(nonzeros):
+        found = random_integers(key, t, first, -(-stop // length), length, device)
+        shifts = torch.as_tensor(found)[coordinate // length - first]
+        targets.append(t * length + (coordinate + shifts) % length)
+    matrix = signs.new_zeros(rows, stop - start)
+    return matrix.scatter_(0, torch.stack(targets), signs)
+
+
+@frozen(eq=False)
+class ShiftedKernel:
+    """A `Kernel` that adds blocks of coordinates to windows of the sketch, by torch on any device.
+
+    Args:
+        key: Of signs and shifts.
+        rows: K.
+        nonzeros: s of each column.
+    """
+
+    key: int
+    rows: int
+    nonzeros: int
+
+    @property
+    def scale(self) -> float:
+        """Return 1/sqrt(s)."""
+        return 1 / math.sqrt(self.nonzeros)
+
+    @property
+    def length(self) -> int:
+        """Return the numbers of one of the s sketches."""
+        return self.rows // self.nonzeros
+
+    def add(self, values: Tensor, start: int, out: Tensor) -> None:
+        """Add ``M[:, start:start+m] v`` for every row v to ``out``."""
+        for t in range(self.nonzeros):
+            # Twice as long, so that a turned block is one window; folded at the end.
+            unrolled = out.new_zeros(len(out), 2 * self.length)
+            for blocks, turned, windows, sizes, signs in self._tiles(t, values, start, unrolled):
+                for block, at, size, sign in zip(blocks, windows, sizes, signs, strict=True):
+                    turned.narrow(1, at, size).addcmul_(block, sign)
+            folded = unrolled[:, : self.length] + unrolled[:, self.length :]
+            out.narrow(1, t * self.length, self.length).add_(folded)
+
+    def adjoint(self, keys: Tensor, start: int, stop: int) -> Tensor:
+        """Return ``M[:, start:stop]^T k`` for every row k."""
+        raised = keys.new_zeros(len(keys), stop - start)
+        for t in range(self.nonzeros):
+            once = keys.narrow(1, t * self.length, self.length)
+            unrolled = torch.cat([once, once], 1)
+            for blocks, turned, windows, sizes, signs in self._tiles(t, raised, start, unrolled):
+                for block, at, size, sign in zip(blocks, windows, sizes, signs, strict=True):
+                    block.addcmul_(turned.narrow(1, at, size), sign)
+        return raised
+
+    def matrix(self, start: int, stop: int) -> Tensor:
+        """Return ``M[:, start:stop]``."""
+        return shifted_columns(self.key, self.rows, self.nonzeros, start, stop, None).double()
+
+    def _tiles(
+        self, t: int, values: Tensor, start: int, unrolled: Tensor
+    ) -> Iterator[tuple[Sequence[Tensor], Tensor, list[int], list[int], Sequence[Tensor]]]:
+        """Yield blocks of some rows, these rows of the sketch, and windows, sizes and signs.
+
+        Args:
+            t: Which of the s sketches.
+            values: ``[B, m]``.
+            start: Coordinate of their first column.
+            unrolled: Two turns of a sketch, ``[B, 2 L]``.
+        """
+        length, stop = self.length, start + values.shape[1]
+        rows = NUMBERS_AT_ONCE // length if values.device.type == "cpu" else len(values)
+        rows = max(1, rows)
+        step = length * max(1, SIGNS_AT_ONCE // length)
+        first = start
+        while first < stop:
+            last = min(first - first % length + step, stop)
+            edges = [first, *range(first - first % length + length, last, length), last]
+            sizes = [end - begin for begin, end in pairwise(edges)]
+            drawn = entries(self.key, (t, t + 1), (first, last), "signs", values.device)[0]
+            signs = torch.split(drawn.to(unrolled.dtype), sizes)
+            # NumPy draws the shifts: they are needed on the host, and no device waits for them.
+            shifts = random_integers(
+                self.key, t, first // length, -(-last // length), length, None
+            ).tolist()
+            windows = [shift + edge % length for shift, edge in zip(shifts, edges, strict=False)]
+            tile = values.narrow(1, first - start, last - first)
+            pairs = zip(torch.split(tile, rows), torch.split(unrolled, rows), strict=True)
+            for part, turned in pairs:
+                blocks = torch.split(part.to(unrolled.dtype), sizes, 1)
+                yield blocks, turned, windows, sizes, signs
+            first = last
