@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, join, take
 from dattri_core.blocks import Block
-from dattri_core.capabilities import OutputSource
+from dattri_core.capabilities import EnsembleSource, OutputSource
+from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.evaluate import Evaluator
 from dattri_core.laws.law import (
@@ -26,6 +27,7 @@ from dattri_core.laws.law import (
 from dattri_core.laws.oracles import row_matrix, singles
 from dattri_core.laws.worlds import World, cast, first_logit, scaled, worlds
 from dattri_core.losses import Target, labels_of
+from dattri_core.members import expand_checkpoints
 from dattri_core.problem import collect
 from dattri_core.protocols import BoundSource, Role, Source
 from dattri_core.rows import Rows
@@ -41,10 +43,16 @@ class SourceBench:
 
     part: Source
 
-    def bind(self, task: Task, world: World, dtype: torch.dtype = torch.float64) -> BoundSource:
-        """Return the source bound to the last checkpoint of a task."""
+    def bind(
+        self,
+        task: Task,
+        world: World,
+        dtype: torch.dtype = torch.float64,
+        checkpoint: Checkpoint | None = None,
+    ) -> BoundSource:
+        """Return the source bound to a checkpoint of a task, by default its last."""
         sample = take(cast(world.train, dtype), slice(0, 3))
-        return self.part.bind(task, task.checkpoints[-1], sample)
+        return self.part.bind(task, checkpoint or task.checkpoints[-1], sample)
 
     def places(self) -> Iterator[tuple[World, Task, BoundSource]]:
         """Yield the worlds that the source can be bound to; a `SpecError` leaves one out."""
@@ -301,6 +309,22 @@ def rows_are_at_the_checkpoint(bench: SourceBench) -> None:
                 weight.mul_(-0.5)
         got = flat_of(bench.bind(task, world), world.train)
         require_close(got, want, f"rows at a checkpoint in {world.name}")
+
+
+@law("source")
+def members_are_networks_of_their_own(bench: SourceBench) -> None:
+    """Members of a checkpoint are not all the same network; each gives the same rows every time."""
+    if not isinstance(bench.part, EnsembleSource) or bench.part.members == 1:
+        raise NotApplicable("it makes one network of each checkpoint")
+    for world, task, _ in bench.places():
+        members = expand_checkpoints(bench.part, task.checkpoints)
+        rows = [
+            flat_of(bench.bind(task, world, checkpoint=member), world.train) for member in members
+        ]
+        alike = all(torch.equal(other, rows[0]) for other in rows[1:])
+        require(not alike, f"all members give the same rows in {world.name}")
+        again = flat_of(bench.bind(world.task(), world, checkpoint=members[-1]), world.train)
+        require_identical(again, rows[-1], f"rows of a member in {world.name}")
 
 
 @law("source")

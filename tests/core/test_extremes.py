@@ -87,9 +87,12 @@ def test_several_query_groups_and_parts_of_the_train_set(monkeypatch, tmp_path):
     fitted = method.fit(exact_task(3), train, memory="2MiB", progress=False)
     fits = []
     fit = fitted_module.fit_checkpoint
-    monkeypatch.setattr(
-        fitted_module, "fit_checkpoint", lambda *args: fits.append(args[4].name) or fit(*args)
-    )
+
+    def count(*args, **settings):
+        fits.append(args[4].name)
+        return fit(*args, **settings)
+
+    monkeypatch.setattr(fitted_module, "fit_checkpoint", count)
     found = fitted.extremes(test, 7)
     assert plan.groups > 1
     assert len(fits) > 2 * 3  # several parts of the train set, every checkpoint for each

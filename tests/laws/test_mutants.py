@@ -14,6 +14,7 @@ from toy_row_parts import (
 )
 from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
+    ToyEnsemble,
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
@@ -46,7 +47,7 @@ def registry():
 
 
 GOOD = {
-    "source": [ToySource(), ToyMargin()],
+    "source": [ToySource(), ToyMargin(), ToyEnsemble()],
     "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
@@ -94,6 +95,7 @@ BROKEN = {
         "pull-is-linear": ToySource("pull bend"),
         "pull-is-of-single-rows": ToySource("pull place"),
         "rows-are-at-the-checkpoint": ToySource("live"),
+        "members-are-networks-of-their-own": ToyEnsemble("same"),
         "float32-rows-are-close": ToySource("coarse"),
         "model-is-untouched": ToySource("eval"),
     },

@@ -34,6 +34,20 @@ class ToySource:
         return BoundToySource(self.fault, evaluator, space)
 
 
+@frozen
+class ToyEnsemble:
+    """Networks whose outputs are multiplied by 1, 2, ...: a factor for each member."""
+
+    fault: str = ""
+    members: int = 3
+    provides = ToySource.provides
+
+    def bind(self, task, checkpoint, sample):
+        factor = 2 if self.fault == "same" else 1 + checkpoint.member
+        hooks = {"": lambda model, args, output: factor * output}
+        return ToySource().bind(task, evolve(checkpoint, hooks=hooks), sample)
+
+
 @frozen(eq=False)
 class BoundToySource:
     fault: str

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dattri_core import InputError
 from dattri_parts.projectors.philox import philox
 
-UNIFORM = 2
-"""Third word of the counter of uniform numbers; 0 and 1 are those of random matrices."""
+UNIFORM = 3
+"""Third word of the counter of uniform numbers; those below are of the entries of projectors."""
 FEATURES, CHANNELS = -1, 1
 """Axis of an output whose entries are dropped: the last one, or that after the examples."""
 
