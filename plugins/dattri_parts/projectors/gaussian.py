@@ -24,8 +24,8 @@ class Gaussian:
     """P = M / sqrt(K), the entries of M independent and normal: E[P^T P] = I.
 
     Inner products of rows are unbiased, and that of u and v has the variance
-    (|u|^2 |v|^2 + <u, v>^2) / K, which is never less than with signs, and an entry costs thirty
-    times as much to draw. Source: Dasgupta and Gupta 2003, An elementary proof of a theorem of
+    (|u|^2 |v|^2 + <u, v>^2) / K, which is never less than with signs, and an entry costs about
+    ten times as much to draw. Source: Dasgupta and Gupta 2003, An elementary proof of a theorem of
     Johnson and Lindenstrauss; Park et al. 2023, TRAK (arXiv 2303.14186), section 3.
 
     Args:

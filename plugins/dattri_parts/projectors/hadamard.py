@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dattri_parts.projectors.entries import entries
 
-NUMBERS_AT_ONCE = 2**22
+NUMBERS_AT_ONCE = 2**20
 """Numbers that are transformed at once; bounds the memory, never the numbers."""
 FACTOR = 64
 """Side of the Hadamard matrices that are multiplied with; larger ones are Kronecker products."""
@@ -90,15 +90,15 @@ class HadamardKernel:
     def _transform(self, blocks: Tensor) -> Tensor:
         """Return H v for every block v, ``[B, blocks, K]``; H is symmetric, and its own adjoint.
 
-        H of K is the Kronecker product of those of its factors, one of which acts on one axis.
+        H of K is the Kronecker product of those of its factors, one of which acts on one axis. Each
+        axis in turn becomes the last one, where one large product transforms it.
         """
         factors = [FACTOR] * (int(math.log2(self.rows)) // int(math.log2(FACTOR)))
         factors += [self.rows // math.prod(factors)]
-        turned, inner = blocks, self.rows
+        turned, count = blocks, blocks.numel() // self.rows
         for factor in factors:
-            inner //= factor
             matrix = hadamard(factor, dtype=blocks.dtype, device=blocks.device)
-            turned = matrix @ turned.reshape(blocks.numel() // (factor * inner), factor, inner)
+            turned = turned.reshape(count, factor, self.rows // factor).mT @ matrix
         return turned.reshape(blocks.shape)
 
     def _signs(self, first: int, last: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,11 @@ from dattri_parts.projectors.entries import entries, random_integers
 
 SIGNS_AT_ONCE = 2**20
 """Signs that are drawn at once; bounds the memory, never the numbers."""
-NUMBERS_AT_ONCE = 2**15
-"""Numbers of one operation on the CPU: torch takes so many on one thread, and to wake others for
-each of thousands of short operations would cost more than they save."""
+NUMBERS_IN_CACHE = 2**16
+"""Numbers of one operation on the CPU, so that the sketch of its rows stays in the cache."""
+NUMBERS_SERIAL = 2**15
+"""The same where torch has several threads: it takes so many on one of them, and to wake the others
+for each of thousands of short operations would cost more than they save."""
 
 
 def shifted_columns(
@@ -102,15 +104,18 @@ class ShiftedKernel:
             unrolled: Two turns of a sketch, ``[B, 2 L]``.
         """
         length, stop = self.length, start + values.shape[1]
-        rows = NUMBERS_AT_ONCE // length if values.device.type == "cpu" else len(values)
-        rows = max(1, rows)
+        rows = max(1, len(values))
+        drawing: torch.device | None = values.device
+        if values.device.type == "cpu":  # NumPy draws there, which wakes no threads either
+            numbers = NUMBERS_IN_CACHE if torch.get_num_threads() == 1 else NUMBERS_SERIAL
+            rows, drawing = max(1, numbers // length), None
         step = length * max(1, SIGNS_AT_ONCE // length)
         first = start
         while first < stop:
             last = min(first - first % length + step, stop)
             edges = [first, *range(first - first % length + length, last, length), last]
             sizes = [end - begin for begin, end in pairwise(edges)]
-            drawn = entries(self.key, (t, t + 1), (first, last), "signs", values.device)[0]
+            drawn = entries(self.key, (t, t + 1), (first, last), "signs", drawing)[0]
             signs = torch.split(drawn.to(unrolled.dtype), sizes)
             # NumPy draws the shifts: they are needed on the host, and no device waits for them.
             shifts = random_integers(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dattri_parts.projectors.entries import SPAN
 
-TILE_BYTES = 2**25
+TILE_BYTES = 2**23
 """Of the float32 columns that are drawn at once; bounds the memory, never the numbers."""
 
 

@@ -154,5 +154,6 @@ def summed_signs(values: Tensor, start: int, key: int, rows: int) -> Tensor:
             BLOCK_K=BLOCK,
             BLOCK_B=width,
             num_warps=4,
+            num_stages=1,  # a pipeline of float32 rows would not fit shared memory
         )
     return partial.sum(0)

@@ -1,0 +1,1 @@
+"""The projector of the package fast_jl, whose matrix depends on the GPU."""
