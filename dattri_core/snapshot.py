@@ -138,8 +138,8 @@ def fit_checkpoint(
     evaluator = getattr(bound, "evaluator", None)
     activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
     raw = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
-    stream = RandomStream(seed, "projector", checkpoint.position)
-    front = _front(stages, bound.space, stream, task.device, stored=keeping is not None)
+    streams = _streams(stages, seed, checkpoint.position)
+    front = _front(stages, bound.space, streams, task.device, stored=keeping is not None)
     work = gradient_work(raw)
     given: BoundSource = bound
     data, rows = examples, raw
@@ -147,8 +147,9 @@ def fit_checkpoint(
     if front:
         given = projected = Projected(bound, front)
         rows = collect(given, sample, torch.arange(SAMPLE), "train", task.device)
-        # While blocks pass the maps, one is alive beside what has been added up.
-        activations += _largest(raw, formed=True)
+        # While blocks pass the maps, one is alive beside what has been added up, or all are.
+        parts = all(step.blockwise or is_additive(step) for step in front)
+        activations += _largest(raw, formed=True) if parts else _whole(raw)
         if keeping is not None:
             given, data, said = keep_rows(
                 keeping, projected, examples, rows, activations, memory, plan_only=plan_only
@@ -165,10 +166,8 @@ def fit_checkpoint(
     outlooks: list[LinearMap | Outlook] = []
     space = given.space
     step: Step
-    for stage in stages[chain.absorbed :]:
+    for stage, stream in list(zip(stages, streams, strict=True))[chain.absorbed :]:
         before, space = space, space_after(stage, space)
-        role = "projector" if isinstance(stage, Projector) else "curvature"
-        stream = RandomStream(seed, role, checkpoint.position)
         if not stage_needs(stage) <= OF_ROWS or given is bound:
             maps: tuple[LinearMap, ...] = (*front, *chain.maps)
             problem = TrainProblem(bound, examples, maps, batch, stream, memory, advance)
@@ -201,22 +200,34 @@ def fit_checkpoint(
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data)
 
 
+def _streams(stages: Sequence[Stage], seed: int, position: int) -> list[RandomStream]:
+    """Return the random numbers of each stage: two projectors of one kind are two matrices."""
+    streams, projectors = [], 0
+    for stage in stages:
+        role = "curvature"
+        if isinstance(stage, Projector):
+            role = "projector" if projectors == 0 else f"projector {projectors}"
+            projectors += 1
+        streams.append(RandomStream(seed, role, position))
+    return streams
+
+
 def _front(
     stages: Sequence[Stage],
     space: Space,
-    stream: RandomStream,
+    streams: Sequence[RandomStream],
     device: torch.device,
     *,
     stored: bool,
 ) -> tuple[LinearMap, ...]:
     """Return the maps that the source takes by itself: while it makes rows, or before the store.
 
-    Those are the projectors that a method begins with, up to the last that mixes blocks and can
-    take them one by one; before a store all of them.
+    Those are the projectors that a method begins with, up to the last that leaves no factors;
+    before a store all of them.
     """
     front: list[LinearMap] = []
     taken = 0
-    for stage in stages:
+    for stage, stream in zip(stages, streams, strict=True):
         if not isinstance(stage, Projector):
             break
         if needs_data(stage):
@@ -229,7 +240,7 @@ def _front(
             break
         front.append(stage.build(space, stream=stream, device=device))
         space = front[-1].out_space
-        if not front[-1].blockwise and (taken or is_additive(front[-1])):
+        if "keeps-factors" not in stage.gives:
             taken = len(front)
     if stored:
         return (*front, Formed(space))

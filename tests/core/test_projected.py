@@ -153,8 +153,8 @@ def test_maps_before_and_after_a_sketch_are_taken_in_order():
     method, task = Method(stages=stages), Task(mlp())
     _, bound = matrix(Gaussian(dim=7), task)
     maps, space = [], bound.space
-    for stage in method.chain[:3]:
-        stream = RandomStream(0, "projector", 0)
+    for at, stage in enumerate(method.chain[:3]):
+        stream = RandomStream(0, f"projector {at}" if at else "projector", 0)
         maps.append(stage.build(space, stream=stream, device=torch.device("cpu")))
         space = maps[-1].out_space
 
@@ -213,3 +213,37 @@ def test_a_group_is_added_up_in_the_sketch():
     one = dattri.attribute(task, TRAIN, TEST, method=method, group=True)
     every = dattri.attribute(task, TRAIN, TEST, method=method)
     torch.testing.assert_close(one.values[:, 0], every.values.sum(1), rtol=1e-9, atol=1e-11)
+
+
+def test_two_projectors_of_one_kind_are_two_matrices():
+    """A square sketch of signs twice is not its own square."""
+    twice = {"name": "gaussian", "dim": 5}
+    same = Method(stages=[{"projector": twice}, {"projector": twice}])
+    task = Task(mlp())
+    p, bound = matrix(Gaussian(dim=5), task)
+    space = Gaussian(dim=5).out_space(bound.space)
+    second = Gaussian(dim=5).build(
+        space, stream=RandomStream(0, "projector 1", 0), device=torch.device("cpu")
+    )
+    g, h = (rows_of(bound, data, role) @ p.T for data, role in ((TRAIN, "train"), (TEST, "test")))
+    down = [second.map(Rows.from_flat(space, x, torch.arange(len(x)))).flat() for x in (g, h)]
+    got = same.attribute(task, TRAIN, TEST).values
+    torch.testing.assert_close(got, down[0] @ down[1].T, rtol=1e-9, atol=1e-11)
+    first = Gaussian(dim=5).build(
+        space, stream=RandomStream(0, "projector", 0), device=torch.device("cpu")
+    )
+    again = first.map(Rows.from_flat(space, g, torch.arange(len(g)))).flat()
+    assert (again - down[0]).abs().max() > 1e-3
+
+
+def test_a_sketch_of_each_block_is_planned_block_by_block():
+    """What a method of block sketches needs does not grow with the number of layers."""
+    method = Method(projector={"name": "gaussian", "dim": 8, "scope": "block"})
+    sizes = []
+    for layers in (2, 12):
+        model = mlp((64, *([64] * layers), 3))
+        data = examples(20, inputs=64)
+        plan = method.attribute(Task(model), data, data, memory="64MiB", dry_run=True)
+        sizes.append(plan.bytes["train batch"] // plan.train_batch)
+    activations = 10 * 64 * 8 * 4
+    assert sizes[1] - sizes[0] < activations + 10 * 8 * 8

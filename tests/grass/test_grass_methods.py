@@ -36,9 +36,9 @@ def test_a_mask_of_all_coordinates_of_a_row_is_no_sketch(block):
     inverse = {"curvature": {"name": "gauss-newton", "block": False}, "solver": "cholesky"}
     want = Method(inverse_hessian=inverse).attribute(task, train, test).values
     inverse["curvature"]["block"] = block  # a sketched row is one block
-    got = Method(projector={"name": "mask", "rank": 43}, inverse_hessian=inverse)
+    got = Method(projector={"name": "mask", "dim": 43}, inverse_hessian=inverse)
     assert (got.attribute(task, train, test).values - want).abs().max() < 1e-8
-    fewer = Method(projector={"name": "mask", "rank": 42}, inverse_hessian=inverse)
+    fewer = Method(projector={"name": "mask", "dim": 42}, inverse_hessian=inverse)
     assert (fewer.attribute(task, train, test).values - want).abs().max() > 1e-4
 
 
@@ -46,11 +46,11 @@ def test_a_mask_of_all_coordinates_of_a_row_is_no_sketch(block):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("grass", {"rank": 3, "mask_rank": 10}),
-        ("grass", {"rank": 8, "mask_rank": 30, "scope": "row", "nonzeros": 2}),
-        ("factgrass", {"rank": 4, "mask_rank": 3}),
-        ("factgrass", {"rank": 5, "mask_rank_in": 3, "mask_rank_out": 2, "uncovered": "keep"}),
-        ("factgrass", {"rank": 4, "mask_rank": 3, "uncovered": "drop"}),
+        ("grass", {"dim": 3, "mask_dim": 10}),
+        ("grass", {"dim": 8, "mask_dim": 30, "scope": "row", "nonzeros": 2}),
+        ("factgrass", {"dim": 4, "mask_rank": 3}),
+        ("factgrass", {"dim": 5, "mask_rank_in": 3, "mask_rank_out": 2, "uncovered": "keep"}),
+        ("factgrass", {"dim": 4, "mask_rank": 3, "uncovered": "drop"}),
     ],
 )
 def test_scores_are_those_of_dense_algebra_in_the_sketch(name, fields, make):
@@ -68,10 +68,10 @@ def test_scores_are_those_of_dense_algebra_in_the_sketch(name, fields, make):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("grass", [{"rank": r, "mask_rank": 100} for r in (2, 6, 16)]),
-        ("grass", [{"rank": r, "mask_rank": r} for r in (3, 9, 22)]),
-        ("factgrass", [{"rank": r, "mask_rank": 100} for r in (2, 6, 16)]),
-        ("factgrass", [{"rank": 100, "mask_rank": r} for r in (1, 3, 5)]),
+        ("grass", [{"dim": r, "mask_dim": 100} for r in (2, 6, 16)]),
+        ("grass", [{"dim": r, "mask_dim": r} for r in (3, 9, 22)]),
+        ("factgrass", [{"dim": r, "mask_rank": 100} for r in (2, 6, 16)]),
+        ("factgrass", [{"dim": 100, "mask_rank": r} for r in (1, 3, 5)]),
     ],
 )
 def test_scores_come_nearer_to_the_exact_ones_as_ranks_grow(name, settings):
@@ -86,13 +86,15 @@ def test_scores_come_nearer_to_the_exact_ones_as_ranks_grow(name, settings):
     means = [sum(agreement(fields, seed) for seed in range(6)) / 6 for fields in settings]
     assert means == sorted(means)
     assert means[-1] > means[0] + 0.05
-    assert agreement({"rank": 100, "mask_rank": 100}, 0) > 1 - 1e-9
+    large = {"dim": 100, "mask_dim" if name == "grass" else "mask_rank": 100}
+    assert agreement(large, 0) > 1 - 1e-9
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_self_influence_and_another_damping_reuse_the_fit(name):
     task, train, test = world()
-    fitted = dattri.method(name, rank=4, mask_rank=12 if name == "grass" else 3).fit(task, train)
+    mask = {"mask_dim": 12} if name == "grass" else {"mask_rank": 3}
+    fitted = dattri.method(name, dim=4, **mask).fit(task, train)
     own = fitted.self_influence()
     assert (own - fitted.attribute(train).values.diagonal()).abs().max() < 1e-10
     swept = fitted.with_(damping=0.5)
@@ -103,7 +105,7 @@ def test_self_influence_and_another_damping_reuse_the_fit(name):
 
 def test_products_with_the_hessian_are_lifted_through_the_sketch():
     task, train, test = world()
-    for projector in ({"name": "factgrass", "rank": 4, "mask_rank": 3}, {"name": "grass"}):
+    for projector in ({"name": "factgrass", "dim": 4, "mask_rank": 3}, {"name": "grass"}):
         explicit, iterative = (
             Method(
                 projector=projector,
@@ -120,14 +122,14 @@ def test_products_with_the_hessian_are_lifted_through_the_sketch():
 
 
 def test_their_fields_are_overridden_by_name_and_they_are_their_specs():
-    method = dattri.method("factgrass", rank=8, mask_rank_out=2, nonzeros=4, damping=0.3)
-    assert (method.projector.rank, method.projector.mask_rank_out) == (8, 2)
+    method = dattri.method("factgrass", dim=8, mask_rank_out=2, nonzeros=4, damping=0.3)
+    assert (method.projector.dim, method.projector.mask_rank_out) == (8, 2)
     assert method.projector.uncovered == "sketch"
     assert Method(**method.to_spec()) == method
-    flat = dattri.method("grass", rank=8, scope="row")
+    flat = dattri.method("grass", dim=8, scope="row")
     assert flat.projector.scope == "row"
     assert flat.to_spec() != method.to_spec()
     train, test = examples(9), examples(3, seed=9)
     for name in METHODS:
-        shape = dattri.attribute(Task(mlp()), train, test, name, rank=2).shape
+        shape = dattri.attribute(Task(mlp()), train, test, name, dim=2).shape
         assert shape == (9, 3)

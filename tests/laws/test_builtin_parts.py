@@ -35,7 +35,7 @@ def test_built_in(kind, name):
     if (kind, name) == ("inverse_hessian", "composed"):  # made of parts that it has no default for
         part = dattri.CurvatureInverse(make("curvature", "ggn"), make("solver", "cholesky"))
     if (kind, name) == ("projector", "chain"):
-        sketches = ({"name": "mask", "rank": 7}, {"name": "sjlt", "rank": 4})
+        sketches = ({"name": "mask", "dim": 7}, {"name": "sjlt", "dim": 4})
         part = make("projector", "chain", parts=sketches)
     report = check(kind, part)
     assert report.ok, str(report)
@@ -58,17 +58,17 @@ def test_built_in(kind, name):
         ("curvature", "kfac", {"fisher": "empirical", "approximation": "reduce"}),
         ("curvature", "ekfac", {"draws": 2, "uncovered": "drop"}),
         ("curvature", "ekfac", {"fisher": "empirical"}),
-        ("projector", "sjlt", {"rank": 6, "nonzeros": 3}),
-        ("projector", "sjlt", {"rank": 3, "scope": "block"}),
-        ("projector", "mask", {"rank": 7}),
-        ("projector", "mask", {"rank": 3, "scope": "block"}),
+        ("projector", "sjlt", {"dim": 6, "nonzeros": 3}),
+        ("projector", "sjlt", {"dim": 3, "scope": "block"}),
+        ("projector", "mask", {"dim": 7}),
+        ("projector", "mask", {"dim": 3, "scope": "block"}),
         ("projector", "factor-mask", {"rank": 2, "uncovered": "sketch"}),
         ("projector", "factor-mask", {"rank_in": 2, "uncovered": "drop"}),
-        ("projector", "grass", {"rank": 4, "mask_rank": 9}),
-        ("projector", "grass", {"rank": 3, "mask_rank": 5, "scope": "block"}),
-        ("projector", "factgrass", {"rank": 3, "mask_rank": 2}),
-        ("projector", "factgrass", {"rank": 3, "mask_rank_in": 2, "uncovered": "sketch"}),
-        ("projector", "factgrass", {"rank": 3, "mask_rank": 2, "uncovered": "drop"}),
+        ("projector", "grass", {"dim": 4, "mask_dim": 9}),
+        ("projector", "grass", {"dim": 3, "mask_dim": 5, "scope": "block"}),
+        ("projector", "factgrass", {"dim": 3, "mask_rank": 2}),
+        ("projector", "factgrass", {"dim": 3, "mask_rank_in": 2, "uncovered": "sketch"}),
+        ("projector", "factgrass", {"dim": 3, "mask_rank": 2, "uncovered": "drop"}),
     ],
 )
 def test_other_settings_of_built_ins(kind, name, changes):

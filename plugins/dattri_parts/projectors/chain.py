@@ -25,7 +25,7 @@ class Chain:
 
     Args:
         parts: In the order in which rows pass them. Spelled ``{"name": "chain", "parts": ["mask",
-            {"name": "sjlt", "rank": 512}]}``; a field of a part is ``parts.1.rank``, or ``rank``
+            {"name": "sjlt", "dim": 512}]}``; a field of a part is ``parts.1.dim``, or ``dim``
             where one part alone has it.
     """
 

@@ -26,7 +26,7 @@ class FactGrass:
     2505.18976), here with masks that are unbiased.
 
     Args:
-        rank: k, for each layer; one of which the masks leave at most so many numbers is not
+        dim: k, for each layer; one of which the masks leave at most so many numbers is not
             sketched any further.
         mask_rank: r on both sides. A side of at most that length is left as it is.
         mask_rank_in: r on the side of the inputs (the bias counts as one more), instead of
@@ -38,7 +38,7 @@ class FactGrass:
             ``"sketch"`` their matrix view of O rows like a layer's.
     """
 
-    rank: int = field(default=4096, validator=validators.ge(1))
+    dim: int = field(default=4096, validator=validators.ge(1))
     mask_rank: int = field(default=128, validator=validators.ge(1))
     mask_rank_in: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
     mask_rank_out: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
@@ -59,7 +59,7 @@ class FactGrass:
     @property
     def sketch(self) -> SJLT:
         """Return S."""
-        return SJLT(self.rank, self.nonzeros, "block")
+        return SJLT(self.dim, self.nonzeros, "block")
 
     def out_space(self, space: Space) -> Space:
         """Return the space of sketched rows.

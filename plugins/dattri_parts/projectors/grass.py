@@ -24,15 +24,15 @@ class Grass:
     here with a mask that is unbiased.
 
     Args:
-        rank: k.
-        mask_rank: k', at least k.
+        dim: k.
+        mask_dim: k', at least k.
         nonzeros: Signs of each coordinate in S.
         scope: ``"row"``: of the whole row. ``"block"``: of each block, which keeps its name; what
             has at most k' numbers is not masked, what has at most k is left as it is.
     """
 
-    rank: int = field(default=2048, validator=validators.ge(1))
-    mask_rank: int = field(default=8192, validator=validators.ge(1))
+    dim: int = field(default=2048, validator=validators.ge(1))
+    mask_dim: int = field(default=8192, validator=validators.ge(1))
     nonzeros: int = field(default=1, validator=validators.ge(1))
     scope: Scope = field(default="row", validator=validators.in_(SCOPES))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint"})
@@ -40,7 +40,7 @@ class Grass:
     @property
     def chain(self) -> Chain:
         """Return the two sketches that it is made of."""
-        return Chain((Mask(self.mask_rank, self.scope), SJLT(self.rank, self.nonzeros, self.scope)))
+        return Chain((Mask(self.mask_dim, self.scope), SJLT(self.dim, self.nonzeros, self.scope)))
 
     def out_space(self, space: Space) -> Space:
         """Return the space of sketched rows.
@@ -49,11 +49,11 @@ class Grass:
             SpecError: The mask leaves fewer numbers than the sketch, or ``nonzeros`` does not
                 divide k.
         """
-        if self.mask_rank < self.rank:
+        if self.mask_dim < self.dim:
             raise SpecError(
-                f"projector 'grass': mask_rank={self.mask_rank} leaves fewer numbers than "
-                f"rank={self.rank}, which are sketched from them; give a mask_rank of at least the "
-                "rank, such as four times as many"
+                f"projector 'grass': mask_dim={self.mask_dim} leaves fewer numbers than "
+                f"dim={self.dim}, which are sketched from them; give a mask_dim of at least the "
+                "dim, such as four times as many"
             )
         return self.chain.out_space(space)
 

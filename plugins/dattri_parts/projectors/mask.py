@@ -30,12 +30,12 @@ class Mask:
     unbiased.
 
     Args:
-        rank: k. Of fewer coordinates all are kept.
+        dim: k. Of fewer coordinates all are kept.
         scope: ``"row"``: of the whole row. ``"block"``: of each block, which keeps its name; one of
             at most k numbers is left as it is.
     """
 
-    rank: int = field(default=8192, validator=validators.ge(1))
+    dim: int = field(default=8192, validator=validators.ge(1))
     scope: Scope = field(default="row", validator=validators.in_(SCOPES))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint"})
 
@@ -55,7 +55,7 @@ class Mask:
         return flat_map("mask", space, left, self.scope, kernel)
 
     def _left_of(self, space: Space) -> int:
-        return min(self.rank, space.dim) if self.scope == "row" else self.rank
+        return min(self.dim, space.dim) if self.scope == "row" else self.dim
 
 
 @frozen(eq=False)

@@ -34,13 +34,13 @@ class SJLT:
     Farach-Colton 2002, Finding frequent items in data streams, for s = 1.
 
     Args:
-        rank: K, the numbers that are left.
+        dim: K, the numbers that are left.
         nonzeros: s, which divides K.
         scope: ``"row"``: of the whole row. ``"block"``: of each block, which keeps its name; one of
             at most K numbers is left as it is.
     """
 
-    rank: int = field(default=2048, validator=validators.ge(1))
+    dim: int = field(default=2048, validator=validators.ge(1))
     nonzeros: int = field(default=1, validator=validators.ge(1))
     scope: Scope = field(default="row", validator=validators.in_(SCOPES))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint"})
@@ -51,13 +51,13 @@ class SJLT:
         Raises:
             SpecError: s does not divide K.
         """
-        if self.rank % self.nonzeros:
+        if self.dim % self.nonzeros:
             raise SpecError(
-                f"projector 'sjlt': rank={self.rank} is no multiple of nonzeros={self.nonzeros}, "
-                "which cut it into parts of equal size; give a rank that is one, such as "
-                f"{-(-self.rank // self.nonzeros) * self.nonzeros}"
+                f"projector 'sjlt': dim={self.dim} is no multiple of nonzeros={self.nonzeros}, "
+                "which cut it into parts of equal size; give a dim that is one, such as "
+                f"{-(-self.dim // self.nonzeros) * self.nonzeros}"
             )
-        return sketched_space(space, self.rank, self.scope)
+        return sketched_space(space, self.dim, self.scope)
 
     def build(self, space: Space, *, stream: RandomStream, device: torch.device) -> LinearMap:
         """Return the map.
@@ -68,9 +68,9 @@ class SJLT:
         self.out_space(space)
 
         def kernel(*block: str) -> Kernel:
-            return SparseKernel(stream.key("sjlt", VERSION, *block), self.rank, self.nonzeros)
+            return SparseKernel(stream.key("sjlt", VERSION, *block), self.dim, self.nonzeros)
 
-        return flat_map("sjlt", space, self.rank, self.scope, kernel)
+        return flat_map("sjlt", space, self.dim, self.scope, kernel)
 
 
 @frozen(eq=False)

@@ -46,8 +46,8 @@ SKETCHES = [
     FactorMask(2),
     FactorMask(1, uncovered="sketch"),
     FactorMask(100, rank_in=2, uncovered="drop"),
-    Grass(4, mask_rank=9),
-    Grass(3, mask_rank=6, scope="block", nonzeros=3),
+    Grass(4, mask_dim=9),
+    Grass(3, mask_dim=6, scope="block", nonzeros=3),
     FactGrass(3, mask_rank=2),
     FactGrass(2, mask_rank=2, uncovered="sketch", nonzeros=2),
     FactGrass(3, mask_rank=100, mask_rank_in=2, uncovered="drop"),
@@ -129,7 +129,7 @@ def test_they_are_the_same_in_every_batch_order_dtype_and_device(part, dtype, de
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "part", [SJLT(64, nonzeros=4), Mask(512), Grass(64, mask_rank=512, nonzeros=4)], ids=repr
+    "part", [SJLT(64, nonzeros=4), Mask(512), Grass(64, mask_dim=512, nonzeros=4)], ids=repr
 )
 def test_integer_rows_are_sketched_exactly_whatever_their_blocks(part, dtype):
     """The scales are 2 or 1/2 here, so that every number is an integer or its half."""
@@ -176,7 +176,7 @@ def test_a_rank_above_every_size_is_no_sketch():
         SJLT(15, scope="block"),
         Mask(15, scope="block"),
         FactorMask(6),
-        Grass(15, mask_rank=15, scope="block"),
+        Grass(15, mask_dim=15, scope="block"),
         FactGrass(15, mask_rank=6),
         Chain((FactorMask(6), SJLT(15, scope="block"))),
     ):
@@ -191,7 +191,7 @@ def test_a_rank_above_every_size_is_no_sketch():
 def test_grass_and_factgrass_are_their_chains():
     rows = toy_rows(4)
     for scope in ("row", "block"):
-        one = build(Grass(3, mask_rank=6, scope=scope))
+        one = build(Grass(3, mask_dim=6, scope=scope))
         other = build(Chain((Mask(6, scope), SJLT(3, scope=scope))))
         assert torch.equal(one.map(rows).flat(), other.map(rows).flat())
     for uncovered in ("sketch", "drop"):
@@ -320,7 +320,7 @@ CASES = [
     (SJLT(8), lambda u, v: signs_variance(u, v, 8)),
     (SJLT(8, nonzeros=4), lambda u, v: signs_variance(u, v, 8)),
     (Mask(10), lambda u, v: mask_variance(u, v, 10)),
-    (Grass(8, mask_rank=20), lambda u, v: grass_variance(u, v, 20, 8)),
+    (Grass(8, mask_dim=20), lambda u, v: grass_variance(u, v, 20, 8)),
 ]
 
 
@@ -361,7 +361,7 @@ def test_a_mask_of_both_sides_is_unbiased_with_the_variance_of_a_product():
     "part",
     [
         FactGrass(3, mask_rank=2, uncovered="sketch"),
-        Grass(3, mask_rank=5, scope="block"),
+        Grass(3, mask_dim=5, scope="block"),
         SJLT(3, scope="block"),
         Chain((FactorMask(2, uncovered="sketch"), SJLT(4))),
     ],
@@ -384,11 +384,11 @@ def test_a_sketch_is_its_spec(part):
 
 
 def test_a_chain_is_spelled_by_its_parts_and_their_fields_are_overridden():
-    spec = {"name": "chain", "parts": ["mask", {"name": "sjlt", "rank": 512}]}
+    spec = {"name": "chain", "parts": ["mask", {"name": "sjlt", "dim": 512}]}
     method = Method(projector=spec)
     assert method.projector == Chain((Mask(), SJLT(512)))
     assert method.to_spec()["projector"] == spec
-    made = Method(projector={**spec, "parts.0.rank": 99, "nonzeros": 4}).projector
+    made = Method(projector={**spec, "parts.0.dim": 99, "nonzeros": 4}).projector
     assert made == Chain((Mask(99), SJLT(512, nonzeros=4)))
 
 
@@ -406,23 +406,23 @@ def test_rows_of_another_space_are_refused(part):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "sjlt", "rank": 0}, "rank"),
-        ({"name": "sjlt", "rank": 10, "nonzeros": 3}, r"rank=10 is no multiple of nonzeros=3.*12"),
+        ({"name": "sjlt", "dim": 0}, "dim"),
+        ({"name": "sjlt", "dim": 10, "nonzeros": 3}, r"dim=10 is no multiple of nonzeros=3.*12"),
         ({"name": "sjlt", "scope": "layer"}, "'row', 'block'"),
-        ({"name": "mask", "rank": 2.5}, "expected int"),
-        ({"name": "grass", "mask_rank": 4}, "mask_rank=4 leaves fewer numbers than rank=2048"),
-        ({"name": "factgrass", "nonzeros": 3}, "rank=4096 is no multiple of nonzeros=3"),
+        ({"name": "mask", "dim": 2.5}, "expected int"),
+        ({"name": "grass", "mask_dim": 4}, "mask_dim=4 leaves fewer numbers than dim=2048"),
+        ({"name": "factgrass", "nonzeros": 3}, "dim=4096 is no multiple of nonzeros=3"),
         ({"name": "factor-mask", "uncovered": "no"}, "'keep', 'sketch', 'drop'"),
         ({"name": "chain"}, "needs a value for 'parts'"),
         ({"name": "chain", "parts": []}, "parts"),
         ({"name": "chain", "parts": "mask"}, "'parts' got 'mask'.*expected list of Projector"),
         ({"name": "chain", "parts": ["musk"]}, "no projector 'musk'; did you mean 'mask'"),
-        ({"name": "chain", "parts": ["mask", {"name": "sjlt", "ranks": 2}]}, "'rank'"),
+        ({"name": "chain", "parts": ["mask", {"name": "sjlt", "dims": 2}]}, "'dim'"),
         (
             {"name": "chain", "parts": ["mask", {"name": "kronecker", "initialisation": "pca"}]},
             r"part 1 \(Kronecker\) is fitted on the train set.*stages=",
         ),
-        ({"name": "chain", "parts": ["mask", "sjlt"], "rank": 2}, r"'parts\.0\.rank'"),
+        ({"name": "chain", "parts": ["mask", "sjlt"], "dim": 2}, r"'parts\.0\.dim'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_tensor(spec, message):
