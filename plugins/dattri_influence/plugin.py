@@ -172,8 +172,9 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.method(
         "relatif-explicit",
-        relative({"curvature": "ggn", "solver": {"name": "cholesky", "damping": 1e-3}}),
-        summary="Relative influence with the Gauss-Newton matrix written down and factorised",
+        relative({"name": "exact", "curvature": "ggn", "damping": 1e-3}),
+        summary="Relative influence with the exact inverse of the Gauss-Newton matrix, or, where "
+        "its rows do not fit, of the empirical Fisher matrix",
         formula="S_ij = <g_i, (G + damping I)^-1 h_j> / sqrt(g_i^T (G + damping I)^-1 g_i)",
         citation=BARSHAN,
     )

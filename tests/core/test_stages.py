@@ -42,8 +42,15 @@ def in_space(chain, batch, role="train"):
     return Rows(chain.source.space, blocks, torch.arange(len(batch[1])))
 
 
-def sketch_matrix(space, size=5, seed=3):
-    stream = RandomStream(seed, "projector", 0)
+def raw_rows(chain, batch, role="train"):
+    """Return flat rows as the source gives them, before a sketch that it takes by itself."""
+    blocks = {}
+    chain.source.source.stream(batch, role, blocks.__setitem__)
+    return torch.cat([blocks[name].flat() for name in chain.source.source.space.names], dim=1)
+
+
+def sketch_matrix(space, size=5, seed=3, role="projector"):
+    stream = RandomStream(seed, role, 0)
     return FlatSketch(size).build(space, stream=stream, device=torch.device("cpu")).matrix
 
 
@@ -64,14 +71,13 @@ def test_no_stage_leaves_rows_as_they_are():
 def test_a_projector_acts_on_both_sides_and_an_inverse_on_the_test_side():
     """P then H: <P g, (P C P^T + damping)^-1 P h> with C the Gram of all train rows."""
     chain, _, train, test = fitted([FlatSketch(), inverse(Gram(), DAMPING)])
-    g, h = in_space(chain, train).flat(), in_space(chain, test).flat()
-    p = sketch_matrix(chain.source.space)
+    g, h = raw_rows(chain, train), raw_rows(chain, test)
+    p = sketch_matrix(chain.source.source.space)
     gram = p @ (g.T @ g / len(g)) @ p.T
     assert (chain.train(in_space(chain, train)).flat() - g @ p.T).abs().max() < 1e-12
     got = chain.test(in_space(chain, test)).flat()
     assert (got - solve(gram, h @ p.T)).abs().max() < 1e-10
-    assert not chain.blockwise
-    assert chain.space.dim == 5
+    assert chain.space.dim == chain.source.space.dim == 5
 
 
 def test_the_inverse_before_the_projector_sees_whole_rows():
@@ -89,7 +95,7 @@ def test_two_inverses_and_two_projectors_compose_in_their_order():
     chain, _, train, test = fitted(stages)
     g, h = in_space(chain, train).flat(), in_space(chain, test).flat()
     first = sketch_matrix(chain.source.space, 9)
-    second = sketch_matrix(FlatSketch(9).out_space(chain.source.space), 5)
+    second = sketch_matrix(FlatSketch(9).out_space(chain.source.space), 5, role="projector 1")
     p = second @ first
     got = chain.test(in_space(chain, test)).flat()
     want = solve(p @ (g.T @ g / len(g)) @ p.T, solve(g.T @ g / len(g), h) @ p.T)

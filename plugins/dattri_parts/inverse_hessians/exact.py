@@ -58,7 +58,7 @@ class Exact:
     dry run; where not even the second fits, the refusal says what would.
 
     Args:
-        curvature: H.
+        curvature: H. One that is a sum of squares whose rows do not fit gives way to the fallback.
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
         substitute: What takes the place of a curvature that is only known as a matrix.
         fallback: What takes the place of the substitute where its rows do not fit the memory, or
@@ -128,21 +128,22 @@ class Exact:
         """
         space = problem.space
         stage = self._first(space)
-        if stage.curvature is self.curvature:
-            return Route(stage, 0, f"inverse Hessian   {_way(stage, space)}")
+        own = stage.curvature is self.curvature
         why = _lacking(stage, problem)
         if not why:
-            return Route(stage, 1, self._told(stage, space))
+            told = f"inverse Hessian   {_way(stage, space)}" if own else self._told(stage, space)
+            return Route(stage, 0 if own else 1, told)
         last = self._with(self.fallback, space)
         forecast = _forecast(last, problem)
         if forecast is not None and not forecast.fits:
+            beaten = f"{_called(stage.curvature)} cannot {'be' if own else 'take its place'}"
             raise MemoryBudgetError(
-                f"{self._matrix(space)}; the {_called(self.substitute)} cannot take its place "
+                f"{self._matrix(space)}; the {beaten}{' inverted by its rows' if own else ''} "
                 f"({why}), nor the {_called(self.fallback)} ({forecast}); give a larger memory=, "
                 "fewer train examples, a projector, or, without an exact inverse, the solver 'cg' "
                 "or a spectral curvature (method 'if-ekfac')"
             )
-        note = f"{self._told(last, space)}; not the {_called(self.substitute)}: {why}"
+        note = f"{self._told(last, space)}; not the {_called(stage.curvature)}: {why}"
         return Route(last, 2, note)
 
     def _first(self, space: Space) -> CurvatureInverse:
@@ -162,10 +163,13 @@ class Exact:
         return CurvatureInverse(curvature, solver)
 
     def _matrix(self, space: Space) -> str:
-        return (
+        matrix = (
             f"inverse Hessian: the {_called(self.curvature)} of {space.dim} parameters is a matrix "
-            f"of {format_bytes(8 * space.dim**2)} and no sum of squares (largest={self.largest})"
+            f"of {format_bytes(8 * space.dim**2)}"
         )
+        if "rows" in self.curvature.gives(space):
+            return f"{matrix}, and its rows do not fit"
+        return f"{matrix} and no sum of squares (largest={self.largest})"
 
     def _told(self, stage: CurvatureInverse, space: Space) -> str:
         return (
