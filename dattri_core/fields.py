@@ -188,6 +188,8 @@ def admit(value: Any, annotation: Any, build_part: BuildPart) -> Any:
 
 
 def _admit_any(value: Any, arguments: tuple[Any, ...], build_part: BuildPart) -> Any:
+    if value is None and type(None) in arguments:
+        return None
     admitted = []
     for choice in arguments:
         with suppress(MismatchError):

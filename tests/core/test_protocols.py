@@ -92,7 +92,8 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
     names = [n for n in registry.names(kind) if n != "composed"]
     assert names
     for name in names:
-        assert isinstance(registry.make(kind, name), KINDS[kind]), f"{kind} {name}"
+        spelled = {"name": name, "parts": ["identity"]} if name == "chain" else name
+        assert isinstance(build_part(kind, spelled), KINDS[kind]), f"{kind} {name}"
 
 
 @pytest.mark.parametrize(

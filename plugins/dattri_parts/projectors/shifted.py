@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
@@ -18,7 +19,10 @@ NUMBERS_IN_CACHE = 2**16
 """Numbers of one operation on the CPU, so that the sketch of its rows stays in the cache."""
 NUMBERS_SERIAL = 2**15
 """The same where torch has several threads: it takes so many on one of them, and to wake the others
-for each of thousands of short operations would cost more than they save."""
+for each of thousands of short operations would cost more than they save. Each thread of ours takes
+rows of its own instead."""
+BLOCKS_IN_PARALLEL = 64
+"""Blocks of fewer are not worth a thread."""
 
 
 def shifted_columns(
@@ -71,9 +75,11 @@ class ShiftedKernel:
         for t in range(self.nonzeros):
             # Twice as long, so that a turned block is one window; folded at the end.
             unrolled = out.new_zeros(len(out), 2 * self.length)
-            for blocks, turned, windows, sizes, signs in self._tiles(t, values, start, unrolled):
-                for block, at, size, sign in zip(blocks, windows, sizes, signs, strict=True):
-                    turned.narrow(1, at, size).addcmul_(block, sign)
+
+            def take(block: Tensor, window: Tensor, sign: Tensor) -> None:
+                window.addcmul_(block, sign)
+
+            self._each(take, t, values, start, unrolled)
             folded = unrolled[:, : self.length] + unrolled[:, self.length :]
             out.narrow(1, t * self.length, self.length).add_(folded)
 
@@ -83,32 +89,41 @@ class ShiftedKernel:
         for t in range(self.nonzeros):
             once = keys.narrow(1, t * self.length, self.length)
             unrolled = torch.cat([once, once], 1)
-            for blocks, turned, windows, sizes, signs in self._tiles(t, raised, start, unrolled):
-                for block, at, size, sign in zip(blocks, windows, sizes, signs, strict=True):
-                    block.addcmul_(turned.narrow(1, at, size), sign)
+
+            def give(block: Tensor, window: Tensor, sign: Tensor) -> None:
+                block.addcmul_(window, sign)
+
+            self._each(give, t, raised, start, unrolled)
         return raised
 
     def matrix(self, start: int, stop: int) -> Tensor:
         """Return ``M[:, start:stop]``."""
         return shifted_columns(self.key, self.rows, self.nonzeros, start, stop, None).double()
 
-    def _tiles(
-        self, t: int, values: Tensor, start: int, unrolled: Tensor
-    ) -> Iterator[tuple[Sequence[Tensor], Tensor, list[int], list[int], Sequence[Tensor]]]:
-        """Yield blocks of some rows, these rows of the sketch, and windows, sizes and signs.
+    def _each(
+        self,
+        work: Callable[[Tensor, Tensor, Tensor], None],
+        t: int,
+        values: Tensor,
+        start: int,
+        unrolled: Tensor,
+    ) -> None:
+        """Do ``work(block, its window, its signs)`` for all blocks, in place.
 
         Args:
+            work: Takes some rows of a block ``[b, m]``, as many of the sketch, and signs ``[m]``.
             t: Which of the s sketches.
             values: ``[B, m]``.
             start: Coordinate of their first column.
             unrolled: Two turns of a sketch, ``[B, 2 L]``.
         """
         length, stop = self.length, start + values.shape[1]
-        rows = max(1, len(values))
+        rows, workers = max(1, len(values)), 1
         drawing: torch.device | None = values.device
         if values.device.type == "cpu":  # NumPy draws there, which wakes no threads either
-            numbers = NUMBERS_IN_CACHE if torch.get_num_threads() == 1 else NUMBERS_SERIAL
-            rows, drawing = max(1, numbers // length), None
+            workers = torch.get_num_threads()
+            numbers = NUMBERS_IN_CACHE if workers == 1 else NUMBERS_SERIAL
+            rows, drawing = min(max(1, numbers // length), -(-rows // workers)), None
         step = length * max(1, SIGNS_AT_ONCE // length)
         first = start
         while first < stop:
@@ -123,8 +138,23 @@ class ShiftedKernel:
             ).tolist()
             windows = [shift + edge % length for shift, edge in zip(shifts, edges, strict=False)]
             tile = values.narrow(1, first - start, last - first)
-            pairs = zip(torch.split(tile, rows), torch.split(unrolled, rows), strict=True)
-            for part, turned in pairs:
+
+            def some_rows(
+                part: Tensor,
+                turned: Tensor,
+                windows: list[int] = windows,
+                sizes: list[int] = sizes,
+                signs: Sequence[Tensor] = signs,
+            ) -> None:
                 blocks = torch.split(part.to(unrolled.dtype), sizes, 1)
-                yield blocks, turned, windows, sizes, signs
+                for block, at, size, sign in zip(blocks, windows, sizes, signs, strict=True):
+                    work(block, turned.narrow(1, at, size), sign)
+
+            parts = torch.split(tile, rows), torch.split(unrolled, rows)
+            if workers == 1 or len(parts[0]) == 1 or len(sizes) < BLOCKS_IN_PARALLEL:
+                for part, turned in zip(*parts, strict=True):
+                    some_rows(part, turned)
+            else:
+                with ThreadPoolExecutor(workers) as pool:
+                    list(pool.map(some_rows, *parts))  # raises what a thread raised
             first = last
