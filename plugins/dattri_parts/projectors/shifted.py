@@ -125,36 +125,57 @@ class ShiftedKernel:
             numbers = NUMBERS_IN_CACHE if workers == 1 else NUMBERS_SERIAL
             rows, drawing = min(max(1, numbers // length), -(-rows // workers)), None
         step = length * max(1, SIGNS_AT_ONCE // length)
-        first = start
-        while first < stop:
-            last = min(first - first % length + step, stop)
-            edges = [first, *range(first - first % length + length, last, length), last]
-            sizes = [end - begin for begin, end in pairwise(edges)]
-            drawn = entries(self.key, (t, t + 1), (first, last), "signs", drawing)[0]
-            signs = torch.split(drawn.to(unrolled.dtype), sizes)
-            # NumPy draws the shifts: they are needed on the host, and no device waits for them.
-            shifts = random_integers(
-                self.key, t, first // length, -(-last // length), length, None
-            ).tolist()
-            windows = [shift + edge % length for shift, edge in zip(shifts, edges, strict=False)]
-            tile = values.narrow(1, first - start, last - first)
+        begins = [start, *range(start - start % length + step, stop, step)]
+        cuts = list(zip(begins, [*begins[1:], stop], strict=True))
 
-            def some_rows(
-                part: Tensor,
-                turned: Tensor,
-                windows: list[int] = windows,
-                sizes: list[int] = sizes,
-                signs: Sequence[Tensor] = signs,
-            ) -> None:
-                blocks = torch.split(part.to(unrolled.dtype), sizes, 1)
-                for block, at, size, sign in zip(blocks, windows, sizes, signs, strict=True):
-                    work(block, turned.narrow(1, at, size), sign)
+        def draw(cut: tuple[int, int]) -> _Tile:
+            return self._tile(t, *cut, drawing, unrolled.dtype)
 
-            parts = torch.split(tile, rows), torch.split(unrolled, rows)
-            if workers == 1 or len(parts[0]) == 1 or len(sizes) < BLOCKS_IN_PARALLEL:
-                for part, turned in zip(*parts, strict=True):
-                    some_rows(part, turned)
-            else:
-                with ThreadPoolExecutor(workers) as pool:
-                    list(pool.map(some_rows, *parts))  # raises what a thread raised
-            first = last
+        def some_rows(tile: _Tile, part: Tensor, turned: Tensor) -> None:
+            here = part.narrow(1, tile.first - start, sum(tile.sizes)).to(unrolled.dtype)
+            blocks = torch.split(here, tile.sizes, 1)
+            for block, at, size, sign in zip(
+                blocks, tile.windows, tile.sizes, tile.signs, strict=True
+            ):
+                work(block, turned.narrow(1, at, size), sign)
+
+        parts = list(zip(torch.split(values, rows), torch.split(unrolled, rows), strict=True))
+        if workers == 1 or len(parts) == 1 or stop - start < BLOCKS_IN_PARALLEL * length:
+            for cut in cuts:
+                tile = draw(cut)
+                for part, turned in parts:
+                    some_rows(tile, part, turned)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            drawn = pool.submit(draw, cuts[0])
+            for following in [*cuts[1:], None]:
+                tile = drawn.result()
+                if following is not None:  # while the rows of this one are taken
+                    drawn = pool.submit(draw, following)
+                for done in [pool.submit(some_rows, tile, *pair) for pair in parts]:
+                    done.result()
+
+    def _tile(
+        self, t: int, first: int, last: int, device: torch.device | None, dtype: torch.dtype
+    ) -> _Tile:
+        """Return the places and signs of the coordinates ``first:last``."""
+        length = self.length
+        edges = [first, *range(first - first % length + length, last, length), last]
+        sizes = [end - begin for begin, end in pairwise(edges)]
+        drawn = entries(self.key, (t, t + 1), (first, last), "signs", device)[0]
+        # NumPy draws the shifts: they are needed on the host, and no device waits for them.
+        shifts = random_integers(
+            self.key, t, first // length, -(-last // length), length, None
+        ).tolist()
+        windows = [shift + edge % length for shift, edge in zip(shifts, edges, strict=False)]
+        return _Tile(first, sizes, windows, torch.split(drawn.to(dtype), sizes))
+
+
+@frozen(eq=False)
+class _Tile:
+    """Some coordinates: the sizes of their blocks, where each begins in the sketch, and signs."""
+
+    first: int
+    sizes: list[int]
+    windows: list[int]
+    signs: Sequence[Tensor]
