@@ -429,6 +429,7 @@ class FittedMethod:
             variants=variants,
             readings=readings,
             summed=len(test) if request.group else 0,
+            held=fitted.outline.held,
         )
         plan = make_plan(
             self.budget,

@@ -156,6 +156,7 @@ class Work:
         variants: Test sides that differ, such as the dampings of a sweep.
         readings: Totals that are kept for every pair of rows.
         summed: Test examples behind one column, where it is the sum of their rows.
+        held: Bytes of train rows that are in memory already.
     """
 
     n_train: int
@@ -165,6 +166,7 @@ class Work:
     variants: int = 1
     readings: int = 1
     summed: int = 0
+    held: int = 0
 
 
 def make_plan(
@@ -243,7 +245,7 @@ def _sized(
 ) -> Iterator[Plan]:
     """Yield the plans of one route that fit: one where queries are resident, else several."""
     needs = _Needs.of(route, costs, work)
-    left = budget - work.result_bytes
+    left = budget - work.result_bytes - work.held
     if left < needs.least:
         return
     slab = 0
@@ -303,7 +305,7 @@ def _held(route: Route, work: Work) -> int:
 def _too_little(budget: int, costs: Costs, work: Work) -> MemoryBudgetError:
     needs = min((_Needs.of(r, costs, work) for r in costs.routes), key=lambda n: n.least)
     query = needs.query + needs.slabs * needs.slab
-    least = needs.least + work.result_bytes
+    least = needs.least + work.result_bytes + work.held
     return MemoryBudgetError(
         f"memory: the budget of {format_bytes(budget)} does not hold one example "
         f"({format_bytes(needs.example)}), one query ({format_bytes(query)}) and the scores "

@@ -12,10 +12,10 @@ from dattri_core.activations import activation_bytes
 from dattri_core.batch import move
 from dattri_core.capabilities import Outlook, is_additive
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import SpecError
+from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.outlook import outlook_before_fit, outlook_of
-from dattri_core.plans import Costs
+from dattri_core.plans import MAXIMUM_BATCH, Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
 from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source
@@ -31,13 +31,15 @@ from dattri_core.stages import (
     needs_data,
     space_after,
 )
-from dattri_core.stored import Formed, Keeping, Stored, keep_rows
+from dattri_core.stored import Formed, Keeping, Stored, hold, keep_rows, positions
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
 OF_ROWS = frozenset({"rows", "reference-rows"})
 """What a stage may ask of rows that have passed projectors; for the rest it gets the model."""
+HELD_SHARE = 4
+"""One part in so many of a fit's memory holds sketched train rows, where all of them fit."""
 FLAT = ("inner products   of flat rows",)
 
 
@@ -52,6 +54,7 @@ class Outline:
         work: Multiply-adds that a train row takes at the source; 0 where it is read from a store.
         mixed: Whether the source mixes the blocks of the parameters into others.
         said: What is to be told of the store.
+        held: Bytes of projected train rows in memory.
     """
 
     steps: tuple[LinearMap | Outlook, ...]
@@ -60,6 +63,7 @@ class Outline:
     work: int
     mixed: bool = False
     said: tuple[str, ...] = ()
+    held: int = 0
 
     def costs(self, *, variants: bool = False, measured: bool = False) -> Costs:
         """Return the costs of one example.
@@ -144,6 +148,7 @@ def fit_checkpoint(
     given: BoundSource = bound
     data, rows = examples, raw
     said: tuple[str, ...] = ()
+    held = 0
     if front:
         given = projected = Projected(bound, front)
         rows = collect(given, sample, torch.arange(SAMPLE), "train", task.device)
@@ -156,6 +161,15 @@ def fit_checkpoint(
             )
             work = 0 if isinstance(given, Stored) else work
             check_stages(stages[len(front) - 1 :], given.space)
+        else:
+            held = _held(stages[len(front) :], rows, len(examples), memory)
+        if held:
+            work = 0
+            said = (f"train rows        {format_bytes(held)} after the sketch, computed once",)
+            if not plan_only:
+                size = max(1, min(MAXIMUM_BATCH, memory // 8 // (activations + _whole(rows))))
+                given = Stored(projected, hold(projected, examples, size, task.device))
+                data = positions(examples)
     chain = Chain(given, absorbed=len(front) - (keeping is not None))
     per_example = activations + (
         _largest(rows, formed=False)
@@ -196,7 +210,7 @@ def fit_checkpoint(
         chain = attrs.evolve(chain, steps=(*chain.steps, step))
     dtype = torch.promote_types(rows.dtype, torch.float32)
     mixed = any(not step.blockwise for step in front)
-    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said)
+    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said, held)
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data)
 
 
@@ -245,6 +259,17 @@ def _front(
     if stored:
         return (*front, Formed(space))
     return tuple(front[:taken])
+
+
+def _held(stages: Sequence[Stage], rows: Rows, count: int, memory: int) -> int:
+    """Return the bytes of train rows that are kept in memory once a stage was fitted on them.
+
+    0: no stage is; or they are as large as gradients, or still have factors.
+    """
+    fitted = any(stage_needs(stage) and stage_needs(stage) <= OF_ROWS for stage in stages)
+    size = count * rows.space.dim * max(4, rows.dtype.itemsize)
+    fits = size <= memory // HELD_SHARE and all(spec.kind == "dense" for spec in rows.space)
+    return size if fitted and fits else 0
 
 
 def stage_needs(stage: Stage) -> frozenset[str]:

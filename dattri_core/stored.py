@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -78,19 +78,40 @@ def _dense(spec: BlockSpec) -> BlockSpec:
     return attrs.evolve(spec, kind="dense")
 
 
+class KeptRows(Protocol):
+    """Projected train rows that are computed already."""
+
+    def read(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return values ``[B, k]`` and auxiliary numbers, each ``[B]``, of rows at positions."""
+        ...
+
+
+@frozen(eq=False)
+class HeldRows:
+    """Projected train rows in memory: values ``[n, k]`` and auxiliary numbers, each ``[n]``."""
+
+    values: Tensor
+    aux: Mapping[str, Tensor]
+
+    def read(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the rows at positions ``[B]``."""
+        index = index.to(self.values.device)
+        return self.values[index], {name: numbers[index] for name, numbers in self.aux.items()}
+
+
 @define(eq=False)
 class Stored:
-    """A source at one checkpoint whose train examples are positions in a store.
+    """A source at one checkpoint whose train examples are positions of rows that are kept.
 
     Test rows are computed as ever; of train rows none is.
 
     Args:
-        projected: Computes test rows, and train rows to be stored.
-        rows: On disk.
+        projected: Computes test rows, and train rows to be kept.
+        rows: On disk or in memory.
     """
 
     projected: Projected
-    rows: StoredCheckpoint
+    rows: KeptRows
 
     @property
     def space(self) -> Space:
@@ -204,6 +225,25 @@ def build(
                     aux.setdefault(name, []).append(numbers.to("cpu"))
                 advance(len(made))
         rows.write(start, torch.cat(parts), {name: torch.cat(held) for name, held in aux.items()})
+
+
+def hold(projected: Projected, examples: Examples, batch: int, device: torch.device) -> HeldRows:
+    """Compute all train rows and keep them where they are computed."""
+    values: Tensor | None = None
+    aux: dict[str, Tensor] = {}
+    for index, part in examples.batches(batch):
+        for rows in halved(
+            lambda i, b: collect(projected, b, i, "train", device), index, part, "train rows"
+        ):
+            flat = rows.flat()
+            if values is None:
+                values = flat.new_empty(len(examples), flat.shape[1])
+            place = slice(int(rows.index[0]), int(rows.index[-1]) + 1)
+            values[place] = flat
+            for name, numbers in rows.aux.items():
+                aux.setdefault(name, numbers.new_empty(len(examples)))[place] = numbers
+    assert values is not None
+    return HeldRows(values, aux)
 
 
 def require_same_rows(rows: StoredCheckpoint, some: Rows) -> None:

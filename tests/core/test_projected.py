@@ -10,8 +10,20 @@ from oracles.toy_tasks import examples, flat_gradients, mlp, states
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import AdditiveMap, DenseBlock, Method, RandomStream, Rows, SpecError, Task
+from dattri_core import (
+    AdditiveMap,
+    DenseBlock,
+    MemoryBudgetError,
+    Method,
+    RandomStream,
+    Rows,
+    SpecError,
+    Task,
+    snapshot,
+)
 from dattri_core.checkpoint import Checkpoint
+from dattri_core.evaluate import Evaluator
+from dattri_core.plans import Costs, Route, Work, make_plan
 from dattri_core.projected import Projected, pass_blocks
 
 TRAIN, TEST = examples(11), examples(4, seed=300)
@@ -247,3 +259,61 @@ def test_a_sketch_of_each_block_is_planned_block_by_block():
         sizes.append(plan.bytes["train batch"] // plan.train_batch)
     activations = 10 * 64 * 8 * 4
     assert sizes[1] - sizes[0] < activations + 10 * 8 * 8
+
+
+# --- rows that are computed once ------------------------------------------------------------------
+@pytest.fixture
+def passes(monkeypatch):
+    """Count the train examples, without the first three, that are differentiated."""
+    seen = []
+    original = Evaluator.total_of
+
+    def total_of(self, model, batch, role, *rest):
+        seen.append(int((batch[0].detach()[:, None] == TRAIN[0][None, 3:]).all(-1).sum()))
+        return original(self, model, batch, role, *rest)
+
+    monkeypatch.setattr(Evaluator, "total_of", total_of)
+    return seen
+
+
+def test_sketched_rows_that_fit_are_computed_once_for_the_fit_and_the_scores(passes):
+    method = Method(projector=SKETCHES["gaussian"], inverse_hessian=GAUSS_NEWTON)
+    fitted = method.fit(Task(mlp(), checkpoints=states(1)), TRAIN)
+    first = fitted.attribute(TEST)
+    assert sum(passes) == len(TRAIN[1]) - 3
+    fitted.attribute(examples(4, seed=400))
+    fitted.with_(damping=1.0).attribute(TEST)
+    fitted.self_influence()
+    assert sum(passes) == len(TRAIN[1]) - 3
+    assert first.values.abs().max() > 0
+
+
+def test_rows_that_do_not_fit_are_computed_again_and_give_the_same_scores(passes, monkeypatch):
+    method = Method(projector=SKETCHES["gaussian"], inverse_hessian=GAUSS_NEWTON)
+    task = Task(mlp(), checkpoints=states(2))
+    want = method.attribute(task, TRAIN, TEST)
+    passes.clear()
+    monkeypatch.setattr(snapshot, "HELD_SHARE", 2**40)
+    got = method.attribute(task, TRAIN, TEST)
+    assert sum(passes) == 2 * 2 * (len(TRAIN[1]) - 3)
+    torch.testing.assert_close(got.values, want.values, rtol=1e-10, atol=1e-12)
+
+
+def test_a_plan_tells_of_rows_that_are_kept_and_counts_their_bytes():
+    method = Method(projector=SKETCHES["gaussian"], inverse_hessian=GAUSS_NEWTON)
+    plan = method.attribute(Task(mlp()), TRAIN, TEST, dry_run=True)
+    assert f"{11 * 7 * 8} B after the sketch, computed once" in str(plan)
+    work = Work(n_train=11, n_test=4)
+    route = Route(deferred=False, cut=0, train_row=8, test_row=8, kept=8)
+    costs = Costs(8, 8, (route,))
+    least = next(b for b in range(1, 10**6) if _fits(b, costs, work))
+    assert _fits(least + 4096, costs, attrs.evolve(work, held=4096))
+    assert not _fits(least + 4095, costs, attrs.evolve(work, held=4096))
+
+
+def _fits(budget, costs, work):
+    try:
+        make_plan(budget, costs, work)
+    except MemoryBudgetError:
+        return False
+    return True
