@@ -430,6 +430,7 @@ class FittedMethod:
             readings=readings,
             summed=len(test) if request.group else 0,
             held=fitted.outline.held,
+            column=self.method.scorer.locality == "column",
         )
         plan = make_plan(
             self.budget,
