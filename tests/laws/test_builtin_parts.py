@@ -14,6 +14,7 @@ BUILT_IN = (
     "dattri_tracin",
     "dattri_grass",
     "dattri_trak",
+    "dattri_rps",
     "dattri_baselines",
 )
 CASES = [
@@ -49,6 +50,7 @@ def test_built_in(kind, name):
 @pytest.mark.parametrize(
     ("kind", "name", "changes"),
     [
+        ("source", "last-layer", {"target": 0, "l2": 0.1}),
         ("solver", "arnoldi", {"reduced": True}),
         ("solver", "arnoldi", {"complement": "keep"}),
         ("solver", "lissa", {"batch": None}),
