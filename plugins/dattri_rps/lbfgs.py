@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from attrs import frozen
+import torch
+from attrs import field, frozen
 from torch import Tensor
 
 Function = Callable[[Tensor], tuple[float, Tensor]]
@@ -61,39 +62,52 @@ def minimise(
         history: Pairs of steps and changes of the gradient that are kept.
     """
     point, (value, gradient) = start, function(start)
-    pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=history)
+    scaled = precondition(gradient)
+    pairs: deque[_Pair] = deque(maxlen=history)
     for done in range(iterations):
         if small(point, gradient):
             return Minimum(point, gradient, done, converged=True)
-        direction = -_quasi_newton(gradient, pairs, precondition)
+        direction = -_quasi_newton(gradient, scaled, pairs)
         found = _search(function, point, value, direction, _dot(gradient, direction))
         if found is None:  # no step is told from rounding
             return Minimum(point, gradient, done, converged=False)
         step, value, after = found
-        moved, change = step * direction, after - gradient
-        curved = _dot(moved, change)
-        if curved > 0:
-            pairs.append((moved, change, curved))
-        point, gradient = point + moved, after
+        before, scaled = scaled, precondition(after)
+        pair = _Pair(step * direction, after - gradient, scaled - before)
+        if pair.curved > 0:
+            pairs.append(pair)
+        point, gradient = point + pair.moved, after
     return Minimum(point, gradient, iterations, small(point, gradient))
 
 
-def _quasi_newton(
-    gradient: Tensor,
-    pairs: deque[tuple[Tensor, Tensor, float]],
-    precondition: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return the two-loop product of the inverse Hessian's estimate with the gradient."""
-    left, weights = gradient, []
-    for moved, change, curved in reversed(pairs):
-        weights.append(_dot(moved, left) / curved)
-        left = left - weights[-1] * change
-    made = precondition(left)
+@frozen(eq=False)
+class _Pair:
+    """A step s, the change y of the gradient on it, and M y, M the preconditioner."""
+
+    moved: Tensor
+    change: Tensor
+    scaled: Tensor
+    curved: float = field(init=False)
+
+    @curved.default
+    def _curved(self) -> float:
+        return _dot(self.moved, self.change)
+
+
+def _quasi_newton(gradient: Tensor, scaled: Tensor, pairs: deque[_Pair]) -> Tensor:
+    """Return the two-loop product of the inverse Hessian's estimate with the gradient.
+
+    M is linear, so M of what the first loop leaves is a combination of M g and each M y.
+    """
+    left, made, weights = gradient, scaled, []
+    for pair in reversed(pairs):
+        weights.append(_dot(pair.moved, left) / pair.curved)
+        left = left - weights[-1] * pair.change
+        made = made - weights[-1] * pair.scaled
     if pairs:
-        _, change, curved = pairs[-1]
-        made = made * (curved / _dot(change, precondition(change)))
-    for (moved, change, curved), weight in zip(pairs, reversed(weights), strict=True):
-        made = made + (weight - _dot(change, made) / curved) * moved
+        made = made * (pairs[-1].curved / _dot(pairs[-1].change, pairs[-1].scaled))
+    for pair, weight in zip(pairs, reversed(weights), strict=True):
+        made = made + (weight - _dot(pair.change, made) / pair.curved) * pair.moved
     return made
 
 
@@ -121,4 +135,4 @@ def _search(
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum())
+    return float(torch.dot(one.flatten(), other.flatten()))

@@ -71,7 +71,7 @@ class LastLayer:
 
     target: int | Literal["label"] = field(default="label")
     l2: float = field(default=3e-3, validator=validators.gt(0))
-    gradient_norm: float = field(default=1e-10, validator=validators.gt(0))
+    gradient_norm: float = field(default=1e-8, validator=validators.gt(0))
     iterations: int = field(default=1000, validator=validators.ge(1))
     provides: ClassVar[frozenset[str]] = frozenset({"scale"})
 
