@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.checkpoint import Checkpoint as Checkpoint
+    from dattri_core.contract import limit_now as limit_now
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
     from dattri_core.errors import InputError as InputError
@@ -213,6 +214,7 @@ _EXPORTS = {
     "functional": "losses",
     "hookimpl": "hookspecs",
     "labels_of": "losses",
+    "limit_now": "contract",
     "leaves": "evaluate",
     "logit": "losses",
     "low_rank": "blocks",

@@ -429,6 +429,7 @@ class FittedMethod:
             variants=variants,
             readings=readings,
             summed=len(test) if request.group else 0,
+            column=self.method.scorer.locality == "column",
         )
         plan = make_plan(
             self.budget,

@@ -18,6 +18,8 @@ SCORE_BYTES = 8
 """Of one number of a tile, at most."""
 PAIR_NUMBERS = 3
 """Numbers of a pair alive beside its totals: a block's part, its slices, the result."""
+COLUMN_NUMBERS = 5
+"""More numbers of a pair where whole columns are kept: joined, their scores, what sorting takes."""
 SLAB_SHARE = 8
 """One part in so many of the budget holds the queries of one block while they are expanded."""
 DEFERRED_SHARE = 0.6
@@ -156,6 +158,7 @@ class Work:
         variants: Test sides that differ, such as the dampings of a sweep.
         readings: Totals that are kept for every pair of rows.
         summed: Test examples behind one column, where it is the sum of their rows.
+        column: Whether the scorer sees all train rows at once, so that totals wait for the last.
     """
 
     n_train: int
@@ -165,6 +168,7 @@ class Work:
     variants: int = 1
     readings: int = 1
     summed: int = 0
+    column: bool = False
 
 
 def make_plan(
@@ -223,7 +227,7 @@ class _Needs:
         return _Needs(
             train=max(1, costs.activations + route.train_row),
             test=max(1, costs.activations + route.test_row),
-            query=max(1, held + route.making + _pair(work)),
+            query=max(1, held + route.making + _pair(work) + _column(work)),
             slabs=2 if route.deferred else 1 if route.expanded else 0,
             slab=max(1, route.expanded),
         )
@@ -284,6 +288,7 @@ def _sized(
             bytes={
                 "queries": group * _held(route, work),
                 "query work": group * route.making + needs.slabs * slab,
+                "columns": group * _column(work),
                 "train batch": train * needs.train,
                 "scores": work.result_bytes,
             },
@@ -294,6 +299,13 @@ def _sized(
 
 def _pair(work: Work) -> int:
     return SCORE_BYTES * (work.readings + PAIR_NUMBERS)
+
+
+def _column(work: Work) -> int:
+    """Return the bytes of one column of totals, where it is kept until every train row has come."""
+    if not work.column:
+        return 0
+    return work.n_train * SCORE_BYTES * (2 * work.readings + COLUMN_NUMBERS)
 
 
 def _held(route: Route, work: Work) -> int:

@@ -38,6 +38,12 @@ class Request:
 
     def check(self, task: Task, out: str | Path | None) -> None:
         """Raise `SpecError` for what cannot be answered, before any work."""
+        if self.group and self.methods[0].scorer.locality == "column":
+            raise SpecError(
+                "attribute: group=True adds up the rows of the test set, and what the scorer "
+                f"{type(self.methods[0].scorer).__name__} makes of a whole column is no sum over "
+                "them; take the mean of the scores instead: scores.values.mean(1)"
+            )
         if self.by is None:
             return
         if self.by not in NAMES:

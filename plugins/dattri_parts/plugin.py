@@ -37,6 +37,12 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "source",
+        "representation",
+        "dattri_parts.sources.representation:Representation",
+        "Features of examples: of any module, the input, or a function; with labels",
+    )
+    registry.part(
+        "source",
         "dropout-ensemble",
         "dattri_parts.sources.dropout_ensemble:DropoutEnsemble",
         "Another source under fixed dropout masks: several thinned networks of each checkpoint",

@@ -1,0 +1,1 @@
+"""KNN-Shapley: exact values of train examples for nearest-neighbour predictors."""
