@@ -12,6 +12,8 @@ from dattri_core import Side, limit_now
 
 WORK = 64
 """Bytes for each train row and column while a column is sorted and its game is solved."""
+PIECE = 2**19
+"""Pairs that are sorted at once where memory allows more: as many as caches hold."""
 PLACE = 0xFFFFFFFF
 """The bits of a key that hold the place of a train row."""
 
@@ -68,7 +70,7 @@ def guess(train: Side) -> float:
 def column_parts(distances: Tensor) -> list[slice]:
     """Return ranges of columns of which each keeps within the memory for intermediates."""
     rows, columns = distances.shape
-    step = max(1, limit_now() // (WORK * max(1, rows)))
+    step = max(1, min(PIECE, limit_now() // WORK) // max(1, rows))
     return [slice(start, start + step) for start in range(0, columns, step)]
 
 

@@ -57,12 +57,18 @@ works = st.builds(
     variants=st.integers(1, 3),
     readings=st.integers(1, 5),
     summed=st.sampled_from([0, 0, 100]),
+    column=st.booleans(),
 )
 
 
 def pair(work):
     """Return the bytes of one pair of rows: a total for each reading, and three numbers beside."""
     return 8 * (work.readings + 3)
+
+
+def column(work):
+    """Return the bytes of a column of totals that waits for all train rows; tiles keep none."""
+    return 8 * (2 * work.readings + 5) * work.n_train if work.column else 0
 
 
 def held(route, work):
@@ -83,6 +89,7 @@ def least(costs, work):
         + held(route, work)
         + route.making
         + pair(work)
+        + column(work)
         + slabs(route) * max(1, route.expanded)
         for route in costs.routes
     )
@@ -91,7 +98,7 @@ def least(costs, work):
 def needed(plan, costs, work):
     """Return the bytes alive at the worst moment of a run."""
     route = plan.route
-    queries = plan.query_group * (held(route, work) + route.making)
+    queries = plan.query_group * (held(route, work) + route.making + column(work))
     train = costs.activations + route.train_row + pair(work) * plan.query_group
     test = costs.activations + route.test_row
     batch = max(plan.train_batch * train, plan.test_batch * test)
@@ -210,6 +217,18 @@ def test_queries_wait_on_the_host_where_the_device_is_small_and_the_host_is_not(
     assert plan.groups == 1
     assert str(plan.route) == "resident, kept on the host"
     assert not make_plan(GIB, one, work, host=GIB).route.offloaded
+
+
+def test_whole_columns_wait_for_the_last_train_row_and_count():
+    """64 MiB hold 300 queries of 100 KiB, and of 100,000 totals each no more than five."""
+    costs = attrs.evolve(COSTS, routes=(PLAIN,))
+    tiles = make_plan(64 * MIB, costs, Work(n_train=100_000, n_test=300))
+    whole = make_plan(64 * MIB, costs, Work(n_train=100_000, n_test=300, column=True))
+    assert (tiles.groups, whole.query_group) == (1, 5)
+    assert whole.bytes["columns"] == 5 * 100_000 * 8 * 7
+    assert tiles.bytes["columns"] == 0
+    assert "columns           26.7 MiB" in str(whole)
+    assert make_plan(GIB, costs, Work(n_train=100_000, n_test=300, column=True)).groups < 30
 
 
 def test_variants_of_resident_queries_are_held_each_and_of_deferred_ones_once():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import games
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from dattri_knn.soft_label import SoftLabelKNNShapley
 from dattri_knn.threshold import ThresholdKNNShapley
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import knn_games as games
 
 from dattri_core import DenseBlock, Side
 
