@@ -93,9 +93,9 @@ def test_methods_that_draw_no_labels_ignore_the_order_of_the_train_set_too(name,
 def test_a_plugin_is_checked_whole():
     reports = check_plugin("dattri_rps")
     assert [(r.kind, r.name) for r in reports] == [
-        ("source", "last-layer"),
-        ("scorer", "representer"),
         ("method", "rps-l2"),
+        ("scorer", "representer"),
+        ("source", "last-layer"),
     ]
     assert all(r.ok for r in reports)
     with pytest.raises(dattri.SpecError, match="did you mean 'dattri_tracin'"):
