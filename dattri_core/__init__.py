@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import AdditiveMap as AdditiveMap
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
+    from dattri_core.capabilities import DataSource as DataSource
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
+    from dattri_core.capabilities import ReportingSource as ReportingSource
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
@@ -129,6 +131,7 @@ _EXPORTS = {
     "CurvatureKind": "protocols",
     "Damping": "protocols",
     "DataProjector": "capabilities",
+    "DataSource": "capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
@@ -168,6 +171,7 @@ _EXPORTS = {
     "ReducingSolver": "capabilities",
     "ReferencedProblem": "capabilities",
     "Registry": "registry",
+    "ReportingSource": "capabilities",
     "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Rows": "rows",

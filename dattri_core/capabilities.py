@@ -58,6 +58,32 @@ class EnsembleSource(Source, Protocol):
 
 
 @runtime_checkable
+class DataSource(Source, Protocol):
+    """A source that is fitted on the train set before it gives rows, such as a refitted layer.
+
+    The engine calls `fit` in place of `bind`, which raises a `SpecError`: a source around another
+    one has a few examples only, and rows fitted to those would be other rows.
+    """
+
+    def fit(self, task: Any, checkpoint: Any, examples: Any, memory: int) -> BoundSource:
+        """Fix the source to one checkpoint and the whole train set.
+
+        For a plan ``examples`` are a few of the train set: the space is the same.
+        """
+        ...
+
+
+@runtime_checkable
+class ReportingSource(BoundSource, Protocol):
+    """A source at one checkpoint that has something to report, in ``provenance["source"]``."""
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """Return what its fit reached: iterations, the norm of a gradient..."""
+        ...
+
+
+@runtime_checkable
 class DataProjector(Projector, Protocol):
     """A sketch that may have to be fitted on the train set."""
 

@@ -55,6 +55,7 @@ class Runner:
     fit: Callable[[Checkpoint], Fitted]
     progress: bool | None
     _reports: list[tuple[int, dict[str, Any]]] = field(factory=list)
+    _sources: dict[str, dict[str, Any]] = field(factory=dict)
 
     def announced(self, work: Callable[[], T], provenance_of: Callable[[T], Any]) -> T:
         """Return what the work gives; listeners hear of its beginning and its end."""
@@ -165,7 +166,10 @@ class Runner:
                 fold_tiles(self.run, self.fit, tiles, advance, self._report, span, whole)
 
     def _report(self, fitted: Fitted, branches: Sequence[Branch], group: int) -> None:
-        place = {"checkpoint": fitted.checkpoint.name, "group": group}
+        name = fitted.checkpoint.name
+        place = {"checkpoint": name, "group": group}
+        if fitted.reported:
+            self._sources[name] = {"checkpoint": name, **fitted.reported}
         for branch in branches:
             for variant, reports in branch.stats.items():
                 self._reports += [(variant, {**place, **stats}) for stats in reports]
@@ -174,7 +178,8 @@ class Runner:
         """Return the provenance of one reading."""
         variant = at if len(self.run.dampings) > 1 else 0
         said = [stats for of, stats in self._reports if of == variant]
-        return {**self.provenance, **self.request.facts(at, name), "solver": said}
+        facts = {**self.provenance, **self.request.facts(at, name), "solver": said}
+        return {**facts, "source": list(self._sources.values())} if self._sources else facts
 
 
 def require_streams(run: Run, stages: Sequence[Stage]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
@@ -10,7 +10,7 @@ from attrs import frozen
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import move
-from dattri_core.capabilities import Outlook, is_additive
+from dattri_core.capabilities import DataSource, Outlook, ReportingSource, is_additive
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
@@ -104,6 +104,7 @@ class Fitted:
     weights: str | None  # fingerprint of the weights at the time of the fit
     dtype: torch.dtype  # of scores
     train: Examples  # what the source takes for train examples: themselves, or their positions
+    reported: Mapping[str, float]  # by the source
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +136,11 @@ def fit_checkpoint(
     those of the task.
     """
     sample = move(examples.sample(SAMPLE), task.device)
-    bound = source.bind(task, checkpoint, sample)
+    few = Examples("train", SAMPLE, "tensors", sample)
+    if isinstance(source, DataSource):
+        bound = source.fit(task, checkpoint, few if plan_only else examples, memory)
+    else:
+        bound = source.bind(task, checkpoint, sample)
     check_stages(stages, bound.space, bound)
     if test is not None:
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
@@ -189,7 +194,6 @@ def fit_checkpoint(
             problem = TrainProblem(given, data, chain.maps, batch, stream, memory, advance)
         if plan_only and isinstance(stage, Projector):
             # A plan only asks what comes out of a projector: a few examples tell.
-            few = Examples("train", SAMPLE, "tensors", sample)
             maps = (*front, *chain.maps)
             problem = TrainProblem(bound, few, maps, batch, stream, memory, advance)
         if reference is not None:
@@ -211,7 +215,8 @@ def fit_checkpoint(
     dtype = torch.promote_types(rows.dtype, torch.float32)
     mixed = any(not step.blockwise for step in front)
     outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said, held)
-    return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data)
+    reported = dict(bound.stats) if isinstance(bound, ReportingSource) else {}
+    return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
 
 
 def _streams(stages: Sequence[Stage], seed: int, position: int) -> list[RandomStream]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, join, take
 from dattri_core.blocks import Block
-from dattri_core.capabilities import EnsembleSource, OutputSource
+from dattri_core.capabilities import DataSource, EnsembleSource, OutputSource
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.evaluate import Evaluator
 from dattri_core.laws.law import (
+    LawBroken,
     NotApplicable,
     law,
     require,
@@ -25,15 +26,17 @@ from dattri_core.laws.law import (
     require_identical,
 )
 from dattri_core.laws.oracles import row_matrix, singles
-from dattri_core.laws.worlds import World, cast, first_logit, scaled, worlds
+from dattri_core.laws.worlds import N_TRAIN, World, cast, first_logit, scaled, worlds
 from dattri_core.losses import Target, labels_of
 from dattri_core.members import expand_checkpoints
 from dattri_core.problem import collect
 from dattri_core.protocols import BoundSource, Role, Source
 from dattri_core.rows import Rows
+from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 CPU = torch.device("cpu")
+MEMORY = 2**28
 Direction = Callable[[Tensor], Tensor]
 
 
@@ -51,8 +54,10 @@ class SourceBench:
         checkpoint: Checkpoint | None = None,
     ) -> BoundSource:
         """Return the source bound to a checkpoint of a task, by default its last."""
-        sample = take(cast(world.train, dtype), slice(0, 3))
-        return self.part.bind(task, checkpoint or task.checkpoints[-1], sample)
+        train, place = cast(world.train, dtype), checkpoint or task.checkpoints[-1]
+        if isinstance(self.part, DataSource):
+            return self.part.fit(task, place, Examples.of(train, "train"), MEMORY)
+        return self.part.bind(task, place, take(train, slice(0, 3)))
 
     def places(self) -> Iterator[tuple[World, Task, BoundSource]]:
         """Yield the worlds that the source can be bound to; a `SpecError` leaves one out."""
@@ -325,6 +330,33 @@ def members_are_networks_of_their_own(bench: SourceBench) -> None:
         require(not alike, f"all members give the same rows in {world.name}")
         again = flat_of(bench.bind(world.task(), world, checkpoint=members[-1]), world.train)
         require_identical(again, rows[-1], f"rows of a member in {world.name}")
+
+
+@law("source")
+def a_fit_is_of_the_whole_train_set(bench: SourceBench) -> None:
+    """Fitted rows depend on all train examples and not on their order; bind is a SpecError."""
+    if not isinstance(bench.part, DataSource):
+        raise NotApplicable("it is not fitted on the train set")
+    order = torch.tensor([3, 8, 1, 0, 6, 2, 7, 5, 4])
+    for world, task, bound in bench.places():
+        want = flat_of(bound, world.test)
+
+        def fitted(index: Any, world: World = world, task: Task = task) -> Tensor:
+            some = Examples.of(take(world.train, index), "train")
+            return flat_of(bench.part.fit(task, task.checkpoints[-1], some, MEMORY), world.test)  # type: ignore[attr-defined]
+
+        require_close(fitted(order), want, f"rows fitted in another order in {world.name}", 1e-6)
+        for left_out in (0, N_TRAIN - 1):
+            less = fitted(order[order != left_out])
+            require(
+                bool((less - want).abs().max() > 1e-6 * want.abs().max()),
+                f"rows in {world.name} do not depend on train example {left_out}",
+            )
+        try:
+            bench.part.bind(task, task.checkpoints[-1], take(world.train, slice(0, 3)))
+        except SpecError:
+            continue
+        raise LawBroken(f"bind in {world.name} gave rows that are not fitted on the train set")
 
 
 @law("source")

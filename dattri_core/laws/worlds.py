@@ -191,6 +191,30 @@ def language() -> World:
     )
 
 
+class _Classifier(nn.Module):
+    """Classifies a sequence by the mean of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.embedding(tokens).mean(1))
+        return answer
+
+
+def sentences() -> World:
+    """Return a small classifier of sequences of token ids, for methods that read tokens alone."""
+    return World(
+        "sentences",
+        lambda: seeded(_Classifier),
+        cross_entropy,
+        (integers(7, N_TRAIN, 5, seed=41), integers(3, N_TRAIN, seed=42)),
+        (integers(7, N_TEST, 5, seed=43), integers(3, N_TEST, seed=44)),
+    )
+
+
 def worlds() -> tuple[World, ...]:
     """Return every toy world."""
     return (regression(), logistic(), network(), language())

@@ -241,6 +241,12 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "scorer",
+        "negative-distance",
+        "dattri_parts.scorers.negative_distance:NegativeDistance",
+        "Minus the L2 distance of rows, for features",
+    )
+    registry.part(
+        "scorer",
         "relatif",
         "dattri_parts.scorers.relatif:RelatIF",
         "Influence relative to the step that a train example takes by itself",

@@ -133,6 +133,7 @@ def run(job: Job) -> dict[str, Any]:
     values = scores.values
     found["finite"] = bool(torch.isfinite(values).all())
     found["solver"] = scores.provenance["solver"]
+    found["source"] = scores.provenance.get("source", [])
     plan = method.attribute(task, world.train, test, memory=job.memory, dry_run=True)
     notes = [note for note in plan.notes if not note.startswith("inner of ")]
     groups = f"{plan.groups} query group{'s' * (plan.groups > 1)} of {plan.query_group}"

@@ -14,6 +14,7 @@ BUILT_IN = (
     "dattri_tracin",
     "dattri_grass",
     "dattri_trak",
+    "dattri_rps",
     "dattri_baselines",
 )
 CASES = [
@@ -30,6 +31,8 @@ def test_the_built_ins_are_found():
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_built_in(kind, name):
+    if name == "bm25":
+        pytest.importorskip("bm25s")
     part = name
     make = default_registry().make
     if (kind, name) == ("inverse_hessian", "composed"):  # made of parts that it has no default for
@@ -49,6 +52,7 @@ def test_built_in(kind, name):
 @pytest.mark.parametrize(
     ("kind", "name", "changes"),
     [
+        ("source", "last-layer", {"target": 0, "l2": 0.1}),
         ("solver", "arnoldi", {"reduced": True}),
         ("solver", "arnoldi", {"complement": "keep"}),
         ("solver", "lissa", {"batch": None}),
@@ -87,8 +91,12 @@ def test_methods_that_draw_no_labels_ignore_the_order_of_the_train_set_too(name,
 
 
 def test_a_plugin_is_checked_whole():
-    reports = check_plugin("dattri_baselines")
-    assert [(r.kind, r.name) for r in reports] == [("attributor", "random"), ("method", "random")]
+    reports = check_plugin("dattri_rps")
+    assert [(r.kind, r.name) for r in reports] == [
+        ("method", "rps-l2"),
+        ("scorer", "representer"),
+        ("source", "last-layer"),
+    ]
     assert all(r.ok for r in reports)
     with pytest.raises(dattri.SpecError, match="did you mean 'dattri_tracin'"):
         check_plugin("dattri_trac")

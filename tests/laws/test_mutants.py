@@ -14,6 +14,7 @@ from toy_row_parts import (
 )
 from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
+    ToyDataSource,
     ToyEnsemble,
     ToyFisher,
     ToyGGN,
@@ -47,7 +48,7 @@ def registry():
 
 
 GOOD = {
-    "source": [ToySource(), ToyMargin(), ToyEnsemble()],
+    "source": [ToySource(), ToyMargin(), ToyEnsemble(), ToyDataSource()],
     "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
@@ -96,6 +97,7 @@ BROKEN = {
         "pull-is-of-single-rows": ToySource("pull place"),
         "rows-are-at-the-checkpoint": ToySource("live"),
         "members-are-networks-of-their-own": ToyEnsemble("same"),
+        "a-fit-is-of-the-whole-train-set": ToyDataSource("first"),
         "float32-rows-are-close": ToySource("coarse"),
         "model-is-untouched": ToySource("eval"),
     },
@@ -257,6 +259,11 @@ def test_a_mutant_breaks_its_law_alone(kind, law):
 def test_rows_are_held_to_be_the_same_each_time_and_of_every_block(part):
     report = check("curvature", part, registry=registry())
     assert {finding.law for finding in report.failures} == {"rows-are-of-the-operator"}
+
+
+def test_a_source_that_is_fitted_refuses_to_be_bound_to_a_sample():
+    report = check("source", ToyDataSource("binds"), registry=registry())
+    assert {f.law for f in report.failures} == {"a-fit-is-of-the-whole-train-set"}, str(report)
 
 
 def test_the_halves_of_a_reduced_inverse_are_held_to_make_the_whole():

@@ -8,12 +8,14 @@ from toy_solver_parts import ToyInverse, ToyRoot, ToySpectralInverse, block_diag
 
 from dattri_core import (
     Damping,
+    DenseBlock,
     Evaluator,
     Rows,
     Space,
+    SpecError,
     leaves,
 )
-from dattri_core.batch import batch_size, take
+from dattri_core.batch import batch_size, take, tensors_of
 from dattri_core.testing import ToyOperator, place, plain_space
 
 
@@ -46,6 +48,41 @@ class ToyEnsemble:
         factor = 2 if self.fault == "same" else 1 + checkpoint.member
         hooks = {"": lambda model, args, output: factor * output}
         return ToySource().bind(task, evolve(checkpoint, hooks=hooks), sample)
+
+
+@frozen
+class ToyDataSource:
+    """Gradients times the mean number of an example of the train set."""
+
+    fault: str = ""
+    provides = ToySource.provides
+
+    def bind(self, task, checkpoint, sample):
+        if self.fault == "binds":
+            return ToySource().bind(task, checkpoint, sample)
+        raise SpecError("toy: it is fitted on the train set")
+
+    def fit(self, task, checkpoint, examples, memory):
+        bound = ToySource().bind(task, checkpoint, examples.sample(3))
+        count = 1 if self.fault == "first" else len(examples)
+        batch = examples.take(torch.arange(count))
+        tensors = [t.double().abs() for t in tensors_of(batch)]
+        factor = torch.stack([t.flatten(1).sum(1) if t.dim() > 1 else t for t in tensors]).mean()
+        blocks = tuple(evolve(block, parameters=()) for block in bound.space)
+        return BoundToyDataSource(bound, Space(blocks), float(factor))
+
+
+@frozen(eq=False)
+class BoundToyDataSource:
+    bound: object
+    space: Space
+    factor: float
+
+    def stream(self, batch, role, sink):
+        def times(name, block):
+            sink(name, DenseBlock(self.factor * block.dense().values))
+
+        return self.bound.stream(batch, role, times)
 
 
 @frozen(eq=False)

@@ -1,0 +1,1 @@
+"""Representer point selection: a last layer as a sum over the train set."""
