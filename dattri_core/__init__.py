@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dattri_core.assemble import describe_part as describe_part
     from dattri_core.atomic import atomic_file as atomic_file
+    from dattri_core.atomic import discard_leftovers as discard_leftovers
     from dattri_core.atomic import write_text as write_text
     from dattri_core.batch import batch_size as batch_size
     from dattri_core.batch import map_tensors as map_tensors
@@ -210,6 +211,7 @@ _EXPORTS = {
     "cross_entropy": "losses",
     "default_registry": "registry",
     "describe_part": "assemble",
+    "discard_leftovers": "atomic",
     "explain_inner": "blocks",
     "factor_entries": "moments",
     "factor_sums": "moments",

@@ -13,7 +13,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from dattri_core import InputError
+from dattri_core import InputError, discard_leftovers
 from dattri_unroll.run_folder import (
     StepFacts,
     read_weights,
@@ -96,6 +96,8 @@ class Recorder:
         steps = recorded_steps(self.folder) if self.folder.exists() else []
         self._run = steps[0].run if steps else secrets.token_hex(8)
         self._found = len(steps)
+        for position in (len(steps), len(steps) - 1):  # one of them was being written at a kill
+            discard_leftovers(step_file(self.folder, position))
         if steps:
             self.position = self._resume(steps)
         self._hook = self.optimizer.register_step_post_hook(self._count)

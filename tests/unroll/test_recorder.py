@@ -1,7 +1,11 @@
 """The recorder: what it writes, what it refuses, and how a run that was stopped goes on."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +313,22 @@ def test_a_training_without_a_step_is_refused_and_the_optimiser_is_let_go(tmp_pa
     ):
         pass
     assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+def test_a_run_that_is_killed_at_any_moment_goes_on(tmp_path):
+    here = Path(__file__).parent
+    paths = [*sys.path, here, here.parent, here.parent / "end_to_end"]
+    done = subprocess.run(
+        [sys.executable, str(here / "killed_recording.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["moments"] >= 12  # a file is opened and renamed for each of 6 states
+    assert report["different"] == 0
+    assert report["left"] == 0
