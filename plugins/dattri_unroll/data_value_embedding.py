@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from attrs import field, frozen
 from dattri_parts.curvatures.gauss_newton import GaussNewton
 from dattri_parts.projectors.identity import Identity
 from dattri_parts.sources.per_example import PerExample
-from torch import Tensor
 
 from dattri_core import (
     Curvature,
     Examples,
     Projector,
     Scores,
-    ScoresWriter,
     Source,
     Task,
-    bar,
-    describe_part,
     parse_bytes,
 )
 from dattri_unroll.backward import Backward, step_of
+from dattri_unroll.points import Points
+from dattri_unroll.walk import fill, provenance_of, scores_of
 
 
 @frozen
@@ -37,17 +33,17 @@ class DataValueEmbedding:
     g_i(theta_s) + weight_decay theta_s). Without example i in step s the weights would end, to
     first order, prod_{k > s} ((1 - eta_k weight_decay) I - eta_k H_k) (eta_s / |B_s|) g_i(theta_s)
     from where they did, H_k the curvature of the step's own batch. The product is taken from the
-    left: psi_Tj = h_j(theta_T), psi_(s-1)j = ((1 - eta_s weight_decay) I - eta_s H_s) psi_sj, so
-    that no matrix is formed, and only the rows of the batch are evaluated at each step.
+    left: psi_(T-1)j = h_j(theta_T), psi_(s-1)j = ((1 - eta_s weight_decay) I - eta_s H_s) psi_sj,
+    so that no matrix is formed, and only the rows of the batch are evaluated at each step.
 
     ``removal_effect()``, S / n, is the predicted change of the test loss of this one run, its order
     and its batches, were i left out wherever it occurred and the sums still divided by |B_s|. An
     example that no step saw scores 0. Not the effect on another run.
 
-    Source: Wang et al. 2024, Capturing the Temporal Dependence of Training Data Influence, section
-    4 (arXiv 2412.09538), who approximate H_k by the mean outer product of the gradients, the
-    default; with the curvature ``"hessian"`` it is exact unrolled differentiation of the run (Hara
-    et al. 2019, Data Cleansing for Models Trained with SGD, arXiv 1906.08473, section 3).
+    Source: Wang et al. 2024, Capturing the Temporal Dependence of Training Data Influence (arXiv
+    2412.09538), who approximate H_k by the outer products of the batch's gradients, the default;
+    with the curvature ``"hessian"`` it is exact unrolled differentiation of the run (Hara et al.
+    2019, Data Cleansing for Models Trained with SGD, arXiv 1906.08473).
 
     Args:
         source: Gives the gradients.
@@ -92,20 +88,8 @@ class DataValueEmbedding:
             InputError: A recorded step is not that of gradient descent on its batch.
             NumericsError: The carried rows grow beyond all numbers.
         """
-        backward = self._backward(task, train, test, memory)
-        if dry_run:
-            return _plan(backward)
-        n_train, n_test = len(backward.train), len(backward.test)
-        provenance = self._provenance(backward)
-        train_ids, test_ids = list(backward.train.ids), list(backward.test.ids)
-        if out is None:
-            values = torch.zeros(n_train, n_test, dtype=_dtype(backward))
-            _fill(backward, lambda epoch: values, progress)
-            return Scores(values, train_ids, test_ids, provenance)
-        with ScoresWriter(out, n_train, n_test, _dtype(backward)) as writer:
-            on_disk = torch.from_numpy(np.asarray(writer.values))
-            _fill(backward, lambda epoch: on_disk, progress)
-            return writer.finish(train_ids, test_ids, provenance)
+        walk = self._walk(task, train, test, memory)
+        return scores_of(self, walk, out, progress, dry_run=dry_run)
 
     def by_epoch(
         self,
@@ -123,61 +107,28 @@ class DataValueEmbedding:
         Returns:
             By epoch, in order, scores ``[n_train, n_test]``.
         """
-        backward = self._backward(task, train, test, memory)
-        shape = len(backward.train), len(backward.test)
+        walk = self._walk(task, train, test, memory)
+        points = walk.points
         steps = [step_of(checkpoint) for checkpoint in task.checkpoints]
         epochs = sorted({s.epoch for s in steps if s.batch is None or len(s.batch)})
-        parts = {epoch: torch.zeros(shape, dtype=_dtype(backward)) for epoch in epochs}
-        _fill(backward, parts.__getitem__, progress)
-        ids = list(backward.train.ids), list(backward.test.ids)
-        provenance = self._provenance(backward)
+        shape = len(points.train), len(points.test)
+        parts = {epoch: torch.zeros(shape, dtype=points.dtype) for epoch in epochs}
+        fill(walk, parts.__getitem__, progress)
+        ids = list(points.train.ids), list(points.test.ids)
+        provenance = provenance_of(self, points)
         return {e: Scores(v, *ids, {**provenance, "epoch": e}) for e, v in parts.items()}
 
-    def _backward(self, task: Task, train: Any, test: Any, memory: str | int | None) -> Backward:
-        return Backward(
+    def _walk(self, task: Task, train: Any, test: Any, memory: str | int | None) -> Backward:
+        points = Points(
+            "dvemb",
             self.source,
             self.projector,
             self.curvature,
-            self.tolerance,
+            "apply",
             self.seed,
             task,
             Examples.of(train, "train"),
             Examples.of(test, "test"),
             parse_bytes(memory, task.device),
         )
-
-    def _provenance(self, backward: Backward) -> dict[str, Any]:
-        task, spec = backward.task, describe_part(self)
-        return {
-            "method": {"name": spec} if isinstance(spec, str) else spec,
-            "n_train": len(backward.train),
-            "target": {"name": task.target_name, "higher_is_better": task.sign < 0},
-            "checkpoints": [checkpoint.name for checkpoint in task.checkpoints],
-        }
-
-
-def _fill(backward: Backward, values: Callable[[int], Tensor], progress: bool | None) -> None:
-    """Add the scores of every step into the matrix of its epoch, ``[n_train, n_test]``."""
-
-    def add(epoch: int, index: Tensor, columns: slice, scores: Tensor) -> None:
-        into = values(epoch)[:, columns]
-        into.index_add_(0, index.cpu(), scores.to(device="cpu", dtype=into.dtype))
-
-    groups = backward.columns()
-    with bar("dvemb", backward.work * len(groups), progress) as shown:
-        for columns in groups:
-            backward.run(columns, add, shown.advance)
-
-
-def _dtype(backward: Backward) -> torch.dtype:
-    parameters = dict(backward.task.model.named_parameters())
-    first = parameters[backward.task.parameter_names[0]]
-    return torch.promote_types(first.dtype, torch.float32)
-
-
-def _plan(backward: Backward) -> str:
-    passes, steps = len(backward.columns()), len(backward.task.checkpoints)
-    return (
-        f"dvemb: {len(backward.train)} x {len(backward.test)} scores; {passes} passes backwards "
-        f"over {steps} checkpoints, {backward.work} train rows in each"
-    )
+        return Backward(points, self.tolerance)

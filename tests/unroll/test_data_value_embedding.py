@@ -155,7 +155,7 @@ def test_batches_memory_and_disk_do_not_show(tmp_path):
 def test_test_examples_that_do_not_fit_at_once_cost_passes_and_change_nothing(
     curvature, tmp_path, monkeypatch
 ):
-    import dattri_unroll.backward as module
+    import dattri_unroll.points as module
 
     made = network()
     run_recorded(made, tmp_path)
