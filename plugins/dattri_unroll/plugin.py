@@ -1,4 +1,4 @@
-"""Data Value Embedding: influence along a recorded training run."""
+"""Data Value Embedding and SOURCE: influence along a training run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,23 @@ def register(registry: dattri.Registry) -> None:
         "dvemb",
         "dattri_unroll.data_value_embedding:DataValueEmbedding",
         "The effect of a train example through every later step of a recorded run",
+    )
+    registry.part(
+        "attributor",
+        "source",
+        "dattri_unroll.approximate_unrolling:ApproximateUnrolling",
+        "Influence along a run, cut into segments of constant curvature",
+    )
+    registry.method(
+        "source",
+        {"attributor": "source"},
+        summary="SOURCE: unrolled differentiation of a run of SGD whose curvature and gradients "
+        "are constant in each of a few segments, from some of its checkpoints",
+        formula="S_ij = sum_l <mean_c g_i, (I - exp(-t_l A_l)) A_l^-1 psi_lj>, psi_(l-1)j = "
+        "exp(-t_l A_l) psi_lj, psi_Lj = h_j at the last checkpoint, A_l = H_l + weight_decay I, "
+        "means over the checkpoints c of segment l, t_l the sum of its learning rates",
+        citation="Bae et al. 2024, Training Data Attribution via Approximate Unrolled "
+        "Differentiation (arXiv 2405.12186)",
     )
     registry.method(
         "dvemb",
