@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dattri_core.assemble import describe_part as describe_part
     from dattri_core.atomic import atomic_file as atomic_file
+    from dattri_core.atomic import discard_leftovers as discard_leftovers
     from dattri_core.atomic import write_text as write_text
     from dattri_core.batch import batch_size as batch_size
     from dattri_core.batch import map_tensors as map_tensors
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.checkpoint import Checkpoint as Checkpoint
+    from dattri_core.checkpoint import TrainingStep as TrainingStep
     from dattri_core.contract import limit_now as limit_now
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from dattri_core.losses import margin as margin
     from dattri_core.losses import squared_error as squared_error
     from dattri_core.memory import free_bytes as free_bytes
+    from dattri_core.memory import parse_bytes as parse_bytes
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
     from dattri_core.methods import method as method
@@ -79,6 +83,8 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
     from dattri_core.plans import Plan as Plan
+    from dattri_core.problem import TrainProblem as TrainProblem
+    from dattri_core.progress import bar as bar
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
     from dattri_core.protocols import Curvature as Curvature
@@ -196,16 +202,21 @@ _EXPORTS = {
     "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
+    "TrainProblem": "problem",
+    "TrainingStep": "checkpoint",
     "WeighingScorer": "capabilities",
     "as_damping": "protocols",
     "atomic_file": "atomic",
     "attribute": "methods",
+    "bar": "progress",
     "batch_size": "batch",
     "causal_lm": "losses",
     "compact": "blocks",
     "concatenate": "blocks",
     "cross_entropy": "losses",
     "default_registry": "registry",
+    "describe_part": "assemble",
+    "discard_leftovers": "atomic",
     "explain_inner": "blocks",
     "factor_entries": "moments",
     "factor_sums": "moments",
@@ -222,6 +233,7 @@ _EXPORTS = {
     "margin": "losses",
     "method": "methods",
     "nearest": "errors",
+    "parse_bytes": "memory",
     "pick_entries": "blocks",
     "share": "blocks",
     "square_sum": "moments",

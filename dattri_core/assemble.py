@@ -235,7 +235,7 @@ def override(
     made_of_parts = "attributor" not in parts
     slots = [key for key in overrides if key in (SLOTS if made_of_parts else parts)]
     for key in overrides:
-        if not made_of_parts and key in DEFAULTS:
+        if not made_of_parts and key in DEFAULTS and key not in _fields_of(parts["attributor"]):
             raise SpecError(f"{label}: is not made of parts and has no slot {key!r}")
         if key in slots and key not in parts:
             raise SpecError(
@@ -248,6 +248,10 @@ def override(
                 parts.pop(kind, None)
     rest = {key: value for key, value in overrides.items() if key not in slots}
     return _override(parts, rest, label)
+
+
+def _fields_of(part: Any) -> Mapping[str, Any]:
+    return fields.public_fields(type(part))
 
 
 def build_slots(spec: Mapping[str, Any], label: str = "method") -> dict[str, Any]:

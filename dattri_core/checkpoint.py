@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,10 +19,29 @@ from dattri_core.batch import raw_bytes
 from dattri_core.errors import InputError, StoreError
 
 StateDict: TypeAlias = Mapping[str, Tensor]
-CheckpointSource: TypeAlias = str | Path | StateDict | None
+CheckpointSource: TypeAlias = "str | Path | StateDict | Checkpoint | None"
 ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], Any]
 """Module, arguments and output to another output, or None; as torch has it."""
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@frozen(eq=False)
+class TrainingStep:
+    """The step of gradient descent that was taken from a checkpoint.
+
+    theta' = theta - eta ((1/|B|) sum_{i in B} grad loss_i(theta) + weight_decay theta), with eta
+    the learning rate of the checkpoint and theta' the next one.
+
+    Args:
+        batch: B, positions in the train set ``[B]``, an example as often as it was drawn; None: the
+            whole train set. An empty batch is no step: the end of the run.
+        weight_decay: As optimisers define it.
+        epoch: Which pass over the train set the step belongs to.
+    """
+
+    batch: Tensor | None
+    weight_decay: float = 0.0
+    epoch: int = 0
 
 
 @frozen(eq=False)
@@ -37,6 +56,7 @@ class Checkpoint:
     member: int = 0  # which of the networks that an `EnsembleSource` makes of it
     hooks: Mapping[str, ForwardHook] = field(factory=dict, repr=False)
     """By module name, of this network; on the model while it is evaluated and at no other time."""
+    step: TrainingStep | None = field(default=None, repr=False)  # from here on, where recorded
 
     def fingerprint(self, model: nn.Module) -> str:
         """Return a hash of the weights: of the file's bytes, or of names and numbers."""
@@ -85,6 +105,8 @@ def checkpoints_of(
     """Return the checkpoints that a path, pattern, folder, state dict or list of them names."""
     named: list[tuple[str, Path | StateDict | None]] = []
     items: Sequence[Any] = source if _is_sequence(source) else [source]  # type: ignore[assignment]
+    if items and all(isinstance(item, Checkpoint) for item in items):
+        return _as_given(items, learning_rates)
     for item in items:
         named.extend(_expand(item, len(named)))
     if learning_rates is not None and len(learning_rates) != len(named):
@@ -101,6 +123,18 @@ def checkpoints_of(
         Checkpoint(name, position, len(named), rate, state)
         for position, ((name, state), rate) in enumerate(zip(named, rates, strict=True))
     )
+
+
+def _as_given(
+    checkpoints: Sequence[Checkpoint], learning_rates: Sequence[float] | None
+) -> tuple[Checkpoint, ...]:
+    """Return checkpoints that know their rates and steps, at their places in the sequence."""
+    if learning_rates is not None:
+        raise InputError(
+            "learning rates: the checkpoints given have their own; leave learning_rates= out"
+        )
+    count = len(checkpoints)
+    return tuple(evolve(c, position=at, count=count) for at, c in enumerate(checkpoints))
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -164,7 +198,7 @@ def _expand(item: Any, start: int) -> list[tuple[str, Path | StateDict | None]]:
     if not isinstance(item, (str, Path)):
         raise InputError(
             f"checkpoint: got a {type(item).__name__}; give a path, a pattern, a folder, "
-            "a state dict, or a list of them"
+            "a state dict, or a list of them; or a list of dattri.Checkpoint alone"
         )
     path = Path(item)
     if path.is_dir():

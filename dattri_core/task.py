@@ -29,7 +29,8 @@ class Task:
         target: What is attributed, per test example; default the loss. A name (``"logit"``,
             ``"margin"``) or a `Target`.
         checkpoints: A file, a pattern, a folder, a state dict, or a list of them; safetensors or
-            weights-only torch files.
+            weights-only torch files. Or a sequence of `Checkpoint`, which have learning rates, and
+            the steps taken from them, of their own.
         learning_rates: One for each checkpoint, for methods that weigh checkpoints by it.
         parameters: Patterns of parameter names to attribute through (``"fc*"``, ``"*.weight"``);
             one that begins with ``!`` excludes. Frozen parameters never take part.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dattri_core.batch import Batch, join, take
+from dattri_core.checkpoint import Checkpoint, TrainingStep
 from dattri_core.dampings import damping_path
 from dattri_core.errors import ConvergenceWarning
 from dattri_core.laws.curvatures import NAMES
@@ -78,10 +79,14 @@ class MethodBench:
         return (logistic(),) if inverts else (logistic(), network())
 
     def task(self, world: World, dtype: torch.dtype = torch.float64, **options: Any) -> Task:
-        """Return a task with one checkpoint of learning rate 1; the test set is its reference."""
+        """Return a task with one checkpoint of learning rate 1; the test set is its reference.
+
+        The step taken from it saw the whole train set.
+        """
         state = world.model().to(dtype).state_dict()
         options = {"reference": cast(world.test, dtype), **options}
-        return world.task(dtype, checkpoints=[state], learning_rates=[1.0], **options)
+        start = Checkpoint("state", 0, 1, 1.0, state, step=TrainingStep(None))
+        return world.task(dtype, checkpoints=[start], **options)
 
     def scores(self, task: Task, train: Any, test: Any, **settings: Any) -> Scores:
         """Return the scores of the tight method, quietly."""

@@ -9,7 +9,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dattri_core import InputError, StoreError, Task
-from dattri_core.checkpoint import checkpoints_of, own_tensors, state_fingerprint
+from dattri_core.checkpoint import (
+    Checkpoint,
+    TrainingStep,
+    checkpoints_of,
+    own_tensors,
+    state_fingerprint,
+)
 
 
 def model(seed=0):
@@ -68,6 +74,25 @@ def test_a_folder_a_pattern_and_a_list_keep_their_order(tmp_path):
         assert [c.learning_rate for c in found] == [0.4, 0.3, 0.2, 0.1]
     listed = [tmp_path / name for name in reversed(want)]
     assert [c.name for c in checkpoints_of(listed, None)] == want[::-1]
+
+
+def test_checkpoints_are_taken_as_they_are_at_their_places():
+    step = TrainingStep(torch.tensor([1, 0]), 0.1, 2)
+    state = model().state_dict()
+    given = [
+        Checkpoint(name, 7, 9, rate, state, step=s)
+        for name, rate, s in (("a", 0.5, step), ("b", None, None))
+    ]
+    found = Task(model(), checkpoints=given).checkpoints
+    assert [(c.name, c.position, c.count, c.learning_rate) for c in found] == [
+        ("a", 0, 2, 0.5),
+        ("b", 1, 2, None),
+    ]
+    assert [c.step for c in found] == [step, None]
+    with pytest.raises(InputError, match="have their own; leave learning_rates= out"):
+        checkpoints_of(given, [0.1, 0.2])
+    with pytest.raises(InputError, match=r"or a list of dattri\.Checkpoint alone"):
+        checkpoints_of([given[0], state], None)
 
 
 def test_keys_that_do_not_fit_are_named():

@@ -16,6 +16,7 @@ BUILT_IN = (
     "dattri_trak",
     "dattri_rps",
     "dattri_baselines",
+    "dattri_unroll",
 )
 CASES = [
     (entry.kind, entry.name)

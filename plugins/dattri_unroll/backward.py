@@ -1,0 +1,118 @@
+"""The pass backwards over the recorded steps: test rows carried from the end of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core import Checkpoint, NumericsError, Rows, SpecError, TrainingStep
+from dattri_unroll.agreement import require_step
+from dattri_unroll.points import Points
+from dattri_unroll.step_problem import StepProblem
+from dattri_unroll.walk import Add
+
+CHECKED = 8
+"""Steps, evenly spaced, that are compared with what gradient descent would have done."""
+
+
+@frozen(eq=False)
+class Backward:
+    """psi_(s-1) = ((1 - eta_s weight_decay) I - eta_s H_s) psi_s, from the test rows at the end.
+
+    Args:
+        points: Of the run.
+        tolerance: Of `require_step`.
+    """
+
+    points: Points
+    tolerance: float
+
+    def __attrs_post_init__(self) -> None:
+        n_train = len(self.points.train)
+        for checkpoint in self.points.task.checkpoints:
+            batch = step_of(checkpoint).batch
+            if batch is not None and len(batch) and int(batch.max()) >= n_train:
+                raise SpecError(
+                    f"dvemb: the step at {checkpoint.name!r} saw the train example "
+                    f"{int(batch.max())}, and the train set has {n_train}; give the train set that "
+                    "the run was recorded with, in its order"
+                )
+
+    @property
+    def work(self) -> int:
+        """Return how many rows of train examples one pass scores."""
+        return sum(len(self._batch(c)) for c in self.points.task.checkpoints)
+
+    def run(self, columns: slice, add: Add, advance: Callable[[int], None]) -> None:
+        """Go through all steps once, last step first, for some of the test examples.
+
+        Args:
+            columns: Which test examples.
+            add: Takes the scores of each batch.
+            advance: Called with the number of rows scored.
+
+        Raises:
+            InputError: A step is not that of gradient descent on its batch.
+            NumericsError: The carried rows grow beyond all numbers.
+        """
+        points, checkpoints = self.points, self.points.task.checkpoints
+        checked = {*np.linspace(0, max(0, len(checkpoints) - 2), CHECKED).astype(int).tolist()}
+        carried: Rows | None = None
+        after: Mapping[str, Tensor] = {}
+        for checkpoint in reversed(checkpoints):
+            problem = points.problem(checkpoint.position)
+            batch = self._batch(checkpoint)
+            if carried is None:
+                carried = points.test_rows(problem, columns)
+            elif checkpoint.position in checked and columns.start == 0 and len(batch):
+                given = (points.train, self.tolerance, problem.batch)
+                require_step(problem.evaluator, after, checkpoint, batch, *given)
+            after = problem.evaluator.selected
+            if not len(batch):
+                continue
+            seen = StepProblem(problem, batch, points.memory // 4)
+            scale = len(points.train) * (checkpoint.learning_rate or 0.0) / len(batch)
+            for part in seen.rows():
+                epoch = step_of(checkpoint).epoch
+                add(epoch, part.index, columns, part.inner(carried) * scale)
+                advance(len(part))
+            if checkpoint.position > 0:
+                carried = self._earlier(carried, seen, checkpoint)
+
+    def _earlier(self, carried: Rows, seen: StepProblem, checkpoint: Checkpoint) -> Rows:
+        """Return the test rows carried through one more step."""
+        rate, decay = checkpoint.learning_rate or 0.0, step_of(checkpoint).weight_decay
+        operator = self.points.curvature.fit(seen)
+        product = operator.apply(carried.to(dtype=operator.dtype)).flat().to(carried.dtype)
+        flat = carried.flat().mul(1 - rate * decay).sub_(product, alpha=rate)
+        if not bool(torch.isfinite(flat).all()):
+            raise NumericsError(
+                f"dvemb: the test rows carried back to {checkpoint.name!r} are not finite; the "
+                "learning rate times an eigenvalue of the curvature is above 2 in many steps, "
+                "where gradient descent on it diverges; use the curvature 'hessian', which is that "
+                "of the run itself, or train with a smaller learning rate"
+            )
+        return Rows.from_flat(carried.space, flat, carried.index)
+
+    def _batch(self, checkpoint: Checkpoint) -> Tensor:
+        batch = step_of(checkpoint).batch
+        return torch.arange(len(self.points.train)) if batch is None else batch.cpu()
+
+
+def step_of(checkpoint: Checkpoint) -> TrainingStep:
+    """Return the step that was taken from a checkpoint.
+
+    Raises:
+        SpecError: It was not recorded.
+    """
+    if checkpoint.step is None:
+        raise SpecError(
+            f"dvemb: it is not known which step was taken from the checkpoint {checkpoint.name!r}; "
+            "record the training with dattri_unroll.record(model, optimizer, folder) and give "
+            "Task(model, loss, checkpoints=dattri_unroll.read_run(folder))"
+        )
+    return checkpoint.step

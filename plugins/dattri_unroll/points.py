@@ -1,0 +1,142 @@
+"""The points of a run: its checkpoints as problems of one space, and test rows at its end."""
+
+from __future__ import annotations
+
+import torch
+from attrs import evolve, field, frozen
+
+from dattri_core import (
+    Curvature,
+    Evaluator,
+    Examples,
+    LinearMap,
+    Projector,
+    RandomStream,
+    Rows,
+    Source,
+    Space,
+    SpecError,
+    Task,
+    TrainProblem,
+    map_tensors,
+)
+
+COPIES = 4
+"""Of the carried test rows that are alive at once: themselves, a product, and what they become."""
+LARGEST_BATCH = 4096
+SAMPLE = 3
+
+
+@frozen(eq=False)
+class Points:
+    """What is evaluated at each checkpoint of a run.
+
+    Args:
+        name: Of the method, for errors.
+        source: Of the rows.
+        projector: The same map at every checkpoint.
+        curvature: Fitted along the run.
+        asked: What the method asks of the curvature's operator.
+        seed: Of the projector, and of what a curvature draws.
+        task: Its checkpoints are the run.
+        train: The train set.
+        test: The test set.
+        memory: Bytes to work in.
+    """
+
+    name: str
+    source: Source
+    projector: Projector
+    curvature: Curvature
+    asked: str
+    seed: int
+    task: Task
+    train: Examples
+    test: Examples
+    memory: int
+    _maps: dict[Space, LinearMap] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._require_fitting_parts()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of scores."""
+        parameters = dict(self.task.model.named_parameters())
+        first = parameters[self.task.parameter_names[0]]
+        return torch.promote_types(first.dtype, torch.float32)
+
+    def columns(self) -> list[slice]:
+        """Return the test examples that are carried at once, group by group."""
+        each = COPIES * self.problem(-1).space.dim * self.dtype.itemsize
+        size, count = max(1, self.memory // 2 // each), len(self.test)
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def problem(self, position: int) -> TrainProblem:
+        """Return the train set at a checkpoint, after the projector.
+
+        Raises:
+            SpecError: The source gives no gradients, or the curvature not what is asked.
+        """
+        checkpoint, device = self.task.checkpoints[position], self.task.device
+        sample = map_tensors(lambda t: t.to(device), self.train.sample(SAMPLE))
+        bound = self.source.bind(self.task, checkpoint, sample)
+        if not isinstance(getattr(bound, "evaluator", None), Evaluator):
+            raise SpecError(
+                f"{self.name}: the rows of {type(self.source).__name__} are not gradients of "
+                "parameters, which steps of gradient descent are made of; use the source "
+                "'per-example' or 'functional'"
+            )
+        if bound.space not in self._maps:
+            # One sketch for the whole run: the carried rows stay in its space.
+            stream = RandomStream(self.seed, "projector")
+            made = self.projector.build(bound.space, stream=stream, device=device)
+            self._maps[bound.space] = made
+        each = bound.space.dim * self.dtype.itemsize
+        size = max(1, min(LARGEST_BATCH, self.memory // 8 // each))
+        random = RandomStream(self.seed, "curvature", checkpoint.position)
+        maps = (self._maps[bound.space],)
+        problem = TrainProblem(bound, self.train, maps, size, random, self.memory // 4)
+        gives = self.curvature.gives(problem.space)
+        if self.asked not in gives:
+            raise SpecError(
+                f"{self.name}: needs {self.asked!r} of its curvature, and "
+                f"{type(self.curvature).__name__} gives {sorted(gives)} on these rows; see the "
+                f"curvatures that give {self.asked!r} with: dattri parts"
+            )
+        return problem
+
+    def test_rows(self, problem: TrainProblem, columns: slice) -> Rows:
+        """Return rows of some test examples, formed, in float32 or better."""
+        asked = evolve(problem, examples=self.test, role="test")
+        index = torch.arange(columns.start, columns.stop)
+        flat = torch.cat([part.flat().to(self.dtype) for part in asked.rows(index)])
+        return Rows.from_flat(problem.space, flat, index)
+
+    def _require_fitting_parts(self) -> None:
+        """Raise `SpecError` when parts cannot be carried along a run together."""
+        if hasattr(self.source, "members"):
+            raise SpecError(
+                f"{self.name}: the source {type(self.source).__name__} makes several networks of a "
+                "checkpoint, and a run is the steps of one; use 'per-example' or 'functional'"
+            )
+        if getattr(self.projector, "needs", frozenset()):
+            raise SpecError(
+                f"{self.name}: the projector {type(self.projector).__name__} is fitted on data and "
+                "would be another one at each checkpoint, but rows are carried from one to the "
+                "next in one space; use a random projector"
+            )
+        products = {"hessian-product", "ggn-product"} & self.curvature.needs
+        if products and "adjoint" not in self.projector.gives:
+            raise SpecError(
+                f"{self.name}: the curvature {type(self.curvature).__name__} needs products with "
+                f"parameters, and the projector {type(self.projector).__name__} has no adjoint to "
+                "lead back to them; use the curvature 'gauss-newton', or a projector that gives "
+                "'adjoint'"
+            )
+        if "reference-rows" in self.curvature.needs:
+            raise SpecError(
+                f"{self.name}: the curvature {type(self.curvature).__name__} mixes in reference "
+                "examples, and that of a run is of its train examples; use 'gauss-newton', 'ggn' "
+                "or 'hessian'"
+            )
