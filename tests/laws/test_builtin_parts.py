@@ -14,6 +14,7 @@ BUILT_IN = (
     "dattri_tracin",
     "dattri_grass",
     "dattri_trak",
+    "dattri_knn",
     "dattri_baselines",
 )
 CASES = [

@@ -269,9 +269,7 @@ def test_features_that_are_no_rows_are_refused():
 def test_features_that_change_their_shape_or_are_not_finite_are_named():
     source = Representation(module="features", label=None)
     bound = source.bind(given(), given().checkpoints[0], {"x": normal(3, 5, 2, seed=1)})
-    with pytest.raises(
-        InputError, match=r"shape \(4, 2\), those of the first .* have \(5, 2"
-    ):
+    with pytest.raises(InputError, match=r"shape \(4, 2\), those of the first .* have \(5, 2"):
         bound.stream({"x": normal(3, 4, 2, seed=1)}, "train", lambda name, block: None)
     bad = normal(3, 5, 2, seed=1)
     bad[1, 2] = torch.inf
