@@ -15,6 +15,7 @@ BUILT_IN = (
     "dattri_grass",
     "dattri_trak",
     "dattri_rps",
+    "dattri_knn",
     "dattri_baselines",
     "dattri_unroll",
 )
