@@ -82,7 +82,18 @@ def test_the_metadata_promises_what_the_design_says(wheel: zipfile.ZipFile) -> N
     }
     assert required == {"torch", "pluggy", "attrs", "numpy", "scipy", "safetensors", "tomli"}
     extras = set(PROJECT["project"]["optional-dependencies"])
-    assert {"plot", "hf", "table", "bench", "docs", "cuda", "fast_jl", "test", "lint"} == extras
+    assert {
+        "plot",
+        "hf",
+        "table",
+        "bench",
+        "docs",
+        "cuda",
+        "fast_jl",
+        "text",
+        "test",
+        "lint",
+    } == extras
 
 
 def test_every_dependency_that_tests_use_is_pinned() -> None:
