@@ -16,6 +16,7 @@ from dattri_reports.peak import PeakMemory
 Array = np.ndarray[Any, Any]
 Metric = Callable[..., Any]
 ITERATIVE = "each train example would need an iterative solve over the whole train set"
+WHOLE_COLUMNS = "the scorer sees all train examples at once and gives none a score for itself"
 NOT_OFFERED = "the method gives no score of an example for itself"
 
 
@@ -124,6 +125,8 @@ def _measure(name: str, world: Any) -> dict[str, Any]:
     own, note = None, NOT_OFFERED
     if fitted is not None:
         note = ITERATIVE if _is_iterative(made) else ""
+        if made.scorer.locality == "column":
+            note = WHOLE_COLUMNS
         own = None if note else fitted.self_influence().double().numpy()
     return {
         "scores": scores,
