@@ -61,6 +61,14 @@ if TYPE_CHECKING:
     from dattri_core.errors import nearest as nearest
     from dattri_core.evaluate import Evaluator as Evaluator
     from dattri_core.evaluate import leaves as leaves
+    from dattri_core.experiment import Counterfactual as Counterfactual
+    from dattri_core.experiment import Evidence as Evidence
+    from dattri_core.experiment import Metric as Metric
+    from dattri_core.experiment import MetricResult as MetricResult
+    from dattri_core.experiment import Outcomes as Outcomes
+    from dattri_core.experiment import Retraining as Retraining
+    from dattri_core.experiment import Setting as Setting
+    from dattri_core.experiment import World as World
     from dattri_core.fitted import FittedMethod as FittedMethod
     from dattri_core.hookspecs import hookimpl as hookimpl
     from dattri_core.losses import FunctionalLoss as FunctionalLoss
@@ -240,6 +248,14 @@ _EXPORTS = {
     "squared_error": "losses",
     "take": "batch",
     "write_text": "atomic",
+    "Counterfactual": "experiment",
+    "Evidence": "experiment",
+    "Metric": "experiment",
+    "MetricResult": "experiment",
+    "Outcomes": "experiment",
+    "Retraining": "experiment",
+    "Setting": "experiment",
+    "World": "experiment",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -21,6 +21,7 @@ KINDS = (
     "attributor",
     "layer_rule",
     "setting",
+    "ground_truth",
     "metric",
     "report_section",
     "command",

@@ -55,6 +55,7 @@ ORDER = [
     "losses",
     "checkpoint",
     "task",
+    "experiment",
     "halving",
     "stream",
     "members",
