@@ -264,7 +264,8 @@ class ModelRetraining:
     @property
     def _template(self) -> nn.Module:
         if self._held.template is None:
-            self._held.template = self._build(0).eval()
+            model = self._build(0).eval()
+            self._held.template = model.double() if isinstance(self.recipe, Optimum) else model
         return self._held.template
 
     @property
@@ -293,19 +294,12 @@ class ModelRetraining:
         if self.together > 1 and isinstance(self.recipe, Recipe):
             check_stackable(model)
         for name, data in zip(("train_data", "test_data"), self._on_device, strict=True):
-            batch = take(data, slice(0, 2))
+            batch = _like(take(data, slice(0, 2)), model.state_dict())
             with torch.no_grad():
                 outputs = self._loss.forward(model, batch)
-            if self.loss == "cross-entropy":
-                _check_classes(name, labels_of(data), outputs)
-            with torch.no_grad():
-                values = self._loss.criterion(outputs, batch)
-            if values.shape != (batch_size(batch),):
-                raise InputError(
-                    f"retraining: the loss {self.loss!r} of {batch_size(batch)} examples of {name} "
-                    f"has shape {tuple(values.shape)} for outputs {tuple(outputs.shape)}; expected "
-                    "one number for each example"
-                )
+                if self.loss == "cross-entropy":
+                    _check_classes(name, labels_of(data), outputs)
+                _check_criterion(self._loss, name, outputs, batch)
         self._held.checked = True
 
 
@@ -321,6 +315,21 @@ def _check_classes(name: str, labels: Tensor, outputs: Tensor) -> None:
         raise InputError(
             f"retraining: labels of {name} go from {low} to {high} for outputs of shape "
             f"{tuple(outputs.shape)}; expected outputs [B, classes] and labels of 0 to classes - 1"
+        )
+
+
+def _check_criterion(loss: Loss, name: str, outputs: Tensor, batch: Any) -> None:
+    got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels_of(batch).shape)} of {name}"
+    try:
+        values = loss.criterion(outputs, batch)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise InputError(
+            f"retraining: the loss {loss.name!r} cannot take {got}: {error}"
+        ) from error
+    if values.shape != (batch_size(batch),):
+        raise InputError(
+            f"retraining: the loss {loss.name!r} of {got} has shape {tuple(values.shape)}; "
+            "expected one number for each example"
         )
 
 
