@@ -46,8 +46,8 @@ def retrained_game(asked: Question, seed: int, empty: float | None) -> Retrained
         asked: What models are asked for.
         seed: Of every training.
         empty: The target of no train set, for which there is no model. None: its mean over models
-            of one example, ten of them, for each test example. It moves all Shapley values of a
-            column alike, so no order depends on it.
+            of one example, ten of them, for each test example. But for sampling noise it moves all
+            Shapley values of a column alike, so no order depends on it.
     """
     if empty is not None:
         constant = np.full(len(asked.test), -asked.task.sign * empty)

@@ -38,8 +38,8 @@ class Semivalue:
         tolerance: Standard error of every score at which sampling stops; None: only the budget.
         budget: Largest number of models.
         empty: The target without a train set, such as log(10) for the cross-entropy of ten classes.
-            None: its mean over models of one example, ten of them. All scores of a column move
-            alike.
+            None: its mean over models of one example, ten of them. But for sampling noise it
+            moves all scores of a column alike.
         seed: Of permutations and trainings.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from dattri_retrain.shards import write_shard
 
 Array = np.ndarray[Any, Any]
 Group = tuple[Counterfactual, ...]
+Row = tuple[Counterfactual, Mapping[str, Array]]
 SHARD_BYTES = 32 * 2**20
 """Of the rows of one shard, about."""
 
@@ -70,7 +70,9 @@ def train_groups(
     """Train groups one after another and write their rows; return the names of the shards.
 
     Rows are written when ``every`` seconds have passed or a shard is full, and at the end, also
-    when that comes by an error or Ctrl-C: a model that was measured is not lost.
+    when that comes by an error or Ctrl-C. They are those of whole groups, so that what is trained
+    together does not depend on where a run was stopped: stacked models are equal to rounding only.
+    A training that diverges does not stop the others.
 
     Args:
         retraining: How.
@@ -82,11 +84,12 @@ def train_groups(
         known: Says, just before a group is trained, what of it is still missing.
 
     Raises:
-        NumericsError: A model diverged; which one is named.
+        NumericsError: A model diverged; which one is named. All others were trained and written.
         InputError: The retraining gives other numbers of models, or outcomes of other shapes.
     """
-    done: list[tuple[Counterfactual, Mapping[str, Array]]] = []
+    done: list[Row] = []
     written: list[str] = []
+    diverged: list[NumericsError] = []
     row_bytes = 8 * facts.n_test * len(facts.targets) + facts.n_train // 8 + 4
     most = max(1, SHARD_BYTES // row_bytes)
     last = time.monotonic()
@@ -103,31 +106,60 @@ def train_groups(
         for group in groups:
             missing = known(group)
             advance(len(group) - len(missing))
-            if not missing:
-                continue
-            states = retraining.train(missing)
-            for counterfactual, state in itertools.zip_longest(missing, states):
-                if counterfactual is None or state is None:
-                    raise InputError(
-                        f"retrain: train gave {'more' if counterfactual is None else 'fewer'} "
-                        f"models than the {len(missing)} train sets it was given; it must yield "
-                        "one state dict for each"
-                    )
-                outcomes = retraining.measure(state)
-                done.append((counterfactual, _checked(outcomes, facts, counterfactual)))
-                advance(1)
-                if len(done) >= most:
-                    write()
-            if time.monotonic() - last >= every:
+            done += _trained(retraining, facts, missing, advance, diverged)
+            if len(done) >= most or time.monotonic() - last >= every:
                 write()
     finally:
         write()
+    if diverged:
+        raise diverged[0]
     return tuple(written)
 
 
-def _checked(
-    outcomes: Mapping[str, Array], facts: Facts, counterfactual: Counterfactual
-) -> Mapping[str, Array]:
+def _trained(
+    retraining: Retraining,
+    facts: Facts,
+    group: Group,
+    advance: Callable[[int], None],
+    diverged: list[NumericsError],
+) -> list[Row]:
+    """Return the rows of a group, but for those that diverged."""
+    rows: list[Row] = []
+    states = iter(retraining.train(group)) if group else iter(())
+    for counterfactual in group:
+        try:
+            state = next(states, None)
+        except NumericsError as error:  # the others of the group are not to be had
+            diverged.append(_named(error, facts, counterfactual))
+            return rows
+        if state is None:
+            raise InputError(
+                f"retrain: train gave {len(rows)} models for {len(group)} train sets; it must "
+                "yield one state dict for each"
+            )
+        try:
+            rows.append((counterfactual, _checked(retraining.measure(state), facts)))
+        except NumericsError as error:
+            diverged.append(_named(error, facts, counterfactual))
+        advance(1)
+    if next(states, None) is not None:
+        raise InputError(
+            f"retrain: train gave more models than the {len(group)} train sets it was given; it "
+            "must yield one state dict for each"
+        )
+    return rows
+
+
+def _named(error: NumericsError, facts: Facts, counterfactual: Counterfactual) -> NumericsError:
+    named = NumericsError(
+        f"retrain: the training on {int(counterfactual.mask.sum())} of {facts.n_train} examples "
+        f"with seed {counterfactual.seed} diverged ({error}); lower the learning rate"
+    )
+    named.__cause__ = error
+    return named
+
+
+def _checked(outcomes: Mapping[str, Array], facts: Facts) -> Mapping[str, Array]:
     """Return the outcomes of one model in float64, every target there and finite."""
     found = {}
     for target in facts.targets:
@@ -143,12 +175,7 @@ def _checked(
                 f"({facts.n_test},), one number for each test example"
             )
         if not np.isfinite(values).all():
-            raise NumericsError(
-                f"retrain: the model trained on {int(counterfactual.mask.sum())} of "
-                f"{facts.n_train} examples with seed {counterfactual.seed} gives {target!r} = "
-                f"{values[~np.isfinite(values)][0]} on test example "
-                f"{int(np.flatnonzero(~np.isfinite(values))[0])}; the training diverged: lower "
-                "its learning rate"
-            )
+            at = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise NumericsError(f"{target!r} is {values[at]} on test example {at}")
         found[target] = values
     return found

@@ -165,26 +165,50 @@ def test_another_process_may_fill_the_store_meanwhile(tmp_path):
 
 
 # --- stopped --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_ctrl_c_keeps_every_model_that_was_measured(tmp_path, after):
+def test_ctrl_c_keeps_the_groups_that_are_whole(tmp_path, after, together):
     plan = subsets(8)
     with pytest.raises(KeyboardInterrupt):
-        CounterfactualStore(tmp_path, Toy(together=3, stop_after=after)).fill(plan)
-    toy = Toy(together=3)
+        CounterfactualStore(tmp_path, Toy(together=together, stop_after=after)).fill(plan)
+    toy = Toy(together=together)
     store = CounterfactualStore(tmp_path, toy)
-    assert len(store) == after
+    kept = after - after % together
+    assert len(store) == kept
     assert not list(store.path.glob(".*"))
-    assert store.fill(plan) == 8 - after
-    assert toy.trained == 8 - after
+    assert store.fill(plan) == 8 - kept
+    keys = [c.key for c in plan]
+    assert toy.calls == [tuple(keys[i : i + together]) for i in range(kept, 8, together)]
     assert same(store.rows(), reference(tmp_path, plan))
 
 
-def test_a_diverged_training_is_named_and_the_others_are_kept(tmp_path):
-    plan = subsets(5)
-    store = CounterfactualStore(tmp_path, Toy(diverges=plan[3].key))
-    with pytest.raises(NumericsError, match=rf"of {N} examples with seed 0 gives 'loss' = nan"):
+@pytest.mark.parametrize("together", [1, 5])
+def test_a_diverged_training_is_named_and_all_others_are_kept(tmp_path, together):
+    plan = subsets(7)
+    store = CounterfactualStore(tmp_path, Toy(diverges=plan[3].key, together=together))
+    size = int(plan[3].mask.sum())
+    with pytest.raises(NumericsError, match=rf"{size} of {N} examples with seed 0 diverged"):
         store.fill(plan)
-    assert len(store) == 3
+    assert [c.key for c in store.missing(plan)] == [plan[3].key]
+
+
+def test_a_training_that_raises_loses_its_group_alone(tmp_path):
+    plan = subsets(7)
+
+    @attrs.frozen(eq=False)
+    class Raising(Toy):
+        def train(self, counterfactuals):
+            for state, counterfactual in zip(
+                super().train(counterfactuals), counterfactuals, strict=True
+            ):
+                if counterfactual.key == plan[3].key:
+                    raise NumericsError("the loss is inf in epoch 2")
+                yield state
+
+    store = CounterfactualStore(tmp_path, Raising(together=3))
+    with pytest.raises(NumericsError, match=r"diverged \(the loss is inf in epoch 2\)"):
+        store.fill(plan)
+    assert [c.key for c in store.missing(plan)] == [c.key for c in plan[3:6]]
 
 
 def test_killed_at_any_moment_and_run_again_the_rows_are_the_same(tmp_path):
@@ -341,7 +365,7 @@ class Named(Toy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": lambda self, c: iter([{}] * (len(c) - 1))}, "fewer models than the 2"),
+        ({"train": lambda self, c: iter([{}] * (len(c) - 1))}, "1 models for 2 train sets"),
         ({"train": lambda self, c: iter([{}] * (len(c) + 1))}, "more models than the 2"),
         ({"measure": lambda self, s: {"loss": np.zeros(M)}}, "no 'margin'"),
         ({"measure": lambda self, s: {"loss": np.zeros(3), "margin": np.zeros(M)}}, r"\(3,\)"),
@@ -368,7 +392,7 @@ def test_the_ground_truth_is_registered():
 
 def test_a_shard_that_is_full_is_written_before_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr("dattri_retrain.work.SHARD_BYTES", 200)
-    store = CounterfactualStore(tmp_path, Toy(together=7))
+    store = CounterfactualStore(tmp_path, Toy())
     store.fill(subsets(7))
     assert len(shards(store)) == 4
     monkeypatch.setattr("dattri_retrain.index.HELD", 100)
