@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from dattri_retrain import CounterfactualStore
-from plans import same, subsets
-from toys import Toy
+from retrain_plans import same, subsets
+from toy_retraining import Toy
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove"}
 

@@ -19,29 +19,13 @@ from dattri_retrain import (
     joblib_executor,
     submitit_executor,
 )
-from plans import same, subsets
-from toy_setting import LOADED
-from toys import M, N, Toy
+from retrain_plans import same, subsets
+from retrain_setting import LOADED
+from toy_retraining import M, N, Toy
 
 from dattri_core import InputError, NumericsError, Retraining, SpecError, StoreError
-from dattri_core.registry import Registry, default_registry, using
 
 PLAN = subsets(11)
-
-
-@pytest.fixture
-def toy_setting():
-    registry = Registry()
-    registry.merge(default_registry())
-    own = Registry()
-    own.part("setting", "toy", "toy_setting:setting")
-    registry.merge(own)
-    from dattri_retrain.settings import _load
-
-    _load.cache_clear()
-    LOADED.clear()
-    with using(registry):
-        yield registry
 
 
 @pytest.fixture

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from closed_games import (
+    Additive,
+    Airport,
+    Majority,
+    enumerate_banzhaf,
+    enumerate_semivalue,
+    random_game,
+)
 from dattri_retrain import (
     Stopping,
     banzhaf,
@@ -11,14 +19,6 @@ from dattri_retrain import (
     data_oob,
     leave_one_out_values,
     semivalue,
-)
-from games import (
-    Additive,
-    Airport,
-    Majority,
-    enumerate_banzhaf,
-    enumerate_semivalue,
-    random_game,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from dattri_parts.training import leave_one_out, random_subsets
 from dattri_retrain import CounterfactualStore
-from plans import same
-from test_executors import toy_setting  # noqa: F401
-from toys import M, N, Toy
+from retrain_plans import same
+from toy_retraining import M, N, Toy
 
 from dattri_core import Counterfactual, cli
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from attrs import frozen
-from toys import M, N, Toy
+from toy_retraining import M, N, Toy
 
 LOADED: list[tuple[object, ...]] = []
 

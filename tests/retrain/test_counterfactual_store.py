@@ -16,8 +16,8 @@ from dattri_retrain import CounterfactualStore
 from dattri_retrain.shards import STALE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import same, subsets
-from toys import M, N, Toy
+from retrain_plans import same, subsets
+from toy_retraining import M, N, Toy
 
 import dattri_core as dattri
 from dattri_core import Counterfactual, InputError, NumericsError, Outcomes, SpecError, StoreError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from toys import N
+from toy_retraining import N
 
 from dattri_core import Counterfactual
 

@@ -6,10 +6,10 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from closed_games import enumerate_banzhaf, enumerate_semivalue
 from dattri_parts.training import leave_one_out, random_subsets
 from dattri_retrain import CounterfactualStore, LinearFit, ridge_datamodel
-from games import enumerate_banzhaf, enumerate_semivalue
-from toys import M, N, Toy, toy_data
+from toy_retraining import M, N, Toy, toy_data
 
 import dattri_core as dattri
 from dattri_core import Counterfactual, InputError, Scores, SpecError, Task
