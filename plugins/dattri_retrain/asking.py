@@ -19,35 +19,32 @@ from dattri_core import (
     ScoresWriter,
     SpecError,
     Task,
+    default_registry,
 )
-from dattri_retrain.settings import SettingRetraining
 from dattri_retrain.store import CounterfactualStore
 
 Array = np.ndarray[Any, Any]
-SPELLING = ("folder", "setting", "size", "seed", "wrong")
 
 
 def as_outcomes(given: Any) -> Any:
-    """Return a ground truth: as it is, or a store spelled as plain data, as a file does.
+    """Return a ground truth: as it is, or made of plain data, as a file spells it.
 
-    ``{"folder": "bank", "setting": "digits", "size": [100, 20], "seed": 0}``: `SettingRetraining`
-    says what the entries mean; ``folder`` and ``setting`` are needed.
+    ``{"name": "retraining", "folder": "bank", "retraining": {"setting": "digits"}}``: a registered
+    ground truth and its fields; `SettingRetraining` has those of the retraining.
 
     Raises:
         SpecError: It is neither.
     """
     if given is None or isinstance(given, Outcomes):
         return given
-    if not isinstance(given, Mapping) or not {"folder", "setting"} <= {*given} <= {*SPELLING}:
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise SpecError(
             f"ground truth: got {given!r} ({type(given).__name__}), expected Outcomes such as "
-            "CounterfactualStore(folder, world.retraining), or a mapping of "
-            f"{', '.join(SPELLING)}, the first two at least"
+            "CounterfactualStore(folder, world.retraining), or {'name': 'retraining', 'folder': "
+            "..., 'retraining': {'setting': ...}}"
         )
-    fields = {name: value for name, value in given.items() if name != "folder"}
-    if fields.get("size") is not None:
-        fields["size"] = tuple(fields["size"])
-    return CounterfactualStore(given["folder"], SettingRetraining(**fields))
+    fields = {str(key): value for key, value in given.items() if key != "name"}
+    return default_registry().make("ground_truth", given["name"], **fields)
 
 
 @frozen(eq=False)

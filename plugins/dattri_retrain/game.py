@@ -17,43 +17,39 @@ ALONE = 10
 
 @frozen(eq=False)
 class RetrainedGame:
-    """Utilities of sets; see `retrained_game`.
+    """Utilities of sets by models trained on them; of no example, a constant.
+
+    There is no model without a train set. But for sampling noise, the constant moves all Shapley
+    values of a column alike, so no order depends on it.
 
     Args:
         asked: What models are asked for.
         seed: Of every training: sets differ by their examples only.
-        empty: ``[m]``, the utility of no example.
+        empty: The target of no train set. None: its mean over models of one example, ten of them,
+            for each test example.
     """
 
     asked: Question
     seed: int
-    empty: Array
+    empty: float | None
 
     def __call__(self, masks: Array) -> Array:
         """Return utilities ``[B, m]`` of masks ``[B, n]``."""
-        found = np.tile(self.empty, (len(masks), 1))
+        found = np.empty((len(masks), len(self.asked.test)))
         some = masks.any(1)
         if some.any():
-            plan = [Counterfactual(mask, self.seed) for mask in masks[some]]
-            found[some] = self.asked.utilities(plan)
+            found[some] = self._trained(masks[some])
+        if not some.all():
+            found[~some] = self._of_none(masks.shape[1])
         return found
 
+    def _of_none(self, n: int) -> Array | float:
+        if self.empty is not None:
+            return -self.asked.task.sign * self.empty
+        random = np.random.Generator(np.random.PCG64(RandomStream(self.seed, "alone").key(n)))
+        alone = np.eye(n, dtype=np.bool_)[random.permutation(n)[:ALONE]]
+        mean: Array = self._trained(alone).mean(0)
+        return mean
 
-def retrained_game(asked: Question, seed: int, empty: float | None) -> RetrainedGame:
-    """Return the game of a question.
-
-    Args:
-        asked: What models are asked for.
-        seed: Of every training.
-        empty: The target of no train set, for which there is no model. None: its mean over models
-            of one example, ten of them, for each test example. But for sampling noise it moves all
-            Shapley values of a column alike, so no order depends on it.
-    """
-    if empty is not None:
-        constant = np.full(len(asked.test), -asked.task.sign * empty)
-        return RetrainedGame(asked, seed, constant)
-    n = len(asked.train)
-    random = np.random.Generator(np.random.PCG64(RandomStream(seed, "alone").key(n)))
-    alone = np.eye(n, dtype=np.bool_)[random.permutation(n)[:ALONE]]
-    found = asked.utilities([Counterfactual(mask, seed) for mask in alone])
-    return RetrainedGame(asked, seed, found.mean(0))
+    def _trained(self, masks: Array) -> Array:
+        return self.asked.utilities([Counterfactual(mask, self.seed) for mask in masks])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from dattri_core import InputError
 from dattri_retrain.estimate import Estimate
 
 Array = np.ndarray[Any, Any]
-FRACTION = 1 - np.exp(-1.0)
+FRACTION = 1 - math.exp(-1)
 """Share of the examples that a bootstrap of their number holds, once or more: 1 - 1/e."""
 
 

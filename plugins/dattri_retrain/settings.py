@@ -8,13 +8,17 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import field, fields, frozen
 from torch import Tensor
 
-from dattri_core import Counterfactual, Retraining, default_registry
+from dattri_core import Counterfactual, Retraining, SpecError, default_registry, nearest
 
 Array = np.ndarray[Any, Any]
 _loading = threading.Lock()
+
+
+def _as_size(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
 
 
 @frozen
@@ -32,7 +36,7 @@ class SettingRetraining:
     """
 
     setting: str
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = field(default=None, converter=_as_size)
     seed: int = 0
     wrong: float | None = None
 
@@ -74,6 +78,23 @@ class SettingRetraining:
     def measure(self, state: Mapping[str, Tensor]) -> Mapping[str, Array]:
         """Return the outcomes of one model."""
         return self.loaded.measure(state)
+
+
+def as_retraining(given: Any) -> Any:
+    """Return a retraining: as it is, or a `SettingRetraining` from a mapping of its fields.
+
+    Raises:
+        SpecError: A field of the mapping is misspelt, or the setting is not named.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    known = [a.name for a in fields(SettingRetraining)]
+    for name in given:
+        if name not in known:
+            raise SpecError(f"retraining of a setting: no field {name!r}; {nearest(name, known)}")
+    if "setting" not in given:
+        raise SpecError("retraining of a setting: needs the name of one under 'setting'")
+    return SettingRetraining(**given)
 
 
 @lru_cache(maxsize=2)

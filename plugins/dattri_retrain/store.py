@@ -14,6 +14,7 @@ from attrs import field, frozen, validators
 from dattri_core import Counterfactual, InputError, Retraining, SpecError, StoreError, bar, nearest
 from dattri_retrain.facts import Facts, read_manifest, write_manifest
 from dattri_retrain.index import Index
+from dattri_retrain.settings import as_retraining
 from dattri_retrain.shards import OutcomeRows, discard_stale
 from dattri_retrain.work import Group, Job, train_groups
 
@@ -33,7 +34,8 @@ class CounterfactualStore:
 
     Args:
         folder: Of the store; made when it does not exist.
-        retraining: How a model comes from a train set, and what is measured of it.
+        retraining: How a model comes from a train set, and what is measured of it; or a mapping of
+            the fields of `SettingRetraining`.
         every: Seconds of training that a killed process loses at most, besides what it had begun.
 
     Raises:
@@ -42,7 +44,7 @@ class CounterfactualStore:
     """
 
     folder: Path = field(converter=Path)
-    retraining: Retraining = field()
+    retraining: Retraining = field(converter=as_retraining)
     every: float = field(default=10.0, validator=validators.ge(0))
     _facts: Facts = field(init=False, repr=False)
     _index: Index = field(init=False, repr=False)
@@ -117,7 +119,7 @@ class CounterfactualStore:
         jobs: int = 64,
         progress: bool | None = None,
     ) -> int:
-        """Train what is missing and return how many models were trained.
+        """Train what is missing and return how many rows came.
 
         The list is cut into groups of ``retraining.together``, always in the same way, so that a
         run that is resumed trains what the first would have trained together.

@@ -13,7 +13,7 @@ from dattri_core import Examples, Outcomes, Task, bar
 from dattri_retrain.asking import Question, as_outcomes
 from dattri_retrain.banzhaf import banzhaf
 from dattri_retrain.estimate import Estimate, Stopping
-from dattri_retrain.game import retrained_game
+from dattri_retrain.game import RetrainedGame
 from dattri_retrain.out_of_bag import FRACTION, data_oob
 from dattri_retrain.permutations import beta_weights, semivalue
 
@@ -36,7 +36,7 @@ class Semivalue:
         truncation: Once a permutation's first sets are this near to U_j(all) for all j, its other
             examples add 0; None: never.
         tolerance: Standard error of every score at which sampling stops; None: only the budget.
-        budget: Largest number of models.
+        budget: Largest number of models, besides those for ``empty``.
         empty: The target without a train set, such as log(10) for the cross-entropy of ten classes.
             None: its mean over models of one example, ten of them. But for sampling noise it
             moves all scores of a column alike.
@@ -85,7 +85,7 @@ class Semivalue:
         n = len(asked.train)
         with bar("semivalue", self.budget, progress) as shown:
             return semivalue(
-                retrained_game(asked, self.seed, self.empty),
+                RetrainedGame(asked, self.seed, self.empty),
                 n,
                 weights=beta_weights(n, self.alpha, self.beta),
                 truncation=self.truncation,
@@ -146,7 +146,7 @@ class Banzhaf:
     def _sample(self, asked: Question, progress: bool | None) -> Estimate:
         with bar("banzhaf", self.budget, progress) as shown:
             return banzhaf(
-                retrained_game(asked, self.seed, self.empty),
+                RetrainedGame(asked, self.seed, self.empty),
                 len(asked.train),
                 stopping=Stopping(self.tolerance, self.budget),
                 seed=self.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 import sys
@@ -23,6 +24,7 @@ from retrain_plans import same, subsets
 from retrain_setting import LOADED
 from toy_retraining import M, N, Toy
 
+import dattri_core as dattri
 from dattri_core import InputError, NumericsError, Retraining, SpecError, StoreError
 
 PLAN = subsets(11)
@@ -263,14 +265,25 @@ def test_a_setting_that_does_not_exist_is_named(tmp_path, toy_setting):
         CounterfactualStore(tmp_path, SettingRetraining("tooy"))
 
 
-def test_a_ground_truth_may_be_spelled_as_plain_data(tmp_path, toy_setting):
-    import dattri_core as dattri
-
-    spelled = {"folder": str(tmp_path), "setting": "toy", "size": [8, 3]}
+def test_a_ground_truth_may_be_spelled_as_plain_data_and_is_written_so(tmp_path, toy_setting):
+    spelled = {
+        "name": "retraining",
+        "folder": str(tmp_path),
+        "retraining": {"setting": "toy", "size": [8, 3]},
+    }
     made = dattri.method("leave-one-out", ground_truth=spelled)
     assert isinstance(made.ground_truth, CounterfactualStore)
     assert made.ground_truth.retraining == SettingRetraining("toy", (8, 3))
     assert made.ground_truth.retraining.n_train == 8
-    for wrong in ({"folder": "x"}, {"folder": "x", "setting": "toy", "sized": 3}):
-        with pytest.raises(SpecError, match="a mapping of folder, setting, size, seed, wrong"):
+    written = dattri.describe_part(made)
+    assert written == {"name": "leave-one-out", "ground_truth": spelled}
+    json.dumps(written)
+    with pytest.raises(SpecError, match="did you mean 'size'"):
+        CounterfactualStore(tmp_path, {"setting": "toy", "sizes": [8, 3]})
+    with pytest.raises(SpecError, match="under 'setting'"):
+        CounterfactualStore(tmp_path, {"size": [8, 3]})
+    for wrong in ({"folder": "x"}, 3):
+        with pytest.raises(SpecError, match=r"ground truth: got .* expected Outcomes"):
             dattri.method("leave-one-out", ground_truth=wrong)
+    with pytest.raises(SpecError, match="no ground truth 'retrainin'"):
+        dattri.method("leave-one-out", ground_truth={"name": "retrainin"})

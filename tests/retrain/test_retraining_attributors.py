@@ -291,6 +291,14 @@ def test_a_ground_truth_of_something_else_is_refused_before_training(tmp_path):
     assert toy.trained == 0
 
 
+def test_a_budget_that_is_too_small_is_refused_before_training(tmp_path):
+    toy = Toy()
+    for name, message in (("shapley", "which ask for 222"), ("banzhaf", "below 100")):
+        with pytest.raises(InputError, match=message):
+            run(name, CounterfactualStore(tmp_path, toy), budget=99)
+    assert toy.trained == 0
+
+
 def test_they_are_repeatable_and_resume_from_the_store(tmp_path):
     first, second = Toy(), Toy()
     a = run("shapley", CounterfactualStore(tmp_path, first), budget=300, seed=2)

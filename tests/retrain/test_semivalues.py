@@ -20,11 +20,12 @@ from dattri_retrain import (
     leave_one_out_values,
     semivalue,
 )
+from dattri_retrain.permutations import _permutation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import comb
 
-from dattri_core import InputError
+from dattri_core import InputError, RandomStream
 
 BARS = 4.5  # standard errors; one of 10^5 normal numbers lies further out
 ROUNDING = 1e-12
@@ -220,6 +221,37 @@ def test_truncation_saves_sets_and_errs_by_less_than_itself():
     assert short.draws > 3 * whole.draws  # 7 sets of 30 come as near as 0.01
     exact = (1 - 0.5**n) / n
     assert (np.abs(short.values - exact) <= BARS * short.errors + 0.01 / n).all()
+
+
+@pytest.mark.parametrize("truncation", [None, 0.2, 0.6, 1.5])
+def test_values_are_those_of_walking_along_the_permutations_one_by_one(truncation):
+    game, n = random_game(7, 2, seed=8), 7
+    weights = beta_weights(n, 3.0, 1.0)
+    found = semivalue(
+        game, n, weights=weights, truncation=truncation, stopping=Stopping(budget=300), seed=3
+    )
+    empty, whole = game(np.array([[False] * n, [True] * n]))
+
+    def is_near(utility):  # of both columns and of their mean
+        both = np.append(utility - whole, (utility - whole).mean())
+        return truncation is not None and np.abs(both).max() <= truncation
+
+    gains, asked = np.zeros((found.draws, n, 2)), 2
+    for k in range(found.draws):
+        mask, utility = np.zeros(n, bool), empty
+        for place, player in enumerate(_permutation(RandomStream(3, "permutations"), n, k)):
+            if is_near(utility):
+                break
+            mask[player] = True
+            after = game(mask[None])[0]
+            asked += place < n - 1
+            gains[k, player] = weights[place] * (after - utility)
+            utility = after
+    assert np.allclose(found.values, gains.mean(0))
+    lowest = np.abs(gains - gains[0]).max((0, 1)) / found.draws
+    usual = gains.std(0, ddof=1) / np.sqrt(found.draws)
+    assert np.allclose(found.errors, np.maximum(usual, lowest))
+    assert found.evaluations == asked
 
 
 @settings(max_examples=20, deadline=None)
