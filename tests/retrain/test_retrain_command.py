@@ -1,0 +1,95 @@
+"""``dattri retrain``: one part or all of a plan, in this process or in several."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from dattri_parts.training import leave_one_out, random_subsets
+from dattri_retrain import CounterfactualStore
+from retrain_plans import same
+from toy_retraining import M, N, Toy
+
+from dattri_core import Counterfactual, cli
+
+pytestmark = pytest.mark.usefixtures("toy_setting")
+
+
+def run(capsys, *words):
+    status = cli.main(["retrain", *map(str, words)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def store_of(folder, n=N, m=M):
+    return CounterfactualStore(folder, Toy(n_train=n, n_test=m))
+
+
+def test_subsets_are_those_that_metrics_ask_for(tmp_path, capsys):
+    status, out, _ = run(capsys, "toy", "--out", tmp_path, "--count", 7, "--seed", 4)
+    store = store_of(tmp_path)
+    assert status == 0
+    assert out == f"{store.path}: 7 trained, 7 of 7 stored\n"
+    assert store.missing(random_subsets(N, 7, fraction=0.5, seed=4)) == []
+    assert len(store) == 7
+    _, out, _ = run(capsys, "toy", "--out", tmp_path, "--count", 9, "--seed", 4)
+    assert "2 trained, 9 of 9 stored" in out
+    run(capsys, "toy", "--out", tmp_path, "--count", 2, "--fraction", 0.75)
+    assert store.missing(random_subsets(N, 2, fraction=0.75)) == []
+
+
+def test_leave_one_out_is_of_all_examples_too(tmp_path, capsys):
+    run(capsys, "toy", "--out", tmp_path, "--plan", "leave-one-out", "--size", "small")
+    store = store_of(tmp_path, 8, 3)
+    plan = [Counterfactual(np.ones(8, bool)), *leave_one_out(8)]
+    assert (store.missing(plan), len(store)) == ([], 9)
+
+
+def test_parts_on_many_machines_make_the_whole(tmp_path, capsys):
+    words = ("toy", "--count", 9, "--size", "10,4")
+    for part in (3, 1, 2):
+        status, out, _ = run(capsys, *words, "--out", tmp_path / "parts", "--index", f"{part}/3")
+        assert status == 0
+    assert "9 of 9 stored" in out
+    run(capsys, *words, "--out", tmp_path / "whole")
+    assert same(
+        store_of(tmp_path / "parts", 10, 4).rows(), store_of(tmp_path / "whole", 10, 4).rows()
+    )
+
+
+def test_a_dry_run_counts(tmp_path, capsys):
+    _, out, _ = run(capsys, "toy", "--out", tmp_path, "--dry-run")
+    assert "50 of 50 models to train" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_workers(tmp_path, capsys, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = []
+
+    def threads(workers, context):
+        asked.append((workers, context.get_start_method()))
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr("dattri_retrain.command.ProcessPoolExecutor", threads)
+    _, out, _ = run(capsys, "toy", "--out", tmp_path, "--count", 6, "--workers", 2)
+    assert asked == [(2, "spawn")]
+    assert "6 trained, 6 of 6 stored" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tooy",), "did you mean 'toy'"),
+        (("toy", "--index", "7"), "as in 7/50"),
+        (("toy", "--index", "0/50"), "parts count from 1 to 50"),
+        (("toy", "--size", "smal"), "did you mean 'small'"),
+        (("toy", "--workers", "0"), "expected 1 or more"),
+        (("toy", "--fraction", "0"), "fraction 0.0"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, capsys, words, message):
+    status, _, err = run(capsys, *words, "--out", tmp_path)
+    assert status == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
