@@ -86,9 +86,9 @@ def summary(
 
     Why not resample and compute again: a drawn subset that comes up twice is a tie, which a rank
     correlation takes for knowledge, and drawing rows and tests together counts V_both three times
-    (Owen 2007, arXiv 0708.0432). In simulations of LDS at 95 % such intervals held the truth in
-    97 to 100 % and were a quarter too wide with 50 subsets and 40 independent tests; these held it
-    in 94 %.
+    (Owen 2007, arXiv 0708.0432). Of LDS at 95 %, in nine populations of 10 to 50 subsets and 10 to
+    200 tests, these intervals held the truth in 94 to 98 % of 900 simulations each. Resampling held
+    it in 90 to 100 % of 300, with intervals up to 1.4 times as wide.
 
     Args:
         estimate: Of the metric. With one test, or without ``influence``, only the other is drawn.

@@ -179,8 +179,8 @@ class RankStability:
 class ModelRandomisation:
     """Agreement with scores of the same model with random weights; see `model_randomisation`.
 
-    Weights are randomised by `randomised_state`. The method is asked anew about the trained model as
-    well, at the end of training: scores over several checkpoints would be another question.
+    Weights are randomised by `randomised_state`. The method is asked anew about the trained model
+    too, at the end of training: scores over several checkpoints would be another question.
 
     Args:
         models: Randomised models.
