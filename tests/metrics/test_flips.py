@@ -89,17 +89,34 @@ def test_the_part_finds_the_smallest_removal_of_additive_models():
     assert len(some) == 3
 
 
-def test_repeats_take_the_majority_and_equal_masks_are_asked_once():
+def test_repeats_are_other_seeds_and_equal_masks_are_asked_once():
+    rounds = []
+
+    class Watched(Additive):
+        def outcomes(self, counterfactuals, target):
+            rounds.append([c.key for c in counterfactuals])
+            return super().outcomes(counterfactuals, target)
+
     truth = np.random.default_rng(0).exponential(size=(40, 12))
-    retraining = Additive(truth, threshold=25.0, noise=0.1)
+    retraining = Watched(truth, threshold=25.0, noise=0.1)
     Brittleness(tests=100, largest=0.5, repeats=3).search(evidence_of(truth, retraining))
-    keys = [c.key for c in retraining.asked]
+    assert retraining.asked[0].mask.all()
     assert len({c.seed for c in retraining.asked}) == 3
-    first_round = keys[3 : 3 + 3 * 12]
-    assert len(first_round) == len(set(first_round))
-    # one random order for all tests: its first round is one mask, whatever the number of tests
-    everyone = np.ones(40, dtype=bool)
-    assert retraining.asked[0].mask.tolist() == everyone.tolist()
+    assert all(len(keys) == len(set(keys)) for keys in rounds)
+    # in random order all tests share one order: their first removal is one mask
+    assert sorted({len(keys) for keys in rounds})[0] == 3
+    assert sum(len(keys) == 3 for keys in rounds) >= 2
+
+
+def test_half_of_the_repeats_right_counts_as_right():
+    class Half(Additive):
+        def outcomes(self, counterfactuals, target):
+            seeds = sorted({c.seed for c in counterfactuals})
+            rows = [float(c.seed == seeds[0]) for c in counterfactuals]
+            return np.repeat(np.array(rows)[:, None], self.n_test, axis=1)
+
+    found, _, largest = Brittleness(repeats=2).search(evidence_of(effects(), Half(effects())))
+    assert (found == largest + 1).all()
 
 
 def test_bad_input_is_named():

@@ -182,3 +182,13 @@ def test_the_part_trains_subsets_and_their_twins():
     assert part.measure(evidence_of(truth, noisy, seed=1)) != found
     gain = part.measure(evidence_of(truth, noisy, target="gain"))
     assert gain == found  # minus the loss, more is better
+
+
+def test_scores_in_tenths_have_the_ties_of_whole_numbers():
+    random = np.random.default_rng(0)
+    whole = random.integers(-3, 4, size=(30, 8)).astype(float)
+    masks, outcomes = subsets(random, 40, 30), random.normal(size=(40, 8))
+    want = lds(whole, masks, outcomes, higher_is_better=True)
+    order = random.permutation(30)
+    tenths = lds(0.1 * whole[order], masks[:, order], outcomes, higher_is_better=True)
+    assert ends(tenths) == pytest.approx(ends(want), abs=1e-12)
