@@ -172,7 +172,7 @@ class Brittleness:
         tests = np.sort(random.permutation(np.flatnonzero(right))[: self.tests])
 
         def flips(masks: Array, which: Array) -> Array:
-            return self._wrong(evidence, masks)[np.arange(len(which)), tests[which]]
+            return np.asarray(self._wrong(evidence, masks)[np.arange(len(which)), tests[which]])
 
         one_order = np.repeat(random.permutation(n).astype(float)[:, None], len(tests), axis=1)
         found = smallest_removals(scores[:, tests], flips, largest)
