@@ -59,7 +59,7 @@ class Demo:
         registry = default_registry()
         names = _chosen(args.methods, registry.names("method"))
         setting = registry.resolve("setting", args.data)
-        metric = registry.resolve("metric", "mislabel-auroc")
+        metric = registry.make("metric", "mislabel-auroc")
         size = (args.train or setting.size[0], args.test or setting.size[1])
         print(f"{setting.title}\ntraining ...", flush=True)
         world = setting.load(size, seed=args.seed)
@@ -75,7 +75,7 @@ class Demo:
         with _threads(world.threads):
             _warm_up(world)
             for name in names:
-                outcome = run_method(name, world, lambda s, w: metric(s, w, seed=args.seed))
+                outcome = run_method(name, world, lambda s, w: metric.of(s, w, args.seed))
                 outcomes.append(outcome)
                 print(line(outcome), flush=True)
             versions = _versions()
