@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ import torch
 from attrs import frozen
 
 from dattri_core import InputError, default_registry, format_bytes, nearest, write_text
-from dattri_core import __version__ as dattri_version
+from dattri_parts.measuring.machine import versions
+from dattri_parts.measuring.threads import threads
 from dattri_reports.outcome import Outcome, run_method
 from dattri_reports.report import Report, Section, render
 from dattri_reports.sections.agreement import agreement
@@ -29,7 +27,6 @@ from dattri_reports.sections.suspects import suspects
 from dattri_reports.sections.table import table
 
 SHOWN = 8
-LIBRARIES = ("torch", "numpy", "scipy")
 Say = Callable[[str], None]
 
 
@@ -72,13 +69,13 @@ class Demo:
         )
         print(HEAD)
         outcomes = []
-        with _threads(world.threads):
+        with threads(world.threads):
             _warm_up(world)
             for name in names:
                 outcome = run_method(name, world, lambda s, w: metric(s, w, seed=args.seed))
                 outcomes.append(outcome)
                 print(line(outcome), flush=True)
-            versions = _versions()
+            measured_with = {**versions(), "threads": str(torch.get_num_threads())}
         print(FOOT)
         predictions, shown = _examples(world, args.seed)
         report = Report(
@@ -87,7 +84,7 @@ class Demo:
             predictions=predictions,
             shown=shown,
             command=_command(args, size),
-            versions=versions,
+            versions=measured_with,
             seed=args.seed,
             seconds=time.perf_counter() - started,
         )
@@ -141,17 +138,6 @@ def _sections() -> list[Section]:
     return [*own, *others, reading]
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Use the number of threads that pays for the network, then the one before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _warm_up(world: Any) -> None:
     """Run a forward and backward pass, so that the first method does not pay for loading code."""
     model = world.task.model
@@ -182,17 +168,6 @@ def _command(args: argparse.Namespace, size: tuple[int, int]) -> str:
     words += ["--seed", str(args.seed), "--out", args.out]
     words += ["--methods", *args.methods] if args.methods else []
     return shlex.join(words)
-
-
-def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in LIBRARIES}
-    threads = str(torch.get_num_threads())
-    return {
-        "dattri-core": dattri_version,
-        "Python": platform.python_version(),
-        **found,
-        "threads": threads,
-    }
 
 
 command = Demo()
