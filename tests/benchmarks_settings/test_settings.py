@@ -23,15 +23,15 @@ from dattri_core import (
 )
 
 NAMES = default_registry().names("setting")
-SLOW = {"cifar2-resnet9", "cifar10-resnet9"}
-"""Take more than their share of CI's time even at this size."""
+QUICK = {"digits", "mnist-lr", "mnist-mlp"}
+"""The others take more than their share of CI's time even at this size."""
 TINY = (40, 20)
 LOSSES = {"cross-entropy": cross_entropy, "causal-lm": causal_lm}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES],
+    params=[pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES],
 )
 def load(request, tmp_path_factory):
     """Return a function that loads a world of the setting; nothing is downloaded or kept."""
