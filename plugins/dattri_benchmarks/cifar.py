@@ -169,7 +169,7 @@ RECIPE = Recipe(
     keep=(1, 2, 5, 10, 15, 20),
 )
 DAMPING = 3e-2
-"""Six times the weight decay, as for the network on MNIST, whose Hessian goes down to four times."""
+"""Six times the weight decay, as for the MLP on MNIST; not measured for this network."""
 FEW = 1000
 """Train images up to which the network is small: the whole one is slow without an accelerator."""
 
