@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import frozen
-
-from dattri_core import InputError, default_registry, format_bytes, nearest, write_text
 from dattri_parts.measuring.machine import versions
 from dattri_parts.measuring.threads import threads
+
+from dattri_core import InputError, default_registry, format_bytes, nearest, write_text
 from dattri_reports.outcome import Outcome, run_method
 from dattri_reports.report import Report, Section, render
 from dattri_reports.sections.agreement import agreement

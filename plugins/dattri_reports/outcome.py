@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from attrs import frozen
-
-from dattri_core import Scores, default_registry
 from dattri_parts.measuring.attribution import (
     attribute,
     damped,
@@ -16,6 +14,8 @@ from dattri_parts.measuring.attribution import (
     spell_error,
     task_of,
 )
+
+from dattri_core import Scores, default_registry
 
 Array = np.ndarray[Any, Any]
 Metric = Callable[..., Any]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dattri_core import format_bytes
 from dattri_parts.measuring.peak import MEANING
+
+from dattri_core import format_bytes
 from dattri_reports.outcome import Outcome
 from dattri_reports.report import Report, text
 
