@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from attrs import evolve
 from dattri_parts.measuring.attribution import (
     Attribution,
     attribute,
+    follows_run,
     referenced,
     self_influence,
 )
@@ -83,8 +86,12 @@ class Answers:
         return found.values, found.note
 
     def of_other(self, task: Task) -> Array:
-        """Return the scores of the same method for another trained model of the world."""
-        asked = referenced(self._made, task, self._world)
+        """Return the scores of the same method for another trained model of the world.
+
+        A method that weighs checkpoints by their learning rates gives each of them, where the task
+        has none, the weight 1.
+        """
+        asked = referenced(self._made, _weighed(self._made, task), self._world)
         return _plain(attribute(self._made, asked, self._world).scores.values)
 
     def task(self) -> Task:
@@ -110,6 +117,15 @@ class Answers:
         }
         self._records.write("attributions", self._address, facts)
         return _plain(run.scores.values)
+
+
+def _weighed(made: Any, task: Task) -> Task:
+    lacking = any(checkpoint.learning_rate is None for checkpoint in task.checkpoints)
+    if not (follows_run(made) and lacking):
+        return task
+    changed = copy.copy(task)
+    changed.checkpoints = tuple(evolve(c, learning_rate=1.0) for c in task.checkpoints)
+    return changed
 
 
 def _plain(values: Any) -> Array:

@@ -174,7 +174,7 @@ def sentences(request: Request) -> list[str]:
         train_set = {"full": "on all train examples", "half": "on a random half each"}
         found.append(
             f"xN: asked about N models trained {train_set[request.trained_on]}, each with a seed "
-            "of its own; no subset of a metric is among theirs."
+            "of its own, drawn apart from those of metrics."
         )
     if any(entrant.models == 0 for entrant in request.entrants):
         found.append("Methods that follow training read the checkpoints of the setting's own run.")

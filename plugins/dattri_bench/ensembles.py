@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from dattri_parts.training import random_subsets
 from safetensors.torch import save
 
 from dattri_bench.request import TrainedOn
 from dattri_core import Counterfactual, Task, atomic_file, bar
 
-NAMESPACE = 7_301
-"""Of the random numbers here, so that no mask is one of those that metrics retrain on."""
+NAMESPACE = 730_100_000
+"""Added to the seed, so that masks are drawn apart from those that metrics retrain on."""
+FRACTION: dict[TrainedOn, float] = {"full": 1.0, "half": 0.5}
 
 
 def members(n: int, count: int, trained_on: TrainedOn, seed: int) -> list[Counterfactual]:
@@ -23,18 +24,10 @@ def members(n: int, count: int, trained_on: TrainedOn, seed: int) -> list[Counte
     Args:
         n: Train examples.
         count: Models.
-        trained_on: ``"full"``, all examples, or ``"half"``, ``n // 2`` drawn without replacement.
-        seed: Of masks and trainings.
+        trained_on: ``"full"``, all examples, or ``"half"``, ``n / 2`` drawn without replacement.
+        seed: Of the world.
     """
-    found = []
-    for k in range(count):
-        random = np.random.default_rng([NAMESPACE, seed, k])
-        training = int(random.integers(2**32))
-        mask = np.full(n, trained_on == "full")
-        if trained_on == "half":
-            mask[random.permutation(n)[: max(1, n // 2)]] = True
-        found.append(Counterfactual(mask, training))
-    return found
+    return random_subsets(n, count, fraction=FRACTION[trained_on], seed=NAMESPACE + seed)
 
 
 def train_members(

@@ -42,7 +42,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": "dattri", "svg.fonttype": "none"}):
         size = (max(5.0, 1.8 + 0.46 * most), 0.5 + 3.5 * len(panels))
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(f"{title}\n", fontsize=11)
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axis, (metric, own) in zip(axes, panels.items(), strict=True):
             _panel(axis, metric, own)
@@ -92,7 +92,8 @@ def _panel(axis: Any, metric: str, rows: Sequence[Row]) -> None:
         ha="right",
         rotation_mode="anchor",
     )
-    axis.axhline(0, color=SOFT, linewidth=0.6, zorder=1)
+    if any(row.chance != 0 for row in done):
+        axis.axhline(0, color=SOFT, linewidth=0.6, zorder=1)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -70,7 +70,7 @@ class ToyRetraining:
     def train(self, counterfactuals):
         for counterfactual in counterfactuals:
             counted("train")
-            inputs, labels = (t[torch.from_numpy(counterfactual.mask)] for t in self.train_data)
+            inputs, labels = (t[torch.tensor(counterfactual.mask)] for t in self.train_data)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(counterfactual.seed)
                 model = nn.Linear(FEATURES, CLASSES)
