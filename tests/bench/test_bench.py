@@ -130,7 +130,7 @@ def test_scores_are_computed_once_for_all_metrics(tmp_path):
 
 
 def test_a_rerun_runs_nothing_and_writes_the_same(tmp_path):
-    words = ("--methods", "counted", "grad-dot", "broken", "--checkpoints=1,2", "--seeds=0,1")
+    words = ("--methods", "counted", "grad-dot", "broken", "--checkpoints=1,2")
     bench(tmp_path, *words)
     before = kept(tmp_path)
     cells = (tmp_path / "cells").iterdir()
@@ -379,3 +379,26 @@ def test_plugins_hear_of_every_cell(tmp_path, registry, monkeypatch):
     heard.clear()
     bench(tmp_path, "--methods", "counted", "broken", "--metrics", "agreement")
     assert heard == []
+
+
+# --- the figure -----------------------------------------------------------------------------------
+def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch, capsys):
+    from dattri_bench.figure import draw
+
+    monkeypatch.setattr("dattri_bench.command.draw", draw)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _ = bench(tmp_path, "--methods", "counted", "--metrics", "agreement")
+    assert status == 0
+    assert "no figure: figure: needs matplotlib" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.iterdir() if path.name.startswith("results")}
+    assert names == {"results.json", "results.csv", "results.md"}
+
+
+def test_the_figure_lies_beside_the_table(tmp_path, monkeypatch):
+    from dattri_bench.figure import draw
+
+    monkeypatch.setattr("dattri_bench.command.draw", draw)
+    bench(tmp_path, "--methods", "counted", "broken", "--metrics", "agreement")
+    assert (tmp_path / "results.png").stat().st_size > 5000
+    assert "counted" in (tmp_path / "results.svg").read_text()
+    assert "(results.svg)" in (tmp_path / "results.md").read_text()
