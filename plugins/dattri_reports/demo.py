@@ -26,6 +26,9 @@ from dattri_reports.sections.summary import summary
 from dattri_reports.sections.suspects import suspects
 from dattri_reports.sections.table import table
 
+METRIC = "mislabel-auroc"
+WRONG = 0.05
+"""Share of the train labels that are made wrong."""
 SHOWN = 8
 Say = Callable[[str], None]
 
@@ -38,7 +41,7 @@ class Demo:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("--data", default="digits", help="a registered setting; digits, mnist")
+        parser.add_argument("--data", default="digits", help="a setting: digits, mnist-mlp")
         parser.add_argument("--out", default="demo-report.html", help="the report, an HTML file")
         parser.add_argument(
             "--methods", nargs="+", metavar="NAME", help="default: every registered method"
@@ -56,10 +59,19 @@ class Demo:
         registry = default_registry()
         names = _chosen(args.methods, registry.names("method"))
         setting = registry.resolve("setting", args.data)
-        metric = registry.resolve("metric", "mislabel-auroc")
-        size = (args.train or setting.size[0], args.test or setting.size[1])
+        if METRIC not in setting.metrics:
+            raise InputError(
+                f"demo: the setting {args.data!r} is not meant for {METRIC!r} but for "
+                f"{', '.join(map(repr, setting.metrics))}; choose one of images with classes, such "
+                "as 'digits'"
+            )
+        metric = registry.resolve("metric", METRIC)
+        small = setting.sizes["small"]
+        size = (args.train or small[0], args.test or small[1])
         print(f"{setting.title}\ntraining ...", flush=True)
-        world = setting.load(size, seed=args.seed)
+        world = setting.load(size, seed=args.seed, wrong=WRONG)
+        if world.pictures is None:
+            raise InputError(f"demo: the setting {args.data!r} has no pictures to show")
         facts = world.facts
         print(
             f"{facts['model']}, {facts['parameters']:,} parameters; {facts['n_train']} train "
@@ -141,7 +153,7 @@ def _sections() -> list[Section]:
 def _warm_up(world: Any) -> None:
     """Run a forward and backward pass, so that the first method does not pay for loading code."""
     model = world.task.model
-    inputs, labels = (tensor[:8] for tensor in world.train)
+    inputs, labels = (tensor[:8].to(world.task.device) for tensor in world.train)
     loss = torch.nn.functional.cross_entropy(model(inputs), labels)
     torch.autograd.grad(loss, list(model.parameters()))
 
@@ -151,7 +163,7 @@ def _examples(world: Any, seed: int) -> tuple[np.ndarray[Any, Any], tuple[int, .
 
     Half of them are the mistakes with the largest loss, the rest are drawn from the others.
     """
-    inputs, labels = world.test
+    inputs, labels = (tensor.to(world.task.device) for tensor in world.test)
     with torch.no_grad():
         outputs = world.task.model(inputs)
         losses = torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
@@ -160,7 +172,7 @@ def _examples(world: Any, seed: int) -> tuple[np.ndarray[Any, Any], tuple[int, .
     shown = wrong[: SHOWN // 2]
     rest = np.random.default_rng(seed).permutation(len(labels)).tolist()
     shown += [i for i in rest if i not in shown][: SHOWN - len(shown)]
-    return predictions.numpy(), tuple(shown)
+    return predictions.cpu().numpy(), tuple(shown)
 
 
 def _command(args: argparse.Namespace, size: tuple[int, int]) -> str:
