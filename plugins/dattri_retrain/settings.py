@@ -1,0 +1,84 @@
+"""The retraining of a setting, spelled as plain data: a process or machine makes it again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from torch import Tensor
+
+from dattri_core import Counterfactual, Retraining, default_registry
+
+Array = np.ndarray[Any, Any]
+_loading = threading.Lock()
+
+
+@frozen
+class SettingRetraining:
+    """The retraining of a registered setting; it is loaded where and when it is first used.
+
+    It holds the name and the arguments of the setting alone, so it goes to other processes and
+    machines however large the data are, as long as these have the setting.
+
+    Args:
+        setting: Registered name.
+        size: (train, test) examples; the setting's full size by default.
+        seed: Of the world.
+        wrong: Share of wrong labels; the setting's own by default.
+    """
+
+    setting: str
+    size: tuple[int, int] | None = None
+    seed: int = 0
+    wrong: float | None = None
+
+    @property
+    def loaded(self) -> Retraining:
+        """Return the retraining; a process loads it once."""
+        with _loading:
+            return _load(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return that of the setting's retraining."""
+        return self.loaded.fingerprint
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return self.loaded.n_train
+
+    @property
+    def n_test(self) -> int:
+        """Return the number of test examples."""
+        return self.loaded.n_test
+
+    @property
+    def targets(self) -> Mapping[str, bool]:
+        """Return what is measured."""
+        return self.loaded.targets
+
+    @property
+    def together(self) -> int:
+        """Return how many are best trained by one call."""
+        return self.loaded.together
+
+    def train(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
+        """Yield a state dict for each counterfactual."""
+        return self.loaded.train(counterfactuals)
+
+    def measure(self, state: Mapping[str, Tensor]) -> Mapping[str, Array]:
+        """Return the outcomes of one model."""
+        return self.loaded.measure(state)
+
+
+@lru_cache(maxsize=2)
+def _load(made: SettingRetraining) -> Retraining:
+    setting = default_registry().make("setting", made.setting)
+    world = setting.load(made.size, seed=made.seed, wrong=made.wrong)
+    retraining: Retraining = world.retraining
+    return retraining
