@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attrs import field, frozen
@@ -32,13 +32,16 @@ class Choice:
         return ", ".join(f"{key}={_spelled(value)}" for key, value in self.fields.items())
 
 
-def choices_of(kind: str, words: Sequence[str]) -> list[Choice]:
+def choices_of(
+    kind: str, words: Sequence[str], every: Callable[[str], bool] = lambda name: True
+) -> list[Choice]:
     """Return what was chosen, each once, in the order given.
 
     Args:
         kind: ``"method"`` or ``"metric"``.
         words: As typed: names separated by spaces or commas, or ``all``; ``NAME:FIELD=VALUE`` sets
             a field, where VALUE is JSON, or text that is none.
+        every: Whether ``all`` means a name too.
 
     Raises:
         InputError: No such name, or a field without a value.
@@ -46,7 +49,10 @@ def choices_of(kind: str, words: Sequence[str]) -> list[Choice]:
     valid = default_registry().names(kind)
     found: list[Choice] = []
     for word in (word for given in words for word in given.split(",") if word):
-        chosen = [Choice(name) for name in valid] if word == EVERY else [_choice(kind, word, valid)]
+        if word == EVERY:
+            chosen = [Choice(name) for name in valid if every(name)]
+        else:
+            chosen = [_choice(kind, word, valid)]
         found += [choice for choice in chosen if choice not in found]
     if not found:
         raise InputError(f"bench: no {kind} was named; valid: {', '.join([EVERY, *valid])}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from dattri_parts.measuring.attribution import retrains
 from dattri_parts.measuring.machine import hardware, versions
 
 from dattri_bench.cells import Finished
@@ -20,7 +21,7 @@ from dattri_bench.request import Measure, Request, entrants_of, measures_of, set
 from dattri_bench.summary import ONE_SEED, SEVERAL_SEEDS, Row, rows_of
 from dattri_bench.tables import as_csv, as_markdown, as_text
 from dattri_bench.tuning import dampings_of, protocol
-from dattri_core import InputError, write_text
+from dattri_core import InputError, method, write_text
 
 FORMAT = 1
 """Of ``results.json``."""
@@ -50,7 +51,8 @@ class Bench:
             nargs="+",
             default=["all"],
             metavar="NAME",
-            help="names, or all (default); NAME:FIELD=VALUE sets a field, as trak:seed=1",
+            help="names, or all (default), but for those that train models by the hundred, such as "
+            "leave-one-out; NAME:FIELD=VALUE sets a field, as trak:seed=1",
         )
         add(
             "--metrics",
@@ -112,7 +114,7 @@ def request_of(args: argparse.Namespace) -> Request:
     """
     setting = setting_of(args.setting)
     size = size_of(args.size, setting)
-    choices = choices_of("method", args.methods)
+    choices = choices_of("method", args.methods, lambda name: not retrains(method(name)))
     if args.subsets is not None and args.subsets < 2:
         raise InputError(f"bench: --subsets {args.subsets}; give at least 2")
     if not 0 < args.wrong < 1:
@@ -175,6 +177,11 @@ def sentences(request: Request) -> list[str]:
         found.append(
             f"xN: asked about N models trained {train_set[request.trained_on]}, each with a seed "
             "of its own, drawn apart from those of metrics."
+        )
+    if any(entrant.retrains for entrant in request.entrants):
+        found.append(
+            "Methods that train models themselves: seconds include those of models that were not "
+            "there yet. Their subsets are drawn apart from those of metrics."
         )
     if any(entrant.models == 0 for entrant in request.entrants):
         found.append("Methods that follow training read the checkpoints of the setting's own run.")

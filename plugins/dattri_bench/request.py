@@ -9,7 +9,7 @@ from typing import Any, Literal
 import attrs
 import torch
 from attrs import frozen
-from dattri_parts.measuring.attribution import damped, follows_run, takes_damping
+from dattri_parts.measuring.attribution import damped, follows_run, retrains, takes_damping
 
 from dattri_bench.choices import Choice
 from dattri_core import (
@@ -51,6 +51,11 @@ class Entrant:
         if damping is None:
             return method(self.choice.name, **self.choice.fields)
         return damped(self.choice.name, damping, self.choice.fields)
+
+    @property
+    def retrains(self) -> bool:
+        """Return whether the method trains models itself."""
+        return retrains(self.made(None))
 
     @property
     def tunable(self) -> bool:
@@ -253,6 +258,7 @@ def entrants_of(choices: Sequence[Choice], counts: Sequence[int]) -> list[Entran
     """
     found = []
     for choice in choices:
-        run = follows_run(Entrant(choice, 1).made(None))
-        found += [Entrant(choice, count) for count in ([0] if run else counts)]
+        made = Entrant(choice, 1).made(None)
+        own = [0] if follows_run(made) else [1] if retrains(made) else counts
+        found += [Entrant(choice, count) for count in own]
     return found

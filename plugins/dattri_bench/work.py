@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import attrs
 import numpy as np
 from attrs import field, frozen
 from dattri_parts.measuring.attribution import spell_error, task_of
@@ -15,7 +16,7 @@ from dattri_parts.measuring.threads import threads
 
 from dattri_bench.answers import Answers
 from dattri_bench.cells import Cell
-from dattri_bench.ensembles import ensemble_task, members, train_members
+from dattri_bench.ensembles import NAMESPACE, ensemble_task, members, train_members
 from dattri_bench.records import Records, address_of
 from dattri_bench.request import Entrant, Measure, Request
 from dattri_bench.tuning import CHOOSING, try_dampings
@@ -156,11 +157,23 @@ class Work:
         """Return the method at its damping, and how that was chosen."""
         request, entrant = self.request, cell.entrant
         damping = self.world.damping if request.damping is None else request.damping
+        if entrant.retrains:
+            return self._supplied(entrant), None
         if cell.attribution["tuning"] is None:
             return entrant.made(damping), None
         record = self._tuned(cell)
         fields = {**entrant.choice.fields, "damping": record["chosen"]}
         return method(entrant.choice.name, **fields), record
+
+    def _supplied(self, entrant: Entrant) -> Any:
+        """Return a method that trains models with what trains them.
+
+        Unless the choice sets a seed, it is one whose subsets no metric draws.
+        """
+        fields: dict[str, Any] = {"ground_truth": self._outcomes()}
+        if "seed" not in entrant.choice.fields:
+            fields["seed"] = NAMESPACE + self.seed
+        return attrs.evolve(entrant.made(None), **fields)
 
     def _tuned(self, cell: Cell) -> dict[str, Any]:
         """Return the search of an entrant's damping, made in the world without wrong labels."""

@@ -14,8 +14,9 @@ import toy_bench
 from toy_bench import CALLS, Agreement, Flips, ToySetting, ToyStore
 
 import dattri_core as dattri
+from dattri_core import Scores
 from dattri_core.cli import main
-from dattri_core.registry import Registry, using
+from dattri_core.registry import Registry, default_registry, using
 
 HERE = Path(__file__).parent
 TIMES = ("seconds", "metric_seconds", "peak_bytes", "hardware")
@@ -285,6 +286,25 @@ def test_a_method_along_the_run_is_one_row_whatever_the_models(tmp_path):
     assert rows == ["tracin", "tracin"]
     assert row_of(tmp_path, "tracin", "other")["error"] is None
     assert any("follow training" in note for note in results(tmp_path)["notes"])
+
+
+def test_a_method_that_trains_models_gets_the_store_and_subsets_of_its_own(tmp_path):
+    _, calls = bench(tmp_path, "--methods", "asking", "asking:seed=9", "--metrics", "agreement")
+    assert calls.count("train") == 1 + 2 + 6
+    seeds = {row["method"] for row in results(tmp_path)["rows"]}
+    assert seeds == {"asking", "asking (seed=9)"}
+    values = [Scores.load(path).values for path in (tmp_path / "scores").iterdir()]
+    lowest = sorted(float(np.asarray(v).min()) for v in values)
+    assert abs(lowest[0] - 9) < 5
+    assert lowest[1] > 1e8  # far from the seeds of worlds, which metrics draw from
+    assert any("train models themselves" in note for note in results(tmp_path)["notes"])
+
+
+def test_all_leaves_out_what_trains_models_by_the_hundred(tmp_path):
+    bench(tmp_path, "--methods", "all", "--metrics", "agreement")
+    rows = {row["method"] for row in results(tmp_path)["rows"]}
+    everything = set(default_registry().names("method"))
+    assert everything - rows == {"asking"}
 
 
 def test_a_setting_without_classes_has_rows_for_the_other_metrics(tmp_path):

@@ -6,7 +6,7 @@ As a script it runs ``dattri bench`` with them: a test kills it.
 import os
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -244,6 +244,19 @@ class Counted:
 
 
 @frozen
+class Asking:
+    """Scores from models that it asks for; says which seed it was given."""
+
+    ground_truth: Any = None
+    seed: int = 0
+
+    def attribute(self, task, train, test, **settings):
+        mask = np.arange(len(train[1])) % 2 == 0
+        (found,) = self.ground_truth.outcomes([Counterfactual(mask, self.seed)], "loss")
+        return Scores(torch.from_numpy(np.outer(mask - 0.5, found) + self.seed))
+
+
+@frozen
 class Broken:
     def attribute(self, task, train, test, **settings):
         counted("attribute")
@@ -273,9 +286,10 @@ def registry():
         ("metric", "other", "Other"),
         ("attributor", "counted", "Counted"),
         ("attributor", "broken", "Broken"),
+        ("attributor", "asking", "Asking"),
     ):
         made.part(kind, name, f"{here}:{target}")
-    for name in ("counted", "broken"):
+    for name in ("counted", "broken", "asking"):
         made.method(name, {"attributor": name}, summary="toy", formula="S", citation="-")
     return made
 

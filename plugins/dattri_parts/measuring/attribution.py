@@ -128,6 +128,11 @@ def follows_run(made: Any) -> bool:
     return getattr(made, "reads", None) == TRAJECTORY
 
 
+def retrains(made: Any) -> bool:
+    """Return whether a method is made of models that it has trained, and lacks what trains them."""
+    return hasattr(made, "ground_truth") and made.ground_truth is None
+
+
 def damped(name: str, damping: float, fields: Mapping[str, Any]) -> Any:
     """Return a registered method with fields set, at a damping where it takes one.
 
