@@ -39,9 +39,9 @@ def bar(
         f'<svg viewBox="0 0 {WIDTH} 20" width="{WIDTH}" height="20" role="img" '
         f'aria-label="{text(f"{value:.3f}, interval {low:.3f} to {high:.3f}")}">'
         f'<line class="axis" x1="0" y1="10" x2="{WIDTH}" y2="10"/>'
-        f"{_line('chance', place(chance))}{best}"
         f'<rect class="interval" x="{start:.1f}" y="6" width="{max(end - start, 1):.1f}" '
-        f'height="8" rx="2"/><circle class="value" cx="{place(value):.1f}" cy="10" r="4"/></svg>'
+        f'height="8" rx="2"/>{_line("chance", place(chance))}{best}'
+        f'<circle class="value" cx="{place(value):.1f}" cy="10" r="4"/></svg>'
         f"<small>{low:.3f} to {high:.3f}</small></span>"
     )
 

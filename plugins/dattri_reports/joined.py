@@ -41,7 +41,7 @@ class ReportCommand:
             raise InputError(f"report: --out {args.out!r} is a folder; give the name of a file")
         found = find_results(args.results)
         write_text(out, render_results(found))
-        print(f"{len(found)} benchmarks; report: {out.resolve()}")
+        print(f"{len(found)} joined; report: {out.resolve()}")
         return 0
 
 
@@ -54,12 +54,15 @@ def render_results(found: Sequence[Results]) -> str:
 def _head(found: Sequence[Results]) -> str:
     methods = {row["method"] for results in found for row in results.data["rows"]}
     figures = [
-        (len(found), "benchmarks"),
-        (len({results.name for results in found}), "settings"),
-        (len(methods), "methods"),
-        (sum(len(results.data["rows"]) for results in found), "measured numbers"),
+        (len(found), "benchmark"),
+        (len({results.name for results in found}), "setting"),
+        (len(methods), "method"),
+        (sum(len(results.data["rows"]) for results in found), "row"),
     ]
-    cells = "".join(f"<div><dt>{text(what)}</dt><dd>{n}</dd></div>" for n, what in figures)
+    cells = "".join(
+        f"<div><dt>{text(what if n == 1 else f'{what}s')}</dt><dd>{n}</dd></div>"
+        for n, what in figures
+    )
     return (
         '<header><p class="kicker">dattri-core benchmarks</p>'
         "<h1>How good are the scores of each method?</h1>"
