@@ -21,7 +21,7 @@ from dattri_bench.request import Measure, Request, entrants_of, measures_of, set
 from dattri_bench.summary import ONE_SEED, SEVERAL_SEEDS, Row, rows_of
 from dattri_bench.tables import as_csv, as_markdown, as_text
 from dattri_bench.tuning import dampings_of, protocol
-from dattri_core import InputError, method, write_text
+from dattri_core import InputError, default_registry, method, write_text
 
 FORMAT = 1
 """Of ``results.json``."""
@@ -111,6 +111,7 @@ def request_of(args: argparse.Namespace) -> Request:
 
     Raises:
         InputError, SpecError: An option is not understood, or asks for what there is not.
+        PluginError: A plugin that is needed cannot be imported.
     """
     setting = setting_of(args.setting)
     size = size_of(args.size, setting)
@@ -120,6 +121,8 @@ def request_of(args: argparse.Namespace) -> Request:
     if not 0 < args.wrong < 1:
         raise InputError(f"bench: --wrong {args.wrong}; give a share between 0 and 1")
     measures = measures_of(choices_of("metric", args.metrics or setting.metrics), args.subsets)
+    if any("retraining" in measure.metric.needs for measure in measures):
+        default_registry().resolve("ground_truth", "retraining")  # before models are trained
     chooser, dampings = None, ()
     if args.tune is not None:
         dampings = dampings_of(args.tune)
