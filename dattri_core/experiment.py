@@ -209,7 +209,8 @@ class Evidence:
         scores: ``[n_train, n_test]``, positive where the train example helps.
         self_influence: ``[n_train]``, where the method has it.
         world: Data and model.
-        outcomes: Trains what a metric asks for, or answers from what was trained before.
+        outcomes: Trains what a metric asks for, or answers from what was trained before; None where
+            no metric asks.
         attribute: Attributes with the same method for other models of the world,
             ``task -> scores [n_train, n_test]``: for metrics that compare a method with itself.
         seed: Of the metric's own random numbers: subsets and resamples.
@@ -218,21 +219,21 @@ class Evidence:
     scores: Array
     self_influence: Array | None
     world: World
-    outcomes: Outcomes
+    outcomes: Outcomes | None = None
     attribute: Callable[[Task], Array] | None = None
     seed: int = 0
 
 
 @frozen
 class MetricResult:
-    """A metric's value, its bootstrap percentile interval, and what it is to be compared with.
+    """A metric's value, its bootstrap interval, and what it is to be compared with.
 
     Args:
         value: On the whole data.
         low: Lower end of the interval.
         high: Upper end.
         chance: What scores without information give.
-        confidence: Share of resamples inside the interval.
+        confidence: How often such intervals are to hold what larger samples would give.
         ceiling: What the best scores could give, where noise bounds it; None where nothing does.
         higher_is_better: Which way is good.
     """
@@ -254,7 +255,8 @@ class Metric(Protocol):
     """How good scores are: a frozen part; its fields say how much is asked."""
 
     needs: frozenset[str]
-    """Of {"mislabelled", "retraining", "labels", "self-influence", "attribute"}."""
+    """Of {"mislabelled", "retraining", "labels", "self-influence", "attribute"} and "fact:NAME" for
+    ``World.facts[NAME] = {"train": [...], "test": [...]}``, one value for each example."""
 
     def measure(self, evidence: Evidence) -> MetricResult:
         """Return the value with its interval."""

@@ -1,27 +1,30 @@
-"""Mislabel detection: how well a suspicion ranks wrongly labelled train examples first."""
+"""Mislabel detection: how well a suspicion ranks wrongly labelled train examples first.
+
+Other libraries call three numbers "mislabel AUC": the area under the ROC curve, the area under the
+inspection curve, and an F1 score. Here each has its own name.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from attrs import frozen
 
-from dattri_core import InputError
-from dattri_metrics.result import MetricResult
+from dattri_core import Evidence, InputError, MetricResult
+from dattri_metrics.arrays import numbers, truths
+from dattri_metrics.bootstrap import DEFAULT, Bootstrap, Estimate, summary
+from dattri_metrics.evidence import scores_of
+from dattri_metrics.precision import expected_precision, precisions
 
 Array = np.ndarray[Any, Any]
+By = Literal["either", "self-influence", "scores"]
 CHANCE = 0.5
-WORK = 4_000_000  # counts held at once while resampling
+CONSTANT = 1e-5  # of the largest: numbers of float32 that differ by less are ties
+UNIT = (0.0, 1.0)
 
 
-def auroc(
-    suspicion: Any,
-    is_mislabelled: Any,
-    *,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> MetricResult:
+def auroc(suspicion: Any, is_mislabelled: Any, *, bootstrap: Bootstrap = DEFAULT) -> MetricResult:
     """Return the area under the ROC curve of finding mislabelled train examples.
 
     The chance that a mislabelled example is more suspicious than a correctly labelled one, ties
@@ -30,8 +33,7 @@ def auroc(
         AUROC = (sum of the ranks of the mislabelled - p (p + 1) / 2) / (p q)
 
     with p mislabelled and q correct examples and mid-ranks for ties (Mann and Whitney 1947), in
-    O(n log n). The interval is a percentile bootstrap that draws mislabelled and correct examples
-    separately, with replacement.
+    O(n log n). The interval is over train examples.
 
     **Direction.** High suspicion means "look here first". The field's suspicion is self-influence
     as it is (high: the example is explained by itself only; Koh and Liang 2017, section 5.4, and
@@ -41,9 +43,7 @@ def auroc(
     Args:
         suspicion: ``[n]`` finite numbers.
         is_mislabelled: ``[n]`` true where the label is wrong.
-        resamples: Bootstrap draws.
-        confidence: Share of the draws inside the interval.
-        seed: Of the draws.
+        bootstrap: How to draw the interval.
 
     Returns:
         Value and interval in [0, 1]; chance level 0.5.
@@ -51,60 +51,210 @@ def auroc(
     Raises:
         InputError: Lengths differ, a number is not finite, or one of the two groups is empty.
     """
-    scores = np.asarray(suspicion, dtype=np.float64)
-    wrong = np.asarray(is_mislabelled)
-    _check(scores, wrong)
-    wrong = wrong.astype(bool)
-    correct = np.sort(scores[~wrong])
-    mislabelled = np.sort(scores[wrong])  # sorted, so that the order of examples cannot matter
-    below = np.searchsorted(correct, mislabelled, side="left")
-    upto = np.searchsorted(correct, mislabelled, side="right")
-    pairs = len(correct) * len(mislabelled)
-    value = float((below + upto).sum() / (2 * pairs))
-    draws = _resampled(below, upto, len(correct), resamples, np.random.default_rng(seed)) / pairs
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return MetricResult(value, float(low), float(high), CHANCE, confidence)
+    numbers_, wrong = _checked("mislabel-auroc", suspicion, is_mislabelled)
+    correct, mislabelled = np.sort(numbers_[~wrong]), np.sort(numbers_[wrong])
+    p, q = len(mislabelled), len(correct)
+    won = _half_below(correct, mislabelled)
+    value = float(won.sum() / (p * q))
+    beaten = p - _half_below(mislabelled, correct)  # by how many mislabelled ones
+    moves = np.concatenate([won / q - value, beaten / p - value])
+    moves *= np.concatenate([np.full(p, (p + q) / p), np.full(q, (p + q) / q)])
+    return _over_examples(value, moves, CHANCE, bootstrap)
 
 
-def _resampled(
-    below: Array, upto: Array, count: int, resamples: int, random: np.random.Generator
-) -> Array:
-    """Return the number of pairs won in each resample, ``[resamples]``."""
-    won = np.empty(resamples)
-    step = max(1, WORK // (count + len(below)))
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        # how many drawn correct examples lie before each place of their sorted order
-        before = np.zeros((rows, count + 1))
-        np.cumsum(_draw(random, rows, count), axis=1, out=before[:, 1:])
-        times = _draw(random, rows, len(below))
-        won[start : start + rows] = (times * (before[:, below] + before[:, upto])).sum(1) / 2
-    return won
+def average_precision(
+    suspicion: Any, is_mislabelled: Any, *, bootstrap: Bootstrap = DEFAULT
+) -> MetricResult:
+    """Return the average precision of finding mislabelled train examples.
+
+        AP = (1 / p) sum over mislabelled i of T_i / N_i,
+
+    N_i the number of examples that are at least as suspicious as i, T_i the mislabelled among them.
+
+    Examples are looked at by falling suspicion. Equal ones are looked at together: the precision is
+    that after the whole group, as in scikit-learn's ``average_precision_score``. The interval is
+    over train examples.
+
+    Args:
+        suspicion: ``[n]`` finite numbers, high first; see `auroc` for the direction.
+        is_mislabelled: ``[n]`` true where the label is wrong.
+        bootstrap: How to draw the interval.
+
+    Returns:
+        Value and interval in [0, 1]; chance is the exact mean over random orders, a little above
+        the share of mislabelled examples.
+
+    Raises:
+        InputError: As `auroc`.
+    """
+    numbers_, wrong = _checked("mislabel-average-precision", suspicion, is_mislabelled)
+    found = precisions(numbers_[:, None], wrong[:, None])
+    chance = float(expected_precision(len(wrong), wrong.sum()))
+    assert found.influence is not None
+    return _over_examples(float(found.values[0]), found.influence[:, 0], chance, bootstrap)
 
 
-def _draw(random: np.random.Generator, rows: int, count: int) -> Array:
-    """Return how often each of ``count`` items is drawn in ``count`` draws, ``[rows, count]``."""
-    drawn = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+def inspection_area(
+    suspicion: Any, is_mislabelled: Any, *, bootstrap: Bootstrap = DEFAULT
+) -> MetricResult:
+    """Return the area under the inspection curve.
+
+    Examples are looked at by falling suspicion; the curve is the share of the mislabelled ones that
+    was found (y) after a share of all examples was looked at (x), from (0, 0) to (1, 1) by straight
+    lines (Koh and Liang 2017, arXiv 1703.04730, figure 6). Its area is
+
+        A = (mean rank of the mislabelled - 1/2) / n = (1 - pi) AUROC + pi / 2,
+
+    ranks by rising suspicion, mid-ranks for ties, pi the share of mislabelled examples. The
+    interval is over train examples.
+
+    Args:
+        suspicion: ``[n]`` finite numbers, high first; see `auroc` for the direction.
+        is_mislabelled: ``[n]`` true where the label is wrong.
+        bootstrap: How to draw the interval.
+
+    Returns:
+        Value and interval in [0, 1]; chance 0.5. The best order reaches 1 - pi / 2, the ceiling.
+
+    Raises:
+        InputError: As `auroc`.
+    """
+    numbers_, wrong = _checked("mislabel-inspection-area", suspicion, is_mislabelled)
+    everyone, mislabelled = np.sort(numbers_), np.sort(numbers_[wrong])
+    n, p = len(everyone), len(mislabelled)
+    won = _half_below(everyone, mislabelled) / n
+    value = float(won.mean())
+    moves = 1 - _half_below(mislabelled, numbers_) / p - value
+    moves[wrong] += n / p * (_half_below(everyone, numbers_[wrong]) / n - value)
+    return _over_examples(value, moves, CHANCE, bootstrap, ceiling=1 - p / n / 2)
 
 
-def _check(scores: Array, wrong: Array) -> None:
-    if scores.ndim != 1 or scores.shape != wrong.shape:
+def _half_below(ascending: Array, values: Array) -> Array:
+    """Return how many of ``ascending`` are below each value, equal ones counted half."""
+    below = np.searchsorted(ascending, values, side="left")
+    upto = np.searchsorted(ascending, values, side="right")
+    counts: Array = (below + upto) / 2
+    return counts
+
+
+def _over_examples(
+    value: float, moves: Array, chance: float, bootstrap: Bootstrap, ceiling: float | None = None
+) -> MetricResult:
+    estimate = Estimate(np.array([value]), moves[:, None])
+    return summary(estimate, chance, bootstrap, bounds=UNIT, ceiling=ceiling)
+
+
+def _checked(metric: str, suspicion: Any, is_mislabelled: Any) -> tuple[Array, Array]:
+    scores = numbers(metric, "suspicion", suspicion, ("n",))
+    wrong = truths(metric, "is_mislabelled", is_mislabelled, ("n",))
+    if scores.shape != wrong.shape:
         raise InputError(
-            f"mislabel AUROC: suspicion has shape {scores.shape} and is_mislabelled {wrong.shape}; "
+            f"{metric}: suspicion has shape {scores.shape} and is_mislabelled {wrong.shape}; "
             "expected one number and one truth value for each train example, [n] and [n]"
         )
-    if not np.isfinite(scores).all():
-        first = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(
-            f"mislabel AUROC: the suspicion of example {first} is {scores[first]}; "
-            "expected finite numbers"
-        )
-    if not np.isin(wrong, (0, 1)).all():
-        raise InputError("mislabel AUROC: is_mislabelled holds other values than true and false")
     if wrong.all() or not wrong.any():
         raise InputError(
-            f"mislabel AUROC: {int(wrong.sum())} of {len(wrong)} examples are mislabelled; at "
+            f"{metric}: {int(wrong.sum())} of {len(wrong)} examples are mislabelled; at "
             "least one mislabelled and one correct example are needed"
         )
+    return scores, wrong
+
+
+def _suspicion(metric: str, evidence: Evidence, by: By) -> Array:
+    """Return self-influence, or minus the mean score; ``[n_train]``.
+
+    Self-influence that differs by rounding only, as the cosine of a row with itself does, is made
+    equal: the order of rounding errors is not a ranking.
+    """
+    own = evidence.self_influence
+    if by == "scores" or (by == "either" and own is None):
+        return np.asarray(-scores_of(metric, evidence).mean(axis=1))
+    if own is None:
+        raise InputError(
+            f"{metric}: the method gives no score of an example for itself; "
+            "take by='scores', minus the mean score for the test set"
+        )
+    found = numbers(metric, "self_influence", own, ("n_train",))
+    if np.ptp(found) <= CONSTANT * np.abs(found).max():
+        return np.ones_like(found)
+    return found
+
+
+def _needs(by: By) -> frozenset[str]:
+    return frozenset({"mislabelled"} | ({"self-influence"} if by == "self-influence" else set()))
+
+
+@frozen
+class MislabelAuroc:
+    """AUROC of finding wrong labels; see `auroc`.
+
+    Args:
+        by: The suspicion. ``"self-influence"``; ``"scores"``: minus the mean score for the test
+            set; ``"either"``: self-influence where the method has it, else minus the mean score.
+    """
+
+    by: By = "either"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what evidence it reads: self-influence where nothing may stand in for it."""
+        return _needs(self.by)
+
+    def of(self, suspicion: Any, is_mislabelled: Any, seed: int = 0) -> MetricResult:
+        """Return it for a suspicion ``[n]`` that is at hand, high first."""
+        return auroc(suspicion, is_mislabelled, bootstrap=Bootstrap(seed=seed))
+
+    def measure(self, evidence: Evidence) -> MetricResult:
+        """Return the area with its interval."""
+        suspicion = _suspicion("mislabel-auroc", evidence, self.by)
+        return self.of(suspicion, evidence.world.flipped, evidence.seed)
+
+
+@frozen
+class MislabelAveragePrecision:
+    """Average precision of finding wrong labels; see `average_precision`.
+
+    Args:
+        by: The suspicion, as in `MislabelAuroc`.
+    """
+
+    by: By = "either"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what evidence it reads: self-influence where nothing may stand in for it."""
+        return _needs(self.by)
+
+    def of(self, suspicion: Any, is_mislabelled: Any, seed: int = 0) -> MetricResult:
+        """Return it for a suspicion ``[n]`` that is at hand, high first."""
+        return average_precision(suspicion, is_mislabelled, bootstrap=Bootstrap(seed=seed))
+
+    def measure(self, evidence: Evidence) -> MetricResult:
+        """Return the average precision with its interval."""
+        suspicion = _suspicion("mislabel-average-precision", evidence, self.by)
+        return self.of(suspicion, evidence.world.flipped, evidence.seed)
+
+
+@frozen
+class MislabelInspectionArea:
+    """Area under the inspection curve of finding wrong labels; see `inspection_area`.
+
+    Args:
+        by: The suspicion, as in `MislabelAuroc`.
+    """
+
+    by: By = "either"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what evidence it reads: self-influence where nothing may stand in for it."""
+        return _needs(self.by)
+
+    def of(self, suspicion: Any, is_mislabelled: Any, seed: int = 0) -> MetricResult:
+        """Return it for a suspicion ``[n]`` that is at hand, high first."""
+        return inspection_area(suspicion, is_mislabelled, bootstrap=Bootstrap(seed=seed))
+
+    def measure(self, evidence: Evidence) -> MetricResult:
+        """Return the area with its interval."""
+        suspicion = _suspicion("mislabel-inspection-area", evidence, self.by)
+        return self.of(suspicion, evidence.world.flipped, evidence.seed)

@@ -65,7 +65,7 @@ class Demo:
                 f"{', '.join(map(repr, setting.metrics))}; choose one of images with classes, such "
                 "as 'digits'"
             )
-        metric = registry.resolve("metric", METRIC)
+        metric = registry.make("metric", METRIC)
         small = setting.sizes["small"]
         size = (args.train or small[0], args.test or small[1])
         print(f"{setting.title}\ntraining ...", flush=True)
@@ -84,7 +84,7 @@ class Demo:
         with threads(world.threads):
             _warm_up(world)
             for name in names:
-                outcome = run_method(name, world, lambda s, w: metric(s, w, seed=args.seed))
+                outcome = run_method(name, world, lambda s, w: metric.of(s, w, args.seed))
                 outcomes.append(outcome)
                 print(line(outcome), flush=True)
             measured_with = {**versions(), "threads": str(torch.get_num_threads())}

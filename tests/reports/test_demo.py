@@ -105,7 +105,7 @@ def registry():
     here = __name__
     made.part("setting", "small", f"{here}:small")
     made.part("setting", "text", f"{here}:text")
-    made.part("metric", "mislabel-auroc", "dattri_metrics.mislabel:auroc")
+    made.part("metric", "mislabel-auroc", "dattri_metrics.mislabel:MislabelAuroc")
     made.part("attributor", "oracle", f"{here}:oracle")
     made.part("attributor", "broken", f"{here}:broken")
     made.part("attributor", "random", "dattri_baselines.random:Random")

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import numpy as np
 from attrs import frozen
 
 from dattri_core import (
     ConvergenceWarning,
+    Damping,
     FittedMethod,
     Method,
     Scores,
@@ -147,8 +149,16 @@ def damped(name: str, damping: float, fields: Mapping[str, Any]) -> Any:
 
 
 def takes_damping(made: Any) -> bool:
-    """Return whether an inverse Hessian of a method has a damping."""
-    return any(hasattr(solver, "damping") for solver in _solvers(made))
+    """Return whether one inverse Hessian of a method, and no more, has a damping."""
+    stages = made.chain if isinstance(made, Method) else ()
+    return sum(map(_has_damping, stages)) == 1
+
+
+def _has_damping(part: Any) -> bool:
+    if not attrs.has(type(part)):
+        return False
+    held = [getattr(part, each.name) for each in attrs.fields(type(part))]
+    return any(isinstance(value, Damping) or _has_damping(value) for value in held)
 
 
 def is_iterative(made: Method) -> bool:
