@@ -78,7 +78,7 @@ class Answers:
         fitted = None if self._run is None else self._run.fitted
         if fitted is None and isinstance(self._made, Method):
             fitted = self._made.fit(self.task(), self._world.train, progress=False)
-        found = self_influence(self._made, fitted)
+        found = self_influence(self._made, fitted, self.task(), self._world)
         if found.values is not None:
             self._records.keep_self_influence(self._address, found.values)
         added = {"seconds": found.seconds, "note": found.note, "notes": list(found.notes)}

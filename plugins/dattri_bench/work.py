@@ -126,7 +126,7 @@ class Work:
         attribute: Callable[[Task], Array] | None,
         seed: int,
     ) -> Evidence:
-        outcomes = self._outcomes() if "retraining" in needs else _Undeclared()
+        outcomes = self._outcomes() if "retraining" in needs else None
         return Evidence(scores, own, self.world, outcomes, attribute, seed)
 
     def _outcomes(self) -> Outcomes:
@@ -209,18 +209,6 @@ class Work:
         record["seconds"] = time.perf_counter() - started
         self.records.write("tuning", address, record)
         return record
-
-
-@frozen
-class _Undeclared:
-    """Stands for outcomes where a metric does not say that it retrains."""
-
-    def outcomes(self, counterfactuals: Any, target: str) -> Array:
-        """Refuse."""
-        raise InputError(
-            "bench: the metric asks for outcomes of retraining and does not say so; it must have "
-            "'retraining' in its needs"
-        )
 
 
 def _warm_up(world: World) -> None:
