@@ -161,7 +161,7 @@ def test_what_is_added_runs_alone(tmp_path):
         (("--methods", "counted:scale=2.0"), 1),
         (("--metrics", "agreement:subsets=4"), 1),
         (("--subsets=4",), 1),
-        (("--checkpoints=2",), 1),
+        (("--checkpoints=2,3",), 2),
         (("--checkpoints=2", "--trained-on=half"), 1),
         (("--damping=0.5",), 0),  # it takes none
         (("--subsets=6",), 0),  # as it is by default
