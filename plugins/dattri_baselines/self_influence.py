@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from attrs import frozen
+from torch import Tensor
 
 import dattri_core as dattri
 from dattri_baselines.written import Array, provenance_of, write_columns
@@ -57,8 +58,8 @@ class SelfInfluence:
         if dry_run:
             return made.attribute(task, train, train, dry_run=True, memory=memory)
         examples = Examples.of(train, "train"), Examples.of(test, "test")
-        fitted = made.fit(task, examples[0], memory=memory, progress=progress)
-        values: Array = np.asarray(fitted.self_influence())[:, None]
+        own = self.self_influence(task, examples[0], memory=memory, progress=progress)
+        values: Array = np.asarray(own)[:, None]
         facts = {"name": "self-influence", "method": made.to_spec()}
         return write_columns(
             lambda start, stop: np.repeat(values, stop - start, 1),
@@ -66,6 +67,18 @@ class SelfInfluence:
             provenance_of(task, facts, examples[0]),
             out,
         )
+
+    def self_influence(
+        self,
+        task: Any,
+        train: Any,
+        *,
+        memory: str | int | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return the self-influence of the method, ``[n_train]``; arguments as for `attribute`."""
+        fitted = self._method().fit(task, train, memory=memory, progress=progress)
+        return fitted.self_influence()
 
     def _method(self) -> Method:
         made: Any = dattri.method(self.method) if isinstance(self.method, str) else self.method

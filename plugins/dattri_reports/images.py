@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dattri_reports.page import text
 from dattri_reports.png import data_address
-from dattri_reports.report import Report, text
+from dattri_reports.report import Report
 
 
 def train_figure(report: Report, position: int, score: float | None = None) -> str:

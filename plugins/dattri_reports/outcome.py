@@ -103,8 +103,9 @@ def run_method(name: str, world: Any, metric: Metric) -> Outcome:
 
 def _measure(name: str, world: Any) -> dict[str, Any]:
     made = damped(name, world.damping, {})
-    run = attribute(made, task_of(made, world), world)
-    own = self_influence(made, run.fitted)
+    task = task_of(made, world)
+    run = attribute(made, task, world)
+    own = self_influence(made, run.fitted, task, world)
     return {
         "scores": run.scores,
         "self_influence": own.values,

@@ -14,3 +14,9 @@ def register(registry: dattri.Registry) -> None:
         "dattri_reports.demo:command",
         "Find wrong labels in real data with every method; prints a table, writes a report",
     )
+    registry.part(
+        "command",
+        "report",
+        "dattri_reports.joined:command",
+        "Join the results of benchmarks into one HTML page",
+    )

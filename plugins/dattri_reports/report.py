@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from dattri_reports.outcome import Outcome
-from dattri_reports.style import STYLE
+from dattri_reports.page import page
 
 Array = np.ndarray[Any, Any]
 
@@ -54,18 +53,6 @@ Section = Callable[[Report], str]
 
 
 def render(report: Report, sections: list[Section]) -> str:
-    """Return the page: one file, no script, nothing loaded from elsewhere."""
+    """Return the page."""
     body = "\n".join(section(report) for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        '<link rel="icon" href="data:,">\n'
-        "<title>dattri-core: which training images are wrong?</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def text(value: object) -> str:
-    """Return a value as text that is safe inside HTML, attributes included."""
-    return html.escape(str(value), quote=True)
+    return page("dattri-core: which training images are wrong?", body)

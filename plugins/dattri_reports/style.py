@@ -48,6 +48,7 @@ border-bottom:1px solid var(--line)}
 svg{display:block;max-width:100%;overflow:visible}
 svg text{fill:var(--soft);font-size:11px}svg .level{font-size:9px}
 .axis{stroke:var(--line)}.chance{stroke:var(--soft);stroke-dasharray:1 3;stroke-linecap:round}
+.ceiling{stroke:var(--harm);stroke-dasharray:3 2}
 .interval{fill:var(--bar)}.value{fill:var(--help)}
 .notes{color:var(--soft);font-size:14px;line-height:1.5;padding-left:18px;max-width:86ch;
 margin:18px 0 0}
@@ -94,6 +95,10 @@ border:2px solid var(--paper)}
 .matrix .plus{background:rgba(var(--blue),calc(var(--strength)*.55))}
 .matrix .minus{background:rgba(var(--red),calc(var(--strength)*.55))}
 .matrix thead td{background:none}
+.overview th,.overview td{padding:7px 18px 7px 0;text-align:right;
+border-bottom:1px solid var(--line);font-weight:400;white-space:nowrap}
+.overview tr>:first-child{text-align:left}.overview thead th{vertical-align:bottom;font-size:14px;
+font-weight:600;white-space:normal}.overview .best{font-weight:700;color:var(--help)}
 .terms{display:grid;grid-template-columns:90px 1fr;gap:10px 18px;max-width:86ch;margin:0 0 28px}
 .terms dt{font-weight:600}.terms dd{margin:0}
 .sources{list-style:none;padding:0;margin:0 0 56px;max-width:100ch}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import numpy as np
 from attrs import frozen
+from torch import Tensor
 
 from dattri_core import (
     ConvergenceWarning,
+    Damping,
     FittedMethod,
     Method,
     Scores,
@@ -89,17 +92,30 @@ def attribute(made: Any, task: Task, world: Any) -> Attribution:
     return Attribution(named, seconds, peak.bytes, tuple(notes), fitted)
 
 
-def self_influence(made: Any, fitted: FittedMethod | None) -> SelfInfluence:
-    """Return the self-influence of a method, or why it has none."""
+def self_influence(made: Any, fitted: FittedMethod | None, task: Task, world: Any) -> SelfInfluence:
+    """Return the self-influence of a method, or why it has none.
+
+    Args:
+        made: A method; one that is not made of parts may answer ``self_influence(task, train)``.
+        fitted: The same on its train set, where it is made of parts.
+        task: What it was asked about.
+        world: Its train set.
+    """
     if fitted is None:
-        return SelfInfluence(None, note=NOT_OFFERED)
+        if not hasattr(made, "self_influence"):
+            return SelfInfluence(None, note=NOT_OFFERED)
+        return _timed(lambda: made.self_influence(task, world.train, progress=False))
     if made.scorer.locality == "column":
         return SelfInfluence(None, note=WHOLE_COLUMNS)
     if is_iterative(made):
         return SelfInfluence(None, note=ITERATIVE)
+    return _timed(fitted.self_influence)
+
+
+def _timed(work: Callable[[], Tensor]) -> SelfInfluence:
     with heard() as notes:
         started = time.perf_counter()
-        values = fitted.self_influence().double().cpu().numpy()
+        values = work().double().cpu().numpy()
         seconds = time.perf_counter() - started
     return SelfInfluence(values, seconds, notes=tuple(notes))
 
@@ -128,6 +144,11 @@ def follows_run(made: Any) -> bool:
     return getattr(made, "reads", None) == TRAJECTORY
 
 
+def retrains(made: Any) -> bool:
+    """Return whether a method is made of models that it has trained, and lacks what trains them."""
+    return hasattr(made, "ground_truth") and made.ground_truth is None
+
+
 def damped(name: str, damping: float, fields: Mapping[str, Any]) -> Any:
     """Return a registered method with fields set, at a damping where it takes one.
 
@@ -142,8 +163,16 @@ def damped(name: str, damping: float, fields: Mapping[str, Any]) -> Any:
 
 
 def takes_damping(made: Any) -> bool:
-    """Return whether an inverse Hessian of a method has a damping."""
-    return any(hasattr(solver, "damping") for solver in _solvers(made))
+    """Return whether one inverse Hessian of a method, and no more, has a damping."""
+    stages = made.chain if isinstance(made, Method) else ()
+    return sum(map(_has_damping, stages)) == 1
+
+
+def _has_damping(part: Any) -> bool:
+    if not attrs.has(type(part)):
+        return False
+    held = [getattr(part, each.name) for each in attrs.fields(type(part))]
+    return any(isinstance(value, Damping) or _has_damping(value) for value in held)
 
 
 def is_iterative(made: Method) -> bool:

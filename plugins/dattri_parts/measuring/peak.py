@@ -15,9 +15,6 @@ MEANING = (
     "highest resident memory of the process while the method ran, above its level before (the "
     "kernel's high-water mark, Linux only)"
 )
-MEANING_ON_CUDA = (
-    "highest memory that tensors took on the device while the method ran, above its level before"
-)
 
 
 class PeakMemory:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from dattri_reports.report import Report, text
+from dattri_reports.page import text
+from dattri_reports.report import Report
 
 Array = np.ndarray[Any, Any]
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from dattri_reports.outcome import Outcome
-from dattri_reports.report import Report, text
+from dattri_reports.page import text
+from dattri_reports.report import Report
 
 Array = np.ndarray[Any, Any]
 WIDTH, HEIGHT, MARGIN, BINS = 320, 120, 30, 61

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dattri_reports.images import test_figure, train_figure
 from dattri_reports.outcome import Outcome
-from dattri_reports.report import Report, text
+from dattri_reports.page import text
+from dattri_reports.report import Report
 
 SHOWN = 7
 

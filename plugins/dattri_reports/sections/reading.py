@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dattri_reports.report import Report, text
+from dattri_reports.page import text
+from dattri_reports.report import Report
 
 
 def reading(report: Report) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 
 from dattri_reports.images import train_figure
 from dattri_reports.outcome import Outcome
-from dattri_reports.report import Report, text
+from dattri_reports.page import text
+from dattri_reports.report import Report
 
 SHOWN = 18
 

@@ -7,10 +7,10 @@ from typing import Any
 from dattri_parts.measuring.peak import MEANING
 
 from dattri_core import format_bytes
+from dattri_reports.bars import bar, seconds
 from dattri_reports.outcome import Outcome
-from dattri_reports.report import Report, text
-
-WIDTH = 168
+from dattri_reports.page import text
+from dattri_reports.report import Report
 
 
 def table(report: Report) -> str:
@@ -54,27 +54,11 @@ def _row(outcome: Outcome) -> str:
     peak = "&ndash;" if outcome.peak is None else format_bytes(outcome.peak)
     return (
         f"<tr>{head}<td>{_bar(outcome.by_self)}</td><td>{_bar(outcome.by_test)}</td>"
-        f'<td class="number">{_seconds(outcome.seconds)}</td><td class="number">{peak}</td></tr>'
+        f'<td class="number">{seconds(outcome.seconds)}</td><td class="number">{peak}</td></tr>'
     )
 
 
 def _bar(result: Any) -> str:
     if result is None:
         return '<span class="none">&ndash;</span>'
-    low, value, high, chance = (
-        WIDTH * x for x in (result.low, result.value, result.high, result.chance)
-    )
-    return (
-        f'<span class="measure"><b>{result.value:.3f}</b>'
-        f'<svg viewBox="0 0 {WIDTH} 20" width="{WIDTH}" height="20" role="img" '
-        f'aria-label="{result.value:.3f}, interval {result.low:.3f} to {result.high:.3f}">'
-        f'<line class="axis" x1="0" y1="10" x2="{WIDTH}" y2="10"/>'
-        f'<line class="chance" x1="{chance:.1f}" y1="1" x2="{chance:.1f}" y2="19"/>'
-        f'<rect class="interval" x="{low:.1f}" y="6" width="{max(high - low, 1):.1f}" height="8" '
-        f'rx="2"/><circle class="value" cx="{value:.1f}" cy="10" r="4"/></svg>'
-        f"<small>{result.low:.3f} to {result.high:.3f}</small></span>"
-    )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    return bar(result.value, result.low, result.high, result.chance)

@@ -1,0 +1,133 @@
+"""What one entrant says in one world: computed once, for all metrics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from attrs import evolve
+from dattri_parts.measuring.attribution import (
+    Attribution,
+    attribute,
+    follows_run,
+    referenced,
+    self_influence,
+)
+
+from dattri_bench.records import Records
+from dattri_core import Method, Task
+
+Array = np.ndarray[Any, Any]
+
+
+class Answers:
+    """Scores and self-influence of an entrant in a world: from disk, or computed when asked for.
+
+    Args:
+        made: The method.
+        world: Whose test set is attributed to its train set.
+        task: Gives the trained models; called when scores have to be computed.
+        records: Where they are kept.
+        address: Under which.
+    """
+
+    def __init__(
+        self,
+        made: Any,
+        world: Any,
+        task: Callable[[], Task],
+        records: Records,
+        address: str,
+    ) -> None:
+        self._made, self._world, self._records, self._address = made, world, records, address
+        self._ask = task
+        self._task: Task | None = None
+        self._run: Attribution | None = None
+        self._values: Array | None = None
+        self._error: Exception | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return seconds, peak memory and notes of the attribution."""
+        return self._records.read("attributions", self._address) or {}
+
+    def scores(self) -> Array:
+        """Return ``[n_train, n_test]``, float64."""
+        if self._error is not None:
+            raise self._error  # what failed once is not tried again for the next metric
+        if self._values is None:
+            try:
+                self._values = self._kept() if self.facts else None
+                if self._values is None:
+                    self._values = self._computed()
+            except Exception as error:
+                self._error = error
+                raise
+        return self._values
+
+    def self_influence(self) -> tuple[Array | None, str]:
+        """Return ``[n_train]``, or None and why the method has none."""
+        self.scores()  # so that there is a record to add to
+        facts = self.facts
+        known = facts.get("self_influence")
+        kept = self._records.self_influence(self._address)
+        if known is not None and (known["note"] or kept is not None):
+            return kept, known["note"]
+        fitted = None if self._run is None else self._run.fitted
+        if fitted is None and isinstance(self._made, Method):
+            fitted = self._made.fit(self.task(), self._world.train, progress=False)
+        found = self_influence(self._made, fitted, self.task(), self._world)
+        if found.values is not None:
+            self._records.keep_self_influence(self._address, found.values)
+        added = {"seconds": found.seconds, "note": found.note, "notes": list(found.notes)}
+        self._records.write("attributions", self._address, {**facts, "self_influence": added})
+        return found.values, found.note
+
+    def of_other(self, task: Task) -> Array:
+        """Return the scores of the same method for another trained model of the world.
+
+        A method that weighs checkpoints by their learning rates gives each of them, where the task
+        has none, the weight 1.
+        """
+        asked = referenced(self._made, _weighed(self._made, task), self._world)
+        return _plain(attribute(self._made, asked, self._world).scores.values)
+
+    def task(self) -> Task:
+        """Return what the method is asked about."""
+        if self._task is None:
+            self._task = referenced(self._made, self._ask(), self._world)
+        return self._task
+
+    def _kept(self) -> Array | None:
+        scores = self._records.scores(self._address)
+        return None if scores is None else _plain(scores.values)
+
+    def _computed(self) -> Array:
+        run = attribute(self._made, self.task(), self._world)
+        self._run = run
+        self._records.keep_scores(self._address, run.scores)
+        known = self.facts.get("self_influence")  # of scores too large to be kept
+        facts: dict[str, Any] = {
+            "seconds": run.seconds,
+            "peak_bytes": run.peak,
+            "notes": list(run.notes),
+            **({} if known is None else {"self_influence": known}),
+        }
+        self._records.write("attributions", self._address, facts)
+        return _plain(run.scores.values)
+
+
+def _weighed(made: Any, task: Task) -> Task:
+    lacking = any(checkpoint.learning_rate is None for checkpoint in task.checkpoints)
+    if not (follows_run(made) and lacking):
+        return task
+    changed = copy.copy(task)
+    changed.checkpoints = tuple(evolve(c, learning_rate=1.0) for c in task.checkpoints)
+    return changed
+
+
+def _plain(values: Any) -> Array:
+    array: Array = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.float64)
+    return array

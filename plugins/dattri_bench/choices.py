@@ -1,0 +1,85 @@
+"""Choices on the command line: registered names, some of their fields set."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from attrs import field, frozen
+
+from dattri_core import InputError, default_registry, nearest
+
+EVERY = "all"
+
+
+@frozen
+class Choice:
+    """A registered name, and fields that are set: ``trak:size=4096:damping=1e-3``."""
+
+    name: str
+    fields: Mapping[str, Any] = field(factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Return how tables call it: ``trak (size=4096, damping=0.001)``."""
+        return f"{self.name} ({self.setters})" if self.fields else self.name
+
+    @property
+    def setters(self) -> str:
+        """Return the fields that are set, as text."""
+        return ", ".join(f"{key}={_spelled(value)}" for key, value in self.fields.items())
+
+
+def choices_of(
+    kind: str, words: Sequence[str], every: Callable[[str], bool] = lambda name: True
+) -> list[Choice]:
+    """Return what was chosen, each once, in the order given.
+
+    Args:
+        kind: ``"method"`` or ``"metric"``.
+        words: As typed: names separated by spaces or commas, or ``all``; ``NAME:FIELD=VALUE`` sets
+            a field, where VALUE is JSON, or text that is none.
+        every: Whether ``all`` means a name too.
+
+    Raises:
+        InputError: No such name, or a field without a value.
+    """
+    valid = default_registry().names(kind)
+    found: list[Choice] = []
+    for word in (word for given in words for word in given.split(",") if word):
+        if word == EVERY:
+            chosen = [Choice(name) for name in valid if every(name)]
+        else:
+            chosen = [_choice(kind, word, valid)]
+        found += [choice for choice in chosen if choice not in found]
+    if not found:
+        raise InputError(f"bench: no {kind} was named; valid: {', '.join([EVERY, *valid])}")
+    return found
+
+
+def _choice(kind: str, word: str, valid: Sequence[str]) -> Choice:
+    # a colon inside a JSON value is not followed by FIELD=
+    name, *settings = re.split(r":(?=[\w.]+=)", word)
+    if name not in valid:
+        hint = "; set a field by NAME:FIELD=VALUE" if ":" in name else ""
+        raise InputError(f"bench: no {kind} {name!r}; {nearest(name, [*valid, EVERY])}{hint}")
+    return Choice(name, dict(_set(setting) for setting in settings))
+
+
+def _set(setting: str) -> tuple[str, Any]:
+    key, _, text = setting.partition("=")
+    return key, value_of(text)
+
+
+def value_of(text: str) -> Any:
+    """Return JSON as its value, and any other text as it is."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _spelled(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,150 @@
+"""The loop over worlds: what is missing is computed, each cell once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from attrs import frozen
+from dattri_parts.measuring.attribution import spell_error
+from dattri_parts.measuring.machine import hardware, versions
+
+from dattri_bench.cells import Cell, Finished
+from dattri_bench.records import Records, address_of
+from dattri_bench.request import Measure, Request
+from dattri_bench.work import Work
+from dattri_core import DattriError, World, default_registry
+
+Say = Callable[[str], None]
+
+
+def run(request: Request, say: Say) -> list[Finished]:
+    """Return all cells, those that were missing computed.
+
+    Args:
+        request: What is asked.
+        say: Told of each step, in one line.
+    """
+    records = Records(request.out)
+    found: list[Finished] = []
+    for seed in request.seeds:
+        for wrong in (0.0, request.wrong):
+            measures = [m for m in request.measures if m.needs_wrong_labels == (wrong > 0)]
+            if measures:
+                found += _World(request, records, seed, wrong, measures, say).cells()
+    return found
+
+
+def worlds(request: Request) -> Iterator[dict[str, Any]]:
+    """Yield what is known of each world that was made: seed, share of wrong labels, facts."""
+    records = Records(request.out)
+    for seed in request.seeds:
+        for wrong in (0.0, request.wrong):
+            if any(m.needs_wrong_labels == (wrong > 0) for m in request.measures):
+                record = records.read("worlds", address_of(request.world(seed, wrong)))
+                if record is not None:
+                    yield {"seed": seed, "wrong": wrong, **record}
+
+
+@frozen(eq=False)
+class _World:
+    """The cells of one world."""
+
+    request: Request
+    records: Records
+    seed: int
+    wrong: float
+    measures: list[Measure]
+    say: Say
+
+    def cells(self) -> list[Finished]:
+        """Return the cells of this world; it is made only when one is missing."""
+        identity = self.request.world(self.seed, self.wrong)
+        known = self.records.read("worlds", address_of(identity))
+        cells = self._planned(identity, known)
+        missing = self._missing(cells)
+        if missing:
+            try:
+                world = self._load()
+            except DattriError as error:
+                if self.wrong == 0:
+                    raise
+                # without classes no label can be wrong: that says something of these metrics alone
+                for cell in missing:
+                    self._write(cell, {"error": spell_error(error)})
+                return self._read(cells)
+            known = _facts(world)
+            self.records.write("worlds", address_of(identity), known)
+            cells = self._planned(identity, known)  # by what the world turned out to be
+            Work(self.request, self.records, self.seed, self.wrong, world, self._write).do(
+                self._missing(cells)
+            )
+        return self._read(cells)
+
+    def _planned(self, identity: Mapping[str, Any], known: Mapping[str, Any] | None) -> list[Cell]:
+        fingerprint = None if known is None else known["fingerprint"]
+        damping = None if known is None else known["damping"]
+        world = {**identity, "fingerprint": fingerprint}
+        found = []
+        for entrant in self.request.entrants:
+            scores = self.request.attribution(world, entrant, damping)
+            found += [
+                Cell(entrant, measure, self.seed, scores, self.request.cell(scores, measure))
+                for measure in self.measures
+            ]
+        return found
+
+    def _missing(self, cells: list[Cell]) -> list[Cell]:
+        found = []
+        for cell in cells:
+            record = self.records.read("cells", cell.address)
+            if record is None or (record.get("error") and self.request.retry):
+                found.append(cell)
+        return found
+
+    def _read(self, cells: list[Cell]) -> list[Finished]:
+        found = [(cell, self.records.read("cells", cell.address)) for cell in cells]
+        return [Finished(cell, record) for cell, record in found if record is not None]
+
+    def _load(self) -> World:
+        n_train, n_test = self.request.size
+        wrong = f", {100 * self.wrong:g} % wrong labels" if self.wrong else ""
+        self.say(f"training: {self.request.name} {n_train} x {n_test}, seed {self.seed}{wrong} ...")
+        return self.request.setting.load(self.request.size, seed=self.seed, wrong=self.wrong)
+
+    def _write(self, cell: Cell, answer: Mapping[str, Any]) -> None:
+        record = {
+            "cell": cell.identity,
+            "result": None,
+            "error": None,
+            **answer,
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        self.records.write("cells", cell.address, record)
+        row = record["result"] or {"error": record["error"]}
+        default_registry().emit(
+            "cell_finished",
+            {"cell": cell.identity, "row": row, "seconds": record.get("metric_seconds", 0.0)},
+        )
+        self.say(f"  {cell.measure.label:<20} {cell.entrant.label:<24} {spell_answer(record)}")
+
+
+def spell_answer(record: Mapping[str, Any]) -> str:
+    """Return what a record says, in one line."""
+    result = record["result"]
+    if result is None:
+        return f"not run: {record['error']}"
+    return f"{result['value']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+
+
+def _facts(world: World) -> dict[str, Any]:
+    """Return what is recorded of a world."""
+    return {
+        "fingerprint": world.retraining.fingerprint,
+        "damping": world.damping,
+        "target": world.target,
+        "n_train": world.retraining.n_train,
+        "n_test": world.retraining.n_test,
+        "facts": dict(world.facts),
+    }

@@ -1,0 +1,264 @@
+"""What a benchmark is asked for: setting, methods, metrics, seeds; checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from attrs import frozen
+from dattri_parts.measuring.attribution import damped, follows_run, retrains, takes_damping
+
+from dattri_bench.choices import Choice
+from dattri_core import (
+    InputError,
+    Method,
+    Metric,
+    Setting,
+    SpecError,
+    default_registry,
+    describe_part,
+    method,
+)
+from dattri_core import __version__ as dattri_version
+
+Size = tuple[int, int]
+TrainedOn = Literal["full", "half"]
+
+
+@frozen(eq=False)
+class Entrant:
+    """What is measured: a method, on a number of trained models.
+
+    Args:
+        choice: Of the method.
+        models: How many models it is asked about: 1 is the world's own, more are trained for it;
+            0 stands for checkpoints along the run, which the method needs.
+    """
+
+    choice: Choice
+    models: int
+
+    @property
+    def label(self) -> str:
+        """Return how tables call it."""
+        return f"{self.choice.label} x{self.models}" if self.models > 1 else self.choice.label
+
+    def made(self, damping: float | None) -> Any:
+        """Return the method; at a damping, where it takes one and the choice sets none."""
+        if damping is None:
+            return method(self.choice.name, **self.choice.fields)
+        return damped(self.choice.name, damping, self.choice.fields)
+
+    @property
+    def retrains(self) -> bool:
+        """Return whether the method trains models itself."""
+        return retrains(self.made(None))
+
+    @property
+    def tunable(self) -> bool:
+        """Return whether it has a damping that the choice leaves open."""
+        given = any(key.split(".")[-1] == "damping" for key in self.choice.fields)
+        return not given and takes_damping(self.made(None))
+
+
+@frozen(eq=False)
+class Measure:
+    """A metric, with its name and the fields that the choice sets.
+
+    Args:
+        choice: As typed.
+        metric: The part.
+    """
+
+    choice: Choice
+    metric: Any
+
+    @property
+    def label(self) -> str:
+        """Return how tables call it."""
+        return self.choice.label
+
+    @property
+    def needs_wrong_labels(self) -> bool:
+        """Return whether it asks for a world some of whose labels are wrong."""
+        return "mislabelled" in self.metric.needs
+
+    @property
+    def subsets(self) -> int | None:
+        """Return how many train sets it asks outcomes of, where that is a field of it."""
+        found = getattr(self.metric, "subsets", None)
+        return found if isinstance(found, int) else None
+
+    def with_subsets(self, count: int) -> Measure:
+        """Return it for another number of train sets, where that is a field of it."""
+        if self.subsets is None:
+            return self
+        return Measure(self.choice, attrs.evolve(self.metric, subsets=count))
+
+
+@frozen(eq=False)
+class Request:
+    """One benchmark.
+
+    Args:
+        name: Of the setting.
+        setting: The part.
+        size: (train, test) examples.
+        seeds: Of worlds.
+        entrants: Methods, on how many models.
+        measures: Metrics as they are reported.
+        chooser: The metric that chooses a damping; None without tuning.
+        dampings: That are tried.
+        damping: Of every method that takes one; None: the world's.
+        wrong: Share of wrong labels in worlds for metrics that ask for them.
+        trained_on: What the models of an ensemble are trained on.
+        out: Folder of records and results.
+        retrained: Folder of models trained on other train sets and of their outcomes.
+        retry: Whether cells that failed are computed again.
+        command: As typed.
+    """
+
+    name: str
+    setting: Setting
+    size: Size
+    seeds: tuple[int, ...]
+    entrants: tuple[Entrant, ...]
+    measures: tuple[Measure, ...]
+    chooser: Measure | None
+    dampings: tuple[Any, ...]
+    damping: float | None
+    wrong: float
+    trained_on: TrainedOn
+    out: Path
+    retrained: Path
+    retry: bool
+    command: str
+
+    def world(self, seed: int, wrong: float) -> dict[str, Any]:
+        """Return what a world is made from, and by which versions: its identity."""
+        return {
+            "setting": self.name,
+            "from": str(default_registry().entry("setting", self.name).origin),
+            "size": list(self.size),
+            "seed": seed,
+            "wrong": wrong,
+            "versions": {"dattri-core": dattri_version, "torch": torch.__version__},
+        }
+
+    def attribution(
+        self, world: Mapping[str, Any], entrant: Entrant, damping: float | None
+    ) -> dict[str, Any]:
+        """Return the identity of an entrant's scores.
+
+        Args:
+            world: Identity of the world, with its fingerprint.
+            entrant: The method.
+            damping: Of the world.
+        """
+        made = entrant.made(self.damping if self.damping is not None else damping)
+        spec = made.to_spec() if isinstance(made, Method) else {"attributor": describe_part(made)}
+        tuned = self.chooser is not None and entrant.tunable
+        return {
+            "world": world,
+            "method": {
+                "name": entrant.choice.name,
+                "from": str(default_registry().recipe(entrant.choice.name).origin),
+                "spec": spec,
+            },
+            "models": entrant.models,
+            "trained_on": self.trained_on if entrant.models > 1 else None,
+            "tuning": self.tuning() if tuned else None,
+        }
+
+    def tuning(self) -> dict[str, Any]:
+        """Return how a damping is chosen."""
+        assert self.chooser is not None
+        return {
+            "dampings": list(self.dampings),
+            "metric": {
+                "name": self.chooser.choice.name,
+                "spec": describe_part(self.chooser.metric),
+            },
+        }
+
+    def cell(self, attribution: Mapping[str, Any], measure: Measure) -> dict[str, Any]:
+        """Return the identity of one measured number."""
+        name = measure.choice.name
+        return {
+            **attribution,
+            "metric": {
+                "name": name,
+                "from": str(default_registry().entry("metric", name).origin),
+                "spec": describe_part(measure.metric),
+            },
+        }
+
+
+def setting_of(name: str) -> Setting:
+    """Return a registered setting.
+
+    Raises:
+        SpecError: No such setting, or it is none.
+    """
+    found = default_registry().make("setting", name)
+    if not isinstance(found, Setting):
+        raise SpecError(
+            f"bench: the setting {name!r} is a {type(found).__name__}, which does not answer "
+            "dattri_core.Setting: title, sizes, metrics, load(size, seed, wrong)"
+        )
+    return found
+
+
+def size_of(text: str, setting: Setting) -> Size:
+    """Return (train, test) sizes from a name such as ``small``, or from ``N,M``.
+
+    Raises:
+        InputError: It is neither.
+    """
+    sizes = dict(setting.sizes)
+    if text in sizes:
+        return sizes[text]
+    words = text.split(",")
+    if len(words) == 2 and all(word.strip().isdigit() and int(word) > 0 for word in words):
+        return int(words[0]), int(words[1])
+    raise InputError(
+        f"bench: --size {text!r}; give TRAIN,TEST as two numbers of examples, or one of "
+        f"{', '.join(f'{name} ({n} x {m})' for name, (n, m) in sizes.items())}"
+    )
+
+
+def measures_of(choices: Sequence[Choice], subsets: int | None) -> list[Measure]:
+    """Return the metrics; ``subsets`` is set where it is a field that the choice leaves open.
+
+    Raises:
+        SpecError: A field is unknown, or a registered metric is none.
+    """
+    found = []
+    for choice in choices:
+        metric = default_registry().make("metric", choice.name, **choice.fields)
+        if not isinstance(metric, Metric):
+            raise SpecError(
+                f"bench: the metric {choice.name!r} is a {type(metric).__name__}, which does not "
+                "answer dattri_core.Metric: needs, measure(evidence)"
+            )
+        measure = Measure(choice, metric)
+        open_ = subsets is not None and "subsets" not in choice.fields
+        found.append(measure.with_subsets(subsets) if open_ and subsets else measure)
+    return found
+
+
+def entrants_of(choices: Sequence[Choice], counts: Sequence[int]) -> list[Entrant]:
+    """Return the entrants: each method on each number of models, or on its run alone.
+
+    Raises:
+        SpecError: A field is unknown.
+    """
+    found = []
+    for choice in choices:
+        made = Entrant(choice, 1).made(None)
+        own = [0] if follows_run(made) else [1] if retrains(made) else counts
+        found += [Entrant(choice, count) for count in own]
+    return found
