@@ -6,16 +6,24 @@ Repository, 1998, doi 10.24432/C50P49, CC BY 4.0.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
+from dattri_parts.training import Recipe
 from torch import nn
 
 from dattri_benchmarks.models import mlp
-from dattri_benchmarks.setting import Setting, Size, World, flip_labels, make_world
-from dattri_benchmarks.training import Recipe
+from dattri_benchmarks.setting import (
+    Setting,
+    Size,
+    World,
+    flip_labels,
+    make_world,
+    train_on_all,
+)
 from dattri_core import InputError
 
 Array = np.ndarray[Any, Any]
@@ -53,8 +61,8 @@ def _build(size: Size, seed: int) -> World:
     train, test = order[:n_train], order[n_train : n_train + n_test]
     given, _ = flip_labels(labels[train], 10, WRONG, seed)
     inputs = [torch.from_numpy(images[index] / np.float32(16)) for index in (train, test)]
-    targets = torch.from_numpy(given.astype(np.int64))
-    run = RECIPE.train(lambda: mlp(64, 24, 10, activation=nn.Tanh), inputs[0], targets, seed)
+    build = partial(mlp, 64, 24, 10, activation=nn.Tanh)
+    run = train_on_all(build, RECIPE, (inputs[0], inputs[1]), (given, labels[test]), seed)
     pictures = [
         (images[index].astype(np.uint16) * 255 // 16).astype(np.uint8) for index in (train, test)
     ]

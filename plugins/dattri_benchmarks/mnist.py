@@ -6,11 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from dattri_parts.training import Recipe
 
 from dattri_benchmarks.fetch import Download, data_folder, fetch
 from dattri_benchmarks.models import mnist_mlp
-from dattri_benchmarks.setting import Setting, Size, World, flip_labels, make_world
-from dattri_benchmarks.training import Recipe
+from dattri_benchmarks.setting import (
+    Setting,
+    Size,
+    World,
+    flip_labels,
+    make_world,
+    train_on_all,
+)
 from dattri_core import InputError, StoreError
 
 Array = np.ndarray[Any, Any]
@@ -75,7 +82,7 @@ def _build(size: Size, seed: int) -> World:
         torch.from_numpy(((images / np.float32(255)) - np.float32(MEAN)) / np.float32(DEVIATION))
         for images in (train_images, test_images)
     ]
-    run = RECIPE.train(mnist_mlp, inputs[0], torch.from_numpy(given.astype(np.int64)), seed)
+    run = train_on_all(mnist_mlp, RECIPE, (inputs[0], inputs[1]), (given, test_labels), seed)
     return make_world(
         run,
         (inputs[0], inputs[1]),

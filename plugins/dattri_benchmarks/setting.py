@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import frozen
-from torch import Tensor
+from dattri_parts.training import ModelRetraining, Recipe, Run
+from torch import Tensor, nn
 
-from dattri_benchmarks.training import Run
-from dattri_core import InputError, Task
+from dattri_core import Counterfactual, InputError, Task
 
 Array = np.ndarray[Any, Any]
 Size = tuple[int, int]
@@ -98,6 +98,21 @@ def flip_labels(labels: Array, classes: int, share: float, seed: int) -> tuple[A
     noisy = labels.copy()
     noisy[chosen] = (labels[chosen] + random.integers(1, classes, len(chosen))) % classes
     return noisy, noisy != labels
+
+
+def train_on_all(
+    build: Callable[[], nn.Module],
+    recipe: Recipe,
+    inputs: tuple[Tensor, Tensor],
+    labels: tuple[Array, Array],
+    seed: int,
+) -> Run:
+    """Return the run of a classifier on the whole train set; (train, test) in each pair."""
+    train, test = (
+        (x, torch.from_numpy(y.astype(np.int64))) for x, y in zip(inputs, labels, strict=True)
+    )
+    retraining = ModelRetraining(build, recipe, "cross-entropy", train, test, ("loss",), {})
+    return retraining.run(Counterfactual(np.ones(len(labels[0]), dtype=bool), seed))
 
 
 def make_world(

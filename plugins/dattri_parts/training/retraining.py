@@ -1,0 +1,276 @@
+"""Any torch model whose data lie in memory, trained again on any part of its train set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define, field, frozen
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dattri_core import (
+    Counterfactual,
+    InputError,
+    Loss,
+    NumericsError,
+    batch_size,
+    labels_of,
+    map_tensors,
+    take,
+)
+from dattri_parts.training.fingerprint import fingerprint
+from dattri_parts.training.measures import check_targets, measured, outcomes_of
+from dattri_parts.training.objective import loss_named
+from dattri_parts.training.optimum import Optimum
+from dattri_parts.training.recipe import Recipe, check_kept
+from dattri_parts.training.run import Run
+from dattri_parts.training.sequential import Build, built, seeded, train_one, with_threads
+
+Array = np.ndarray[Any, Any]
+MEASURED = 512
+"""Test examples in a forward pass."""
+
+
+@define(eq=False)
+class _Held:
+    """What is made once and used by every training."""
+
+    fingerprint: str | None = None
+    template: nn.Module | None = None
+    data: tuple[Any, Any] | None = None
+    checked: bool = False
+
+
+@frozen(eq=False)
+class ModelRetraining:
+    """Trains a model from scratch on a part of its train set; a `dattri_core.Retraining`.
+
+    Args:
+        build: Makes a new model; called under the seed of the counterfactual, on the CPU.
+        recipe: `Recipe` of minibatch steps, or `Optimum` of a convex model.
+        loss: ``"cross-entropy"``, ``"squared-error"`` or ``"causal-lm"``.
+        train_data: A nest of tensors that begin with ``[n_train]``, labels last.
+        test_data: The same for the test set.
+        targets: What is measured: names of ``"loss"``, ``"margin"``, ``"logit"`` and ``"correct"``.
+            As an attribute, for each whether more of it is better.
+        about: What tells this training apart beyond data, architecture and recipe, JSON-ready:
+            the name of the model, how inputs were scaled.
+        together: How many models are trained by one call at most; above 1 small models are stacked
+            and take their steps at once. Their weights are those of one by one up to rounding.
+        device: To train and measure on.
+        threads: Of training one model; None leaves them, and so do stacks and optima. Where a step
+            is too short to share, a second thread only waits; with one, sums come in the same order
+            everywhere.
+
+    Raises:
+        InputError: Data, loss and targets do not fit each other.
+    """
+
+    build: Build
+    recipe: Recipe | Optimum
+    loss: str
+    train_data: Any
+    test_data: Any
+    targets: Mapping[str, bool] = field(converter=measured)
+    about: Mapping[str, Any]
+    together: int = 1
+    device: torch.device = field(default="cpu", converter=torch.device)
+    threads: int | None = 1
+    _held: _Held = field(init=False, factory=_Held, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        loss = self._loss
+        check_targets(self.targets, loss)
+        if isinstance(self.together, bool) or self.together < 1:
+            raise InputError(f"retraining: together is {self.together!r}, expected 1 or more")
+        for name, data in (("train_data", self.train_data), ("test_data", self.test_data)):
+            if batch_size(data) < 1:
+                raise InputError(f"retraining: {name} holds no example")
+            labels_of(data)
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        return batch_size(self.train_data)
+
+    @property
+    def n_test(self) -> int:
+        """Return the number of test examples."""
+        return batch_size(self.test_data)
+
+    @property
+    def _loss(self) -> Loss:
+        return loss_named(self.loss)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of data, model, recipe, loss, targets and ``about``."""
+        if self._held.fingerprint is None:
+            self._held.fingerprint = fingerprint(
+                self.recipe,
+                self._template,
+                (self.train_data, self.test_data),
+                {"loss": self.loss, "targets": sorted(self.targets), "about": dict(self.about)},
+            )
+        return self._held.fingerprint
+
+    def run(self, counterfactual: Counterfactual, keep: tuple[int, ...] | None = None) -> Run:
+        """Return the run of one model, with its states on the way.
+
+        Args:
+            counterfactual: Train set and seed.
+            keep: Epochs after which the state is kept, beside the last; those of the recipe by
+                default. An optimum has no epochs.
+
+        Raises:
+            InputError: The mask is not one of this train set, or an epoch is not one of the recipe.
+            NumericsError: The loss is not finite, or no optimum was found.
+        """
+        self._check(counterfactual)
+        assert isinstance(self.recipe, Recipe)
+        keep = self.recipe.keep if keep is None else tuple(keep)
+        check_kept(keep, self.recipe.epochs)
+        return self._run(self.recipe, counterfactual, keep)
+
+    def _run(
+        self, recipe: Recipe, counterfactual: Counterfactual, keep: tuple[int, ...] = ()
+    ) -> Run:
+        with with_threads(self.threads):
+            return train_one(
+                self.build,
+                recipe,
+                self._loss,
+                self._on_device[0],
+                torch.from_numpy(np.flatnonzero(counterfactual.mask)),
+                counterfactual.seed,
+                keep,
+                self.device,
+            )
+
+    def train(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the state dict of a model for each counterfactual, in their order.
+
+        Raises:
+            InputError: A mask is not one of this train set.
+            NumericsError: The loss is not finite, or no optimum was found.
+        """
+        for counterfactual in counterfactuals:
+            self._check(counterfactual)
+        return self._states(counterfactuals)
+
+    def _states(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
+        assert isinstance(self.recipe, Recipe)
+        for counterfactual in counterfactuals:
+            yield self._run(self.recipe, counterfactual).states[-1]
+
+    def measure(self, state: Mapping[str, Tensor]) -> dict[str, Array]:
+        """Return the outcome of every target on every test example, ``[n_test]`` in float64.
+
+        Args:
+            state: State dict of a model, as `train` yields it.
+
+        Raises:
+            InputError: It is not one of this model.
+            NumericsError: An outcome is not finite.
+        """
+        self._rehearse()
+        model = self._template
+        given = {name: tensor.to(self.device) for name, tensor in state.items()}
+        if set(given) != set(model.state_dict()):
+            odd = sorted(set(given) ^ set(model.state_dict()))
+            raise InputError(
+                f"retraining: the state dict is not one of {type(model).__name__}; it lacks, or "
+                f"has too many of, {odd[:8]}"
+            )
+        data = _like(self._on_device[1], given)
+        found: dict[str, list[Tensor]] = {target: [] for target in self.targets}
+        call = _caller(model, given)
+        with torch.no_grad():
+            for start in range(0, self.n_test, MEASURED):
+                batch = take(data, slice(start, start + MEASURED))
+                for target, values in outcomes_of(self._loss, self.targets, call, batch).items():
+                    found[target].append(values)
+        outcomes = {target: torch.cat(parts).cpu().numpy() for target, parts in found.items()}
+        for target, values in outcomes.items():
+            if not np.isfinite(values).all():
+                at = int(np.flatnonzero(~np.isfinite(values))[0])
+                raise NumericsError(
+                    f"retraining: the {target} is {values[at]} on test example {at}; the "
+                    "model that was trained gives outputs without bounds"
+                )
+        return outcomes
+
+    @property
+    def _template(self) -> nn.Module:
+        if self._held.template is None:
+            with seeded(0, self.device):
+                self._held.template = built(self.build, self.device).eval()
+        return self._held.template
+
+    @property
+    def _on_device(self) -> tuple[Any, Any]:
+        if self._held.data is None:
+            train, test = (
+                map_tensors(lambda tensor: tensor.to(self.device), part)
+                for part in (self.train_data, self.test_data)
+            )
+            self._held.data = (train, test)
+        return self._held.data
+
+    def _check(self, counterfactual: Counterfactual) -> None:
+        if len(counterfactual.mask) != self.n_train:
+            raise InputError(
+                f"retraining: the mask of a counterfactual has {len(counterfactual.mask)} truth "
+                f"values, and there are {self.n_train} train examples"
+            )
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Refuse what every training would fail on, once and before the first."""
+        if self._held.checked:
+            return
+        model = self._template
+        for name, data in zip(("train_data", "test_data"), self._on_device, strict=True):
+            batch = take(data, slice(0, 2))
+            with torch.no_grad():
+                outputs = self._loss.forward(model, batch)
+            if self.loss == "cross-entropy":
+                _check_classes(name, labels_of(data), outputs)
+            with torch.no_grad():
+                values = self._loss.criterion(outputs, batch)
+            if values.shape != (batch_size(batch),):
+                raise InputError(
+                    f"retraining: the loss {self.loss!r} of {batch_size(batch)} examples of {name} "
+                    f"has shape {tuple(values.shape)} for outputs {tuple(outputs.shape)}; expected "
+                    "one number for each example"
+                )
+        self._held.checked = True
+
+
+def _check_classes(name: str, labels: Tensor, outputs: Tensor) -> None:
+    if labels.is_floating_point():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if outputs.dim() != 2 or low < 0 or high >= outputs.shape[1]:
+        raise InputError(
+            f"retraining: labels of {name} go from {low} to {high} for outputs of shape "
+            f"{tuple(outputs.shape)}; expected outputs [B, classes] and labels of 0 to classes - 1"
+        )
+
+
+def _like(data: Any, state: Mapping[str, Tensor]) -> Any:
+    """Return the data in the state's precision; integers stay."""
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if torch.float64 not in dtypes:
+        return data
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, data)
+
+
+def _caller(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, dict(state), args, kwargs)
+
+    return call

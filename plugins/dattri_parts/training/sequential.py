@@ -1,0 +1,136 @@
+"""Training one model by a recipe: the same numbers every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dattri_core import InputError, Loss, NumericsError, take
+from dattri_parts.training.objective import mean_loss
+from dattri_parts.training.recipe import Recipe
+from dattri_parts.training.run import Run, copy_of
+
+Build = Callable[[], nn.Module]
+
+
+@contextmanager
+def with_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads, then restore; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw the random numbers of a seed, and leave those of others alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def built(build: Build, device: torch.device) -> nn.Module:
+    """Return a new model on a device; drawn on the CPU, so that it is the same on all of them.
+
+    Raises:
+        InputError: It is no module, or has nothing to train.
+    """
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"retraining: build returned a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            f"retraining: the {type(model).__name__} that build returned has no parameter with "
+            "requires_grad, so there is nothing to train"
+        )
+    return model.to(device)
+
+
+def orders(index: Tensor, seed: int) -> Iterator[Tensor]:
+    """Yield the order of the examples of each epoch, ``[k]``, a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    while True:
+        yield index[torch.randperm(len(index), generator=generator)]
+
+
+def train_one(
+    build: Build,
+    recipe: Recipe,
+    loss: Loss,
+    data: Any,
+    index: Tensor,
+    seed: int,
+    keep: tuple[int, ...],
+    device: torch.device,
+) -> Run:
+    """Return the run of a new model on the examples ``index [k]`` of the data.
+
+    Args:
+        build: Makes the model; called once, under the seed.
+        recipe: Of the training.
+        loss: What is minimised, its mean.
+        data: A nest of tensors on the device, labels last.
+        index: Positions of the examples, rising.
+        seed: Of initial weights, order of examples and dropout.
+        keep: Epochs after which the state is kept, beside the last.
+        device: To train on.
+
+    Raises:
+        NumericsError: The loss is not finite.
+    """
+    with seeded(seed, device):
+        model = built(build, device)
+        optimizer = recipe.optimizer_of(p for p in model.parameters() if p.requires_grad)
+        model.train()
+        kept, step, per_epoch = [], 0, recipe.steps(len(index))
+        for epoch, order in zip(range(1, recipe.epochs + 1), orders(index, seed), strict=False):
+            total = torch.zeros((), device=device)
+            for chosen in torch.split(order, recipe.batch):
+                rate = recipe.rate(step, per_epoch)
+                total += _step(model, optimizer, rate, loss, take(data, chosen), recipe.clip)
+                step += 1
+            require_finite(total, epoch, f"{len(index)} examples, seed {seed}")
+            if epoch in keep or epoch == recipe.epochs:
+                kept.append((epoch, copy_of(model), rate))
+    model.eval()
+    epochs, states, rates = zip(*kept, strict=True)
+    return Run(model, epochs, states, rates)
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    loss: Loss,
+    batch: Any,
+    clip: float | None,
+) -> Tensor:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    value = mean_loss(loss, model, batch)
+    torch.autograd.backward(value)
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
+    return value.detach()
+
+
+def require_finite(total: Tensor, epoch: int, counterfactual: str) -> None:
+    """Refuse a sum of losses that is not finite."""
+    if not torch.isfinite(total):
+        raise NumericsError(
+            f"training: the loss is {total.item()} in epoch {epoch} of the counterfactual of "
+            f"{counterfactual}; lower the learning rate, add warmup or clip the gradient"
+        )
