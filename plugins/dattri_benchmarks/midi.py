@@ -162,17 +162,15 @@ def _chunks(content: bytes) -> tuple[int, list[bytes]]:
     place = 8 + int.from_bytes(content[4:8], "big")
     tracks = []
     while len(tracks) < count:
-        name, size = (
-            content[place : place + 4],
-            int.from_bytes(content[place + 4 : place + 8], "big"),
-        )
+        head = content[place : place + 8]
+        size = int.from_bytes(head[4:], "big")
         body = content[place + 8 : place + 8 + size]
-        if len(name) < 4 or len(body) < size:
+        if len(head) < 8 or len(body) < size:
             raise StoreError(
                 f"MIDI file: truncated: {len(tracks)} whole tracks of {count} in {len(content)} "
                 "bytes"
             )
-        if name == b"MTrk":  # other chunks are for other programs
+        if head[:4] == b"MTrk":  # other chunks are for other programs
             tracks.append(body)
         place += 8 + size
     return division, tracks

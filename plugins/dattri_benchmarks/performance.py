@@ -41,10 +41,10 @@ class Steps:
 
 
 def quantise(notes: Notes) -> Steps:
-    """Return the notes on the grid: the nearest step, velocity (v - 1) // 4, at least one step long.
+    """Return the notes on the grid: the nearest step, at least one long, and (velocity - 1) // 4.
 
-    Where two notes of a pitch meet in the grid the first one ends at the strike of the second, and
-    is left out when they are struck in the same step.
+    Where two notes of a pitch meet in the grid the first one ends at the strike of the second; of
+    those that are struck in the same step the longest stays.
     """
     start = np.floor(notes.start * STEPS + 0.5).astype(np.int64)
     end = np.maximum(np.floor(notes.end * STEPS + 0.5).astype(np.int64), start + 1)

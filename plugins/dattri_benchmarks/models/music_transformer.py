@@ -1,4 +1,4 @@
-"""The Music Transformer: a causal transformer whose attention knows how far apart two events are."""
+"""The Music Transformer: attention that knows how far apart two events are."""
 
 from __future__ import annotations
 
