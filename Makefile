@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# Arguments of the program that a target runs, e.g. make demo ARGS="--data mnist".
+# Arguments of the program that a target runs, e.g. make demo ARGS="--data mnist-mlp".
 ARGS ?=
 
 .PHONY: demo test lint bench clean

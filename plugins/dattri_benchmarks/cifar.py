@@ -1,4 +1,6 @@
-"""CIFAR-10 (Krizhevsky 2009): subsets of its images of 32 x 32 pixels, the first of each class.
+"""CIFAR-10 (Krizhevsky 2009): subsets of its images of 32 x 32 pixels, and settings of ResNet-9.
+
+A subset has the first images of each of its classes.
 
 No licence is stated; for research, with the citation. Nothing of it comes with the package.
 """
@@ -9,16 +11,23 @@ import hashlib
 import io
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import attrs
 import numpy as np
 from attrs import frozen
+from dattri_parts.training import Recipe
 
 from dattri_benchmarks.fetch import Download, data_folder, fetch
+from dattri_benchmarks.image_setting import ImageSetting, Network
+from dattri_benchmarks.images import Array, Images, Scaling, Size, draw
+from dattri_benchmarks.models import group_norm, resnet9
 from dattri_core import StoreError
 
-Array = np.ndarray[Any, Any]
+Name = Literal["cifar2", "cifar10"]
+TITLE = "images of CIFAR-10 (Krizhevsky 2009, no licence stated, for research)"
 ARCHIVE = Download(
     "cifar-10-binary.tar.gz",
     ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
@@ -28,15 +37,6 @@ ARCHIVE = Download(
 """The binary version, records of a label and 3 x 32 x 32 bytes: the Python one holds pickles."""
 RECORDS = 10_000  # in a file of the archive
 PIXELS = 3 * 32 * 32
-
-
-@frozen(eq=False)
-class Images:
-    """Images ``[n, 32, 32, 3]``, labels ``[n]`` and positions in the official order ``[n]``."""
-
-    images: Array
-    labels: Array
-    index: Array
 
 
 @frozen
@@ -77,7 +77,7 @@ SUBSETS = {
 """``cifar2``: 2500 + 250 cats (0) and as many dogs (1); ``cifar10``: 500 + 100 of each class."""
 
 
-def read_cifar(name: Literal["cifar2", "cifar10"]) -> tuple[Images, Images]:
+def read_cifar(name: Name) -> tuple[Images, Images]:
     """Return the train and the test images of a subset.
 
     Read from ``cifar/`` below the folder of data (see `data_folder`): from the subset's own file
@@ -155,3 +155,77 @@ def _digest(parts: tuple[Images, Images]) -> str:
         total.update(part.labels.astype(np.uint8).tobytes())
         total.update(part.index.astype("<i4").tobytes())
     return total.hexdigest()
+
+
+SCALING = Scaling(255, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+RECIPE = Recipe(
+    epochs=30,
+    batch=50,
+    learning_rate=0.05,
+    weight_decay=5e-3,
+    momentum=0.9,
+    warmup=100,
+    keep=(1, 3, 6, 12, 20, 30),
+)
+DAMPING = 3e-2
+NARROW = 1000
+"""Train images up to which the network has an eighth of the width: a laptop's size."""
+
+
+def _resnet9(classes: int) -> Callable[[int], Network]:
+    def network(n_train: int) -> Network:
+        width = 8 if n_train <= NARROW else 64
+        return Network(
+            f"ResNet-9 of width {width} with group norm",
+            lambda: resnet9(classes, width, group_norm),
+        )
+
+    return network
+
+
+def _split(name: Name) -> Callable[[Size, int], tuple[Images, Images]]:
+    def split(size: Size, seed: int) -> tuple[Images, Images]:
+        train, test = (
+            draw(pool, count, [seed, 2 + number], f"setting '{name}-resnet9': {side} images")
+            for number, (pool, count, side) in enumerate(
+                zip(read_cifar(name), size, ("train", "test"), strict=True)
+            )
+        )
+        return train, test
+
+    return split
+
+
+cifar2_setting = ImageSetting(
+    name="cifar2-resnet9",
+    title=f"CIFAR-2, cats and dogs: {TITLE}",
+    sizes={"full": (5000, 500), "small": (200, 100)},
+    metrics=("lds", "mislabel-auroc"),
+    split=_split("cifar2"),
+    classes=2,
+    scaling=SCALING,
+    network=_resnet9(2),
+    recipe=RECIPE,
+    damping=DAMPING,
+    training_threads=None,
+    accelerated=True,
+)
+"""Cats and dogs with ResNet-9.
+
+Group norm stands where the published network has batch norm. Batch norm in training makes the loss
+of an example depend on the others of its batch, so that there is no loss of one example that was
+minimised, the state where training ends is no stationary point of the loss that is attributed, and
+a train set of another size also has another estimate of the statistics. Images are not changed at
+random: an example is then the same one in every epoch and every training.
+"""
+
+cifar10_setting = attrs.evolve(
+    cifar2_setting,
+    name="cifar10-resnet9",
+    title=f"500 and 100 of each class: {TITLE}",
+    metrics=("mislabel-auroc",),
+    split=_split("cifar10"),
+    classes=10,
+    network=_resnet9(10),
+)
+"""All ten classes with the same network."""

@@ -1,4 +1,4 @@
-"""Digits: 1797 real images of 8 x 8 pixels that come with the package; 5 % of train labels flipped.
+"""Digits: 1797 real images of 8 x 8 pixels that come with the package.
 
 Data: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
 Repository, 1998, doi 10.24432/C50P49, CC BY 4.0.
@@ -6,30 +6,19 @@ Repository, 1998, doi 10.24432/C50P49, CC BY 4.0.
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
-import torch
 from dattri_parts.training import Recipe
 from torch import nn
 
+from dattri_benchmarks.image_setting import ImageSetting, Network
+from dattri_benchmarks.images import Array, Images, Scaling, Size, draw
 from dattri_benchmarks.models import mlp
-from dattri_benchmarks.setting import (
-    Setting,
-    Size,
-    World,
-    flip_labels,
-    make_world,
-    train_on_all,
-)
-from dattri_core import InputError
 
-Array = np.ndarray[Any, Any]
 SHA256 = "b2dab7b501728c22e9119ad76740b2e17c77a231e42d1e592380d90886f1a05e"
 """Of data/digits.npz."""
-WRONG = 0.05
+SIZE = (1437, 200)
 RECIPE = Recipe(
     epochs=300,
     batch=200,
@@ -39,7 +28,7 @@ RECIPE = Recipe(
     keep=(2, 8, 25, 80, 160, 300),
 )
 DAMPING = 1e-2
-"""Twice the weight decay, so that H + damping I is positive: see `World.damping`."""
+"""Twice the weight decay, so that H + damping I is positive: see `dattri_core.World`."""
 
 
 def read_digits() -> tuple[Array, Array]:
@@ -49,40 +38,27 @@ def read_digits() -> tuple[Array, Array]:
         return found["images"], found["labels"]
 
 
-def _build(size: Size, seed: int) -> World:
+def _split(size: Size, seed: int) -> tuple[Images, Images]:
     images, labels = read_digits()
-    n_train, n_test = size
-    if n_train + n_test > len(labels):
-        raise InputError(
-            f"setting 'digits': {n_train} train and {n_test} test examples are more than the "
-            f"{len(labels)} images there are"
-        )
-    order = np.random.default_rng([seed, 0]).permutation(len(labels))
-    train, test = order[:n_train], order[n_train : n_train + n_test]
-    given, _ = flip_labels(labels[train], 10, WRONG, seed)
-    inputs = [torch.from_numpy(images[index] / np.float32(16)) for index in (train, test)]
-    build = partial(mlp, 64, 24, 10, activation=nn.Tanh)
-    run = train_on_all(build, RECIPE, (inputs[0], inputs[1]), (given, labels[test]), seed)
-    pictures = [
-        (images[index].astype(np.uint16) * 255 // 16).astype(np.uint8) for index in (train, test)
-    ]
-    return make_world(
-        run,
-        (inputs[0], inputs[1]),
-        (given, labels[test]),
-        (pictures[0], pictures[1]),
-        (tuple(f"digit-{i}" for i in train), tuple(f"digit-{i}" for i in test)),
-        labels[train],
-        DAMPING,
-        1,
-        {"data": setting.title, "model": "MLP 64-24-10, tanh", "wrong_share": WRONG, "seed": seed},
-    )
+    pool = Images(images, labels, np.arange(len(labels)))
+    both = draw(pool, sum(size), [seed, 0], "setting 'digits': train and test images together")
+    border = np.arange(len(both)) < size[0]
+    return both[border], both[~border]
 
 
-setting = Setting(
+setting = ImageSetting(
     name="digits",
     title="Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, UCI, CC BY 4.0)",
-    size=(1437, 200),
-    build=_build,
+    sizes={"full": SIZE, "small": SIZE},
+    metrics=("loo-pearson", "lds", "mislabel-auroc"),
+    split=_split,
+    classes=10,
+    scaling=Scaling(16),
+    network=lambda n: Network("MLP 64-24-10, tanh", lambda: mlp(64, 24, 10, activation=nn.Tanh)),
+    recipe=RECIPE,
+    damping=DAMPING,
+    together=64,
+    threads=1,
+    sides=("digit", "digit"),
 )
 """The embedded data set with a network of 1,810 parameters."""

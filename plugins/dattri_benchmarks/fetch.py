@@ -39,8 +39,11 @@ class Download:
 def data_folder() -> Path:
     """Return the folder of data sets: the variable DATTRI_DATA, else one in the user's cache."""
     named = os.environ.get("DATTRI_DATA")
-    if named:
-        return Path(named).expanduser()
+    return Path(named).expanduser() if named else cache_folder()
+
+
+def cache_folder() -> Path:
+    """Return the folder in the user's cache, for what can be had again."""
     home = Path.home()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "dattri"

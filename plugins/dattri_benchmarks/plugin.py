@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dattri_core as dattri
 
+SETTINGS = (
+    (
+        "digits",
+        "digits:setting",
+        "UCI handwritten digits, 1797 images of 8x8, shipped with the package",
+    ),
+    ("mnist-lr", "mnist:lr_setting", "MNIST with logistic regression, to its optimum"),
+    ("mnist-mlp", "mnist:mlp_setting", "MNIST with a network of 109,386 parameters"),
+    (
+        "cifar2-resnet9",
+        "cifar:cifar2_setting",
+        "Cats and dogs of CIFAR-10 with ResNet-9, 4.8M parameters",
+    ),
+    ("cifar10-resnet9", "cifar:cifar10_setting", "CIFAR-10 with ResNet-9, 4.8M parameters"),
+)
+
 
 @dattri.hookimpl
 def register(registry: dattri.Registry) -> None:
     """Name them; nothing is imported until it is used."""
-    registry.part(
-        "setting",
-        "digits",
-        "dattri_benchmarks.digits:setting",
-        "UCI handwritten digits, 1797 images of 8x8, shipped with the package",
-    )
-    registry.part(
-        "setting",
-        "mnist",
-        "dattri_benchmarks.mnist:setting",
-        "MNIST, images of 28x28, read from your copy of its files",
-    )
+    for name, target, summary in SETTINGS:
+        registry.part("setting", name, f"dattri_benchmarks.{target}", summary)

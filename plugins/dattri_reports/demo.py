@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from attrs import frozen
+from dattri_parts.measuring.machine import versions
+from dattri_parts.measuring.threads import threads
 
 from dattri_core import InputError, default_registry, format_bytes, nearest, write_text
-from dattri_core import __version__ as dattri_version
 from dattri_reports.outcome import Outcome, run_method
 from dattri_reports.report import Report, Section, render
 from dattri_reports.sections.agreement import agreement
@@ -28,8 +26,10 @@ from dattri_reports.sections.summary import summary
 from dattri_reports.sections.suspects import suspects
 from dattri_reports.sections.table import table
 
+METRIC = "mislabel-auroc"
+WRONG = 0.05
+"""Share of the train labels that are made wrong."""
 SHOWN = 8
-LIBRARIES = ("torch", "numpy", "scipy")
 Say = Callable[[str], None]
 
 
@@ -41,7 +41,7 @@ class Demo:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("--data", default="digits", help="a registered setting; digits, mnist")
+        parser.add_argument("--data", default="digits", help="a setting: digits, mnist-mlp")
         parser.add_argument("--out", default="demo-report.html", help="the report, an HTML file")
         parser.add_argument(
             "--methods", nargs="+", metavar="NAME", help="default: every registered method"
@@ -59,10 +59,19 @@ class Demo:
         registry = default_registry()
         names = _chosen(args.methods, registry.names("method"))
         setting = registry.resolve("setting", args.data)
-        metric = registry.resolve("metric", "mislabel-auroc")
-        size = (args.train or setting.size[0], args.test or setting.size[1])
+        if METRIC not in setting.metrics:
+            raise InputError(
+                f"demo: the setting {args.data!r} is not meant for {METRIC!r} but for "
+                f"{', '.join(map(repr, setting.metrics))}; choose one of images with classes, such "
+                "as 'digits'"
+            )
+        metric = registry.resolve("metric", METRIC)
+        small = setting.sizes["small"]
+        size = (args.train or small[0], args.test or small[1])
         print(f"{setting.title}\ntraining ...", flush=True)
-        world = setting.load(size, seed=args.seed)
+        world = setting.load(size, seed=args.seed, wrong=WRONG)
+        if world.pictures is None:
+            raise InputError(f"demo: the setting {args.data!r} has no pictures to show")
         facts = world.facts
         print(
             f"{facts['model']}, {facts['parameters']:,} parameters; {facts['n_train']} train "
@@ -72,13 +81,13 @@ class Demo:
         )
         print(HEAD)
         outcomes = []
-        with _threads(world.threads):
+        with threads(world.threads):
             _warm_up(world)
             for name in names:
                 outcome = run_method(name, world, lambda s, w: metric(s, w, seed=args.seed))
                 outcomes.append(outcome)
                 print(line(outcome), flush=True)
-            versions = _versions()
+            measured_with = {**versions(), "threads": str(torch.get_num_threads())}
         print(FOOT)
         predictions, shown = _examples(world, args.seed)
         report = Report(
@@ -87,7 +96,7 @@ class Demo:
             predictions=predictions,
             shown=shown,
             command=_command(args, size),
-            versions=versions,
+            versions=measured_with,
             seed=args.seed,
             seconds=time.perf_counter() - started,
         )
@@ -141,21 +150,10 @@ def _sections() -> list[Section]:
     return [*own, *others, reading]
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Use the number of threads that pays for the network, then the one before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _warm_up(world: Any) -> None:
     """Run a forward and backward pass, so that the first method does not pay for loading code."""
     model = world.task.model
-    inputs, labels = (tensor[:8] for tensor in world.train)
+    inputs, labels = (tensor[:8].to(world.task.device) for tensor in world.train)
     loss = torch.nn.functional.cross_entropy(model(inputs), labels)
     torch.autograd.grad(loss, list(model.parameters()))
 
@@ -165,7 +163,7 @@ def _examples(world: Any, seed: int) -> tuple[np.ndarray[Any, Any], tuple[int, .
 
     Half of them are the mistakes with the largest loss, the rest are drawn from the others.
     """
-    inputs, labels = world.test
+    inputs, labels = (tensor.to(world.task.device) for tensor in world.test)
     with torch.no_grad():
         outputs = world.task.model(inputs)
         losses = torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
@@ -174,7 +172,7 @@ def _examples(world: Any, seed: int) -> tuple[np.ndarray[Any, Any], tuple[int, .
     shown = wrong[: SHOWN // 2]
     rest = np.random.default_rng(seed).permutation(len(labels)).tolist()
     shown += [i for i in rest if i not in shown][: SHOWN - len(shown)]
-    return predictions.numpy(), tuple(shown)
+    return predictions.cpu().numpy(), tuple(shown)
 
 
 def _command(args: argparse.Namespace, size: tuple[int, int]) -> str:
@@ -182,17 +180,6 @@ def _command(args: argparse.Namespace, size: tuple[int, int]) -> str:
     words += ["--seed", str(args.seed), "--out", args.out]
     words += ["--methods", *args.methods] if args.methods else []
     return shlex.join(words)
-
-
-def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in LIBRARIES}
-    threads = str(torch.get_num_threads())
-    return {
-        "dattri-core": dattri_version,
-        "Python": platform.python_version(),
-        **found,
-        "threads": threads,
-    }
 
 
 command = Demo()

@@ -19,7 +19,7 @@ def train_figure(report: Report, position: int, score: float | None = None) -> s
     number = f'<span class="score">{short(score)}</span>' if score is not None else ""
     return (
         f'<figure class="train{" flipped" if wrong else ""}" data-id="{text(name)}">'
-        f"{_picture(data_address(world.train_images[position]), said)}"
+        f"{_picture(data_address(world.pictures[0][position]), said)}"
         f"<figcaption>{caption}{number}</figcaption></figure>"
     )
 
@@ -33,7 +33,7 @@ def test_figure(report: Report, position: int) -> str:
     said = f"test image {name}, a {label}, which the model takes for a {guess}"
     return (
         f'<figure class="test {verdict}" data-id="{text(name)}">'
-        f"{_picture(data_address(world.test_images[position]), said)}"
+        f"{_picture(data_address(world.pictures[1][position]), said)}"
         f"<figcaption>a {label}<span>model says <b>{guess}</b></span></figcaption></figure>"
     )
 

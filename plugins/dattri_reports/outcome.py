@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from attrs import frozen
+from dattri_parts.measuring.attribution import (
+    attribute,
+    damped,
+    self_influence,
+    spell_error,
+    task_of,
+)
 
-from dattri_core import ConvergenceWarning, Method, Scores, default_registry, method
-from dattri_reports.peak import PeakMemory
+from dattri_core import Scores, default_registry
 
 Array = np.ndarray[Any, Any]
 Metric = Callable[..., Any]
-ITERATIVE = "each train example would need an iterative solve over the whole train set"
-WHOLE_COLUMNS = "the scorer sees all train examples at once and gives none a score for itself"
-NOT_OFFERED = "the method gives no score of an example for itself"
 
 
 @frozen(eq=False)
@@ -89,64 +90,30 @@ def run_method(name: str, world: Any, metric: Metric) -> Outcome:
         "citation": recipe.citation,
     }
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", ConvergenceWarning)
-            found = _measure(name, world)
+        found = _measure(name, world)
         if found["self_influence"] is not None:
             if _is_constant(found["self_influence"]):
                 found["self_influence"] = np.ones(len(world.flipped))
             found["by_self"] = metric(found["self_influence"], world.flipped)
         found["by_test"] = metric(-_mean(found["scores"]), world.flipped)
     except Exception as error:
-        text = " ".join(str(error).split()) or "no message"
-        return Outcome(name, **about, error=f"{type(error).__name__}: {text}")
-    notes = dict.fromkeys(" ".join(str(w.message).split()) for w in caught)
-    return Outcome(name, **about, **found, notes=tuple(notes))
+        return Outcome(name, **about, error=spell_error(error))
+    return Outcome(name, **about, **found)
 
 
 def _measure(name: str, world: Any) -> dict[str, Any]:
-    made = method(name)
-    parts = isinstance(made, Method)
-    if parts and any(hasattr(solver, "damping") for solver in _solvers(made)):
-        made = method(name, damping=world.damping)
-    task = world.trajectory if parts and "learning-rate" in made.fold.needs else world.task
-    fitted = None
-    with PeakMemory() as peak:
-        started = time.perf_counter()
-        if parts:
-            fitted = made.fit(task, world.train, progress=False)
-            scores = fitted.attribute(world.test)
-        else:
-            scores = made.attribute(task, world.train, world.test, progress=False)
-        seconds = time.perf_counter() - started
-    scores = Scores(scores.values, world.train_ids, world.test_ids, scores.provenance)
-    started = time.perf_counter()
-    own, note = None, NOT_OFFERED
-    if fitted is not None:
-        note = ITERATIVE if _is_iterative(made) else ""
-        if made.scorer.locality == "column":
-            note = WHOLE_COLUMNS
-        own = None if note else fitted.self_influence().double().numpy()
+    made = damped(name, world.damping, {})
+    run = attribute(made, task_of(made, world), world)
+    own = self_influence(made, run.fitted)
     return {
-        "scores": scores,
-        "self_influence": own,
-        "self_note": note,
-        "seconds": seconds,
-        "self_seconds": time.perf_counter() - started,
-        "peak": peak.bytes,
+        "scores": run.scores,
+        "self_influence": own.values,
+        "self_note": own.note,
+        "seconds": run.seconds,
+        "self_seconds": own.seconds,
+        "peak": run.peak,
+        "notes": tuple(dict.fromkeys((*run.notes, *own.notes))),
     }
-
-
-def _is_iterative(made: Method) -> bool:
-    """Return whether an inverse Hessian passes over the train set again for every row."""
-    return any(solver.needs & {"apply", "sampled"} for solver in _solvers(made))
-
-
-def _solvers(made: Method) -> list[Any]:
-    """Return the solvers of the inverse Hessians that are made of a curvature and a solver."""
-    found = [getattr(stage, "solver", None) for stage in made.chain]
-    return [solver for solver in found if solver is not None]
 
 
 def _is_constant(values: Array) -> bool:

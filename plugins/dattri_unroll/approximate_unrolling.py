@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
 from dattri_parts.curvatures.ekfac import EKFAC
@@ -44,6 +44,7 @@ class ApproximateUnrolling:
         seed: Of the projector, and of labels that the curvature draws.
     """
 
+    reads: ClassVar[str] = "trajectory"
     source: Source = field(factory=PerExample)
     projector: Projector = field(factory=Identity)
     curvature: Curvature = field(factory=EKFAC)

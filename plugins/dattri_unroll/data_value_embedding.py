@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from attrs import field, frozen
@@ -54,6 +54,7 @@ class DataValueEmbedding:
         seed: Of the projector, and of labels that a curvature draws.
     """
 
+    reads: ClassVar[str] = "trajectory"
     source: Source = field(factory=PerExample)
     projector: Projector = field(factory=Identity)
     curvature: Curvature = field(factory=GaussNewton)

@@ -100,14 +100,16 @@ def test_a_damaged_file_in_the_folder_is_refused_by_name(small, damage):
 
 
 def test_the_world_of_a_small_mnist(small):
-    world = mnist.setting.load((60, 30), seed=1)
+    world = mnist.mlp_setting.load((60, 30), seed=1, wrong=0.05)
     _, _, _, arrays = small
     index = [int(i.removeprefix("train-")) for i in world.train_ids]
-    assert np.array_equal(world.train_images, arrays["train-images"][index])
+    pixels = arrays["train-images"][index]
+    assert np.array_equal(world.pictures[0], pixels)
+    assert np.allclose(world.train[0].numpy(), (pixels / 255 - 0.1307) / 0.3081, atol=1e-6)
     assert np.array_equal(world.true_labels, arrays["train-labels"][index])
     assert world.flipped.sum() == 3
     with pytest.raises(InputError, match="there are 90"):
-        mnist.setting.load((91, 30))
+        mnist.mlp_setting.load((91, 30))
 
 
 def test_the_networks_have_the_published_sizes():

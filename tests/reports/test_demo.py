@@ -58,24 +58,27 @@ class Page(HTMLParser):
 WORLD = {}
 
 
-def build(size, seed):
-    from dattri_benchmarks.digits import _build
-
-    WORLD["made"] = _build(size, seed)
-    return WORLD["made"]
-
-
 class Small:
     """A setting like the embedded one, small."""
 
     title = "digits"
-    size = (300, 60)
+    sizes = {"full": (1437, 200), "small": (300, 60)}
+    metrics = ("mislabel-auroc",)
 
-    def load(self, size, seed=0):
-        return build(size, seed)
+    def load(self, size, seed=0, wrong=None):
+        from dattri_benchmarks import digits
+
+        WORLD["made"] = digits.setting.load(size, seed, wrong)
+        return WORLD["made"]
 
 
-small = Small()
+class Text(Small):
+    """A setting without classes."""
+
+    metrics = ("lds",)
+
+
+small, text = Small(), Text()
 
 
 class LateOracle(Oracle):
@@ -101,6 +104,7 @@ def registry():
     made = Registry(LOCAL)
     here = __name__
     made.part("setting", "small", f"{here}:small")
+    made.part("setting", "text", f"{here}:text")
     made.part("metric", "mislabel-auroc", "dattri_metrics.mislabel:auroc")
     made.part("attributor", "oracle", f"{here}:oracle")
     made.part("attributor", "broken", f"{here}:broken")
@@ -172,8 +176,8 @@ def test_the_images_are_those_of_the_examples(page):
 
     text, _, world = page
     sides = {
-        "train": (world.train_ids, world.train_images),
-        "test": (world.test_ids, world.test_images),
+        "train": (world.train_ids, world.pictures[0]),
+        "test": (world.test_ids, world.pictures[1]),
     }
     found = re.findall(
         r'<figure class="(train|test)[^"]*" data-id="([^"]+)"><img src="([^"]+)"', text
@@ -244,6 +248,8 @@ def test_bad_options_are_refused_before_training(registry, tmp_path):
         run("--data", "small", "--methods", "oracel")
     with pytest.raises(dattri.SpecError, match="small"):
         run("--data", "smal")
+    with pytest.raises(dattri.InputError, match="'text' is not meant for 'mislabel-auroc'"):
+        run("--data", "text")
     with pytest.raises(dattri.InputError, match="is a folder"):
         run("--data", "small", "--out", str(tmp_path))
     assert not WORLD

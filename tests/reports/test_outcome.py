@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 from attrs import frozen
-from dattri_reports.outcome import WHOLE_COLUMNS, run_method
+from dattri_parts.measuring.attribution import WHOLE_COLUMNS
+from dattri_reports.outcome import run_method
 from oracles.toy_tasks import examples, mlp
 
 from dattri_core import Task

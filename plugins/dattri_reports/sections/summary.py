@@ -19,7 +19,7 @@ def summary(report: Report) -> str:
     return (
         '<header><p class="kicker">dattri-core demo</p>'
         "<h1>Which training images helped, and which did harm?</h1>"
-        f'<p class="lead">A small network was trained on real handwritten digits, '
+        f'<p class="lead">A network was trained on real images, '
         f"{100 * facts['wrong_share']:.0f} % of which were given a wrong label. Each method then "
         "scored every training image for every test image. Good scores explain single "
         "predictions, and they point at the wrong labels without being told which they are.</p>"

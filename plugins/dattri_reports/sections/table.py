@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dattri_parts.measuring.peak import MEANING
+
 from dattri_core import format_bytes
 from dattri_reports.outcome import Outcome
-from dattri_reports.peak import MEANING
 from dattri_reports.report import Report, text
 
 WIDTH = 168

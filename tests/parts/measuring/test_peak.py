@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from dattri_reports import peak as module
-from dattri_reports.peak import PeakMemory
+from dattri_parts.measuring import peak as module
+from dattri_parts.measuring.peak import PeakMemory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -1,0 +1,1 @@
+"""Benchmarks: methods by metrics by seeds in one setting; every cell is computed once."""

@@ -1,0 +1,1 @@
+"""Measuring: what an attribution takes, and on which machine."""

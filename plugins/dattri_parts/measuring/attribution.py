@@ -1,0 +1,180 @@
+"""One method in one world: its scores, its self-influence, and what they took."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from dattri_core import (
+    ConvergenceWarning,
+    FittedMethod,
+    Method,
+    Scores,
+    Task,
+    method,
+)
+from dattri_parts.measuring.peak import PeakMemory
+
+Array = np.ndarray[Any, Any]
+ITERATIVE = "each train example would need an iterative solve over the whole train set"
+WHOLE_COLUMNS = "the scorer sees all train examples at once and gives none a score for itself"
+NOT_OFFERED = "the method gives no score of an example for itself"
+TRAJECTORY = "trajectory"
+"""What an attributor's ``reads`` says where it follows a training run."""
+
+
+@frozen(eq=False)
+class Attribution:
+    """The scores of a method and what they took.
+
+    Args:
+        scores: ``[n_train, n_test]``, with the ids of the world.
+        seconds: To fit and to attribute.
+        peak: Bytes, see `PeakMemory`; None where it cannot be measured.
+        notes: Warnings, such as a solver that did not converge.
+        fitted: The method on its train set; None for those that are not made of parts.
+    """
+
+    scores: Scores
+    seconds: float
+    peak: int | None
+    notes: tuple[str, ...]
+    fitted: FittedMethod | None
+
+
+@frozen(eq=False)
+class SelfInfluence:
+    """The score of each train example for its own loss, where a method has one.
+
+    Args:
+        values: ``[n_train]``; None where the method has none.
+        seconds: To compute them.
+        note: Why there are none.
+        notes: Warnings.
+    """
+
+    values: Array | None
+    seconds: float = 0.0
+    note: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def attribute(made: Any, task: Task, world: Any) -> Attribution:
+    """Attribute the test set of a world to its train set, measured.
+
+    Args:
+        made: A method.
+        task: Of the world; see `task_of`.
+        world: A `dattri_core.World`.
+    """
+    fitted = None
+    with heard() as notes, PeakMemory(task.device) as peak:
+        started = time.perf_counter()
+        if isinstance(made, Method):
+            fitted = made.fit(task, world.train, progress=False)
+            scores = fitted.attribute(world.test)
+        else:
+            scores = made.attribute(task, world.train, world.test, progress=False)
+        seconds = time.perf_counter() - started
+    named = Scores(
+        scores.values, world.train_ids, world.test_ids, scores.provenance, known_finite=True
+    )
+    return Attribution(named, seconds, peak.bytes, tuple(notes), fitted)
+
+
+def self_influence(made: Any, fitted: FittedMethod | None) -> SelfInfluence:
+    """Return the self-influence of a method, or why it has none."""
+    if fitted is None:
+        return SelfInfluence(None, note=NOT_OFFERED)
+    if made.scorer.locality == "column":
+        return SelfInfluence(None, note=WHOLE_COLUMNS)
+    if is_iterative(made):
+        return SelfInfluence(None, note=ITERATIVE)
+    with heard() as notes:
+        started = time.perf_counter()
+        values = fitted.self_influence().double().cpu().numpy()
+        seconds = time.perf_counter() - started
+    return SelfInfluence(values, seconds, notes=tuple(notes))
+
+
+def task_of(made: Any, world: Any) -> Task:
+    """Return what a method is asked about: the end of training, or checkpoints along the run."""
+    return referenced(made, world.trajectory if follows_run(made) else world.task, world)
+
+
+def referenced(made: Any, task: Task, world: Any) -> Task:
+    """Return a task with the test set as its reference examples, where a curvature mixes them in.
+
+    A task that has its own keeps them.
+    """
+    if task.reference is not None or not _mixes(made):
+        return task
+    changed = copy.copy(task)
+    changed.reference = world.test
+    return changed
+
+
+def follows_run(made: Any) -> bool:
+    """Return whether a method reads checkpoints along one training run."""
+    if isinstance(made, Method):
+        return "learning-rate" in made.fold.needs
+    return getattr(made, "reads", None) == TRAJECTORY
+
+
+def damped(name: str, damping: float, fields: Mapping[str, Any]) -> Any:
+    """Return a registered method with fields set, at a damping where it takes one.
+
+    Args:
+        name: Of the method.
+        damping: Absolute; not used where ``fields`` set one.
+        fields: As `dattri_core.method` takes them.
+    """
+    made = method(name, **fields)
+    given = any(key.split(".")[-1] == "damping" for key in fields)
+    return method(name, **fields, damping=damping) if takes_damping(made) and not given else made
+
+
+def takes_damping(made: Any) -> bool:
+    """Return whether an inverse Hessian of a method has a damping."""
+    return any(hasattr(solver, "damping") for solver in _solvers(made))
+
+
+def is_iterative(made: Method) -> bool:
+    """Return whether an inverse Hessian passes over the train set again for every row."""
+    return any(solver.needs & {"apply", "sampled"} for solver in _solvers(made))
+
+
+def _mixes(made: Any) -> bool:
+    stages = made.chain if isinstance(made, Method) else ()
+    return any("reference-rows" in getattr(stage, "needs", ()) for stage in stages)
+
+
+def _solvers(made: Any) -> list[Any]:
+    """Return the solvers of the inverse Hessians that are made of a curvature and a solver."""
+    if not isinstance(made, Method):
+        return []
+    found = [getattr(stage, "solver", None) for stage in made.chain]
+    return [solver for solver in found if solver is not None]
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Yield a list that holds, once the block has ended, what solvers warned of."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ConvergenceWarning)
+        yield notes
+    notes += dict.fromkeys(" ".join(str(w.message).split()) for w in caught)
+
+
+def spell_error(error: Exception) -> str:
+    """Return an error in one line: its class and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
