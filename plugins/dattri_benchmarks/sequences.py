@@ -11,10 +11,13 @@ from attrs import evolve, frozen
 from dattri_parts.training import ModelRetraining, Recipe
 from torch import Tensor, nn
 
+from dattri_benchmarks.finished_runs import FinishedRun, finished_run
 from dattri_core import Counterfactual, InputError, Task, World
 
 Array = np.ndarray[Any, Any]
 LOSS = "causal-lm"
+LEAST = 20
+"""Sequences of each side."""
 
 
 @frozen(eq=False)
@@ -51,7 +54,7 @@ class Scale:
 
 @frozen(eq=False)
 class SequenceSetting:
-    """Next-token prediction; a `dattri_core.Setting`.
+    """A `dattri_core.Setting` of next tokens, whose outcome is the loss: a sum over tokens.
 
     A train set of at most ``small.size[0]`` sequences is the small scale's: shorter sequences for a
     narrower network, so that a laptop trains a bank of them. Every larger one is the full scale's.
@@ -83,36 +86,28 @@ class SequenceSetting:
     ) -> World:
         """Return the world: the same numbers for the same arguments.
 
+        A network that took long to train is kept and read back the next time, see `finished_run`.
+        It is trained on a CUDA device where there is one.
+
         Args:
             size: (train, test) sequences; the full size by default.
             seed: Of the choice of sequences, the initial weights and the order of training.
-            wrong: None: sequences have no class labels that could be wrong.
+            wrong: None or 0: sequences have no class labels that could be wrong.
 
         Raises:
-            InputError: A size is below 2 or above what there is, or ``wrong`` is given.
+            InputError: A size is below 20 or above what there is, or ``wrong`` is another.
         """
         if wrong:
             raise InputError(
-                f"setting {self.name!r}: wrong is {wrong}, and sequences have no class labels; "
-                "leave it out"
+                f"setting {self.name!r}: wrong is {wrong!r}, and sequences have no class labels to "
+                "change; leave it out"
             )
-        size = size or self.full.size
-        if min(size) < 2:
-            raise InputError(f"setting {self.name!r}: sizes are {size}; give at least 2 of each")
-        scale = evolve(self.small if size[0] <= self.small.size[0] else self.full, size=size)
+        size = self._size(self.full.size if size is None else size)
+        small = size[0] <= self.small.size[0]
+        scale = evolve(self.small if small else self.full, size=size)
+        whole = Counterfactual(np.ones(size[0], dtype=bool), seed)
         data = self.read(scale, seed)
-        return self._world(scale, data, seed)
-
-    def _world(self, scale: Scale, data: Sequences, seed: int) -> World:
         train, test = (_tokens(part) for part in (data.train, data.test))
-        facts = {
-            "data": self.title,
-            "model": scale.model,
-            "length": scale.length,
-            "vocabulary": scale.vocabulary,
-            "seed": seed,
-            **data.facts,
-        }
         retraining = ModelRetraining(
             build=scale.build,
             recipe=scale.recipe,
@@ -120,37 +115,58 @@ class SequenceSetting:
             train_data=(train, train),
             test_data=(test, test),
             targets=("loss",),
-            about={"setting": self.name, "model": scale.model},
+            about={"setting": self.name, "network": scale.model},
             device="cuda" if torch.cuda.is_available() else "cpu",
-            threads=None,
+            threads=1 if small else None,
         )
-        run = retraining.run(Counterfactual(np.ones(len(train), np.bool_), seed))
-        losses = retraining.measure(run.states[-1])["loss"]
+        run = finished_run(retraining, whole)
+        model = _model(scale, run, retraining.device)
+        right = [correct.mean().item() for correct in (run.train_correct, run.test_correct)]
         return World(
-            task=Task(run.model, LOSS, checkpoints=[run.states[-1]]),
+            task=Task(model, LOSS, checkpoints=[run.states[-1]]),
             trajectory=Task(
-                run.model,
+                model,
                 LOSS,
                 checkpoints=list(run.states),
                 learning_rates=list(run.learning_rates),
             ),
-            train=(train, train),
-            test=(test, test),
+            train=retraining.train_data,
+            test=retraining.test_data,
             train_ids=data.train_ids,
             test_ids=data.test_ids,
             retraining=retraining,
             target="loss",
             damping=self.damping,
-            threads=None,
+            threads=1 if small else None,
             facts={
-                **facts,
-                "n_train": len(train),
-                "n_test": len(test),
-                "parameters": sum(p.numel() for p in run.model.parameters()),
-                "test_loss_per_token": float(losses.mean()) / (scale.length - 1),
+                "data": self.title,
+                "model": scale.model,
+                "n_train": size[0],
+                "n_test": size[1],
+                "length": scale.length,
+                "vocabulary": scale.vocabulary,
+                "seed": seed,
+                "parameters": sum(p.numel() for p in model.parameters()),
                 "checkpoints": list(run.epochs),
+                "train_accuracy": right[0] / (scale.length - 1),
+                "test_accuracy": right[1] / (scale.length - 1),
+                **data.facts,
             },
         )
+
+    def _size(self, size: Any) -> tuple[int, int]:
+        try:
+            n_train, n_test = (int(count) for count in size)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"setting {self.name!r}: size is {size!r}, expected (train, test)"
+            ) from error
+        if min(n_train, n_test) < LEAST:
+            raise InputError(
+                f"setting {self.name!r}: sizes are {(n_train, n_test)}; give at least {LEAST} of "
+                "each"
+            )
+        return n_train, n_test
 
 
 def choose(count: int, there_are: int, seed: int, what: str) -> Array:
@@ -167,3 +183,10 @@ def choose(count: int, there_are: int, seed: int, what: str) -> Array:
 
 def _tokens(sequences: Array) -> Tensor:
     return torch.from_numpy(sequences.astype(np.int64))
+
+
+def _model(scale: Scale, run: FinishedRun, device: torch.device) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # its weights are replaced
+        model = scale.build()
+    model.load_state_dict(run.states[-1])
+    return model.to(device).eval()

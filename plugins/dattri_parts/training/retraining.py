@@ -31,7 +31,10 @@ from dattri_parts.training.sequential import Build, built, seeded, train_one, wi
 
 Array = np.ndarray[Any, Any]
 MEASURED = 512
-"""Test examples in a forward pass."""
+"""Test examples in a forward pass, at most."""
+OUTPUTS = 2**22
+"""Numbers that a forward pass gives, at most: they are measured in float64, and the attention of a
+transformer needs as much again for every layer."""
 
 
 @define(eq=False)
@@ -42,6 +45,7 @@ class _Held:
     template: nn.Module | None = None
     data: tuple[Any, Any] | None = None
     checked: bool = False
+    measured: int = 1  # test examples in a forward pass
 
 
 @frozen(eq=False)
@@ -189,8 +193,8 @@ class ModelRetraining:
         found: dict[str, list[Tensor]] = {target: [] for target in self.targets}
         call = _caller(model, given)
         with torch.no_grad():
-            for start in range(0, self.n_test, MEASURED):
-                batch = take(data, slice(start, start + MEASURED))
+            for start in range(0, self.n_test, self._held.measured):
+                batch = take(data, slice(start, start + self._held.measured))
                 for target, values in outcomes_of(self._loss, self.targets, call, batch).items():
                     found[target].append(values)
         outcomes = {target: torch.cat(parts).cpu().numpy() for target, parts in found.items()}
@@ -247,6 +251,8 @@ class ModelRetraining:
                     f"has shape {tuple(values.shape)} for outputs {tuple(outputs.shape)}; expected "
                     "one number for each example"
                 )
+            fits = OUTPUTS * batch_size(batch) // outputs.numel()
+            self._held.measured = max(1, min(MEASURED, fits))
         self._held.checked = True
 
 
@@ -271,6 +277,7 @@ def _like(data: Any, state: Mapping[str, Tensor]) -> Any:
 
 def _caller(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, dict(state), args, kwargs)
+        # A tied weight stands in the state under each of its names.
+        return functional_call(model, dict(state), args, kwargs, tie_weights=False)
 
     return call
