@@ -92,9 +92,20 @@ class Recipe:
             rate = rate * (1 - step / (self.epochs * per_epoch))
         return rate * (step + 1) / self.warmup if step < self.warmup else rate
 
-    def optimizer_of(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimiser; `rate` sets its rate before each step."""
-        common: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+    def optimizer_of(
+        self, parameters: Iterable[Tensor], fused: bool | None = None
+    ) -> torch.optim.Optimizer:
+        """Return the optimiser; `rate` sets its rate before each step.
+
+        Args:
+            parameters: To train.
+            fused: One pass over all numbers in place of one for each operation.
+        """
+        common: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "fused": fused,
+        }
         if self.optimizer == "adamw":
             return torch.optim.AdamW(parameters, betas=self.betas, **common)
         return torch.optim.SGD(parameters, momentum=self.momentum, **common)

@@ -28,6 +28,7 @@ from dattri_parts.training.optimum import Optimum
 from dattri_parts.training.recipe import Recipe, check_kept
 from dattri_parts.training.run import Run
 from dattri_parts.training.sequential import Build, built, seeded, train_one, with_threads
+from dattri_parts.training.stacked import Member, check_stackable, train_stacked
 
 Array = np.ndarray[Any, Any]
 MEASURED = 512
@@ -148,7 +149,7 @@ class ModelRetraining:
                 recipe,
                 self._loss,
                 self._on_device[0],
-                torch.from_numpy(np.flatnonzero(counterfactual.mask)),
+                _positions(counterfactual),
                 counterfactual.seed,
                 keep,
                 self.device,
@@ -166,9 +167,20 @@ class ModelRetraining:
         return self._states(counterfactuals)
 
     def _states(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
-        assert isinstance(self.recipe, Recipe)
-        for counterfactual in counterfactuals:
-            yield self._run(self.recipe, counterfactual).states[-1]
+        recipe = self.recipe
+        assert isinstance(recipe, Recipe)
+        if self.together == 1:
+            for counterfactual in counterfactuals:
+                yield self._run(recipe, counterfactual).states[-1]
+            return
+        for start in range(0, len(counterfactuals), self.together):
+            members = [
+                Member(_positions(counterfactual), counterfactual.seed)
+                for counterfactual in counterfactuals[start : start + self.together]
+            ]
+            yield from train_stacked(
+                self.build, recipe, self._loss, self._on_device[0], members, self.device
+            )
 
     def measure(self, state: Mapping[str, Tensor]) -> dict[str, Array]:
         """Return the outcome of every target on every test example, ``[n_test]`` in float64.
@@ -237,6 +249,8 @@ class ModelRetraining:
         if self._held.checked:
             return
         model = self._template
+        if self.together > 1 and isinstance(self.recipe, Recipe):
+            check_stackable(model)
         for name, data in zip(("train_data", "test_data"), self._on_device, strict=True):
             batch = take(data, slice(0, 2))
             with torch.no_grad():
@@ -254,6 +268,10 @@ class ModelRetraining:
             fits = OUTPUTS * batch_size(batch) // outputs.numel()
             self._held.measured = max(1, min(MEASURED, fits))
         self._held.checked = True
+
+
+def _positions(counterfactual: Counterfactual) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(counterfactual.mask))
 
 
 def _check_classes(name: str, labels: Tensor, outputs: Tensor) -> None:
