@@ -15,7 +15,7 @@ from dattri_benchmarks import (
     wikitext2_gpt2,
 )
 from dattri_benchmarks.sequences import Scale, Sequences, SequenceSetting, choose
-from dattri_parts.training import Recipe, random_subsets
+from dattri_parts.training import Recipe, random_subsets, retraining
 
 import dattri_core as dattri
 from dattri_core.errors import InputError
@@ -100,6 +100,48 @@ def test_a_world_can_be_retrained_and_attributed(name):
     scores = dattri.attribute(world.task, world.train, world.test, method="grad-dot")
     assert np.isfinite(np.asarray(scores.values)).all()
     assert scores.values.shape == (30, 20)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_that_are_trained_together_are_those_of_one_by_one(name):
+    """Also where a weight is tied: in the stack it is one.
+
+    By SGD: AdamW takes a step of full length along a gradient that is 0 but for rounding, as that
+    of the keys' bias is.
+    """
+    steps = Recipe(epochs=8, batch=10, learning_rate=0.1, momentum=0.9, clip=1.0)
+    alone = attrs.evolve(made_up(name).load((30, 20)).retraining, recipe=steps)
+    masks = random_subsets(30, 3, seed=0)
+    together = attrs.evolve(alone, together=3)
+    for one, other in zip(alone.train(masks), together.train(masks), strict=True):
+        assert one.keys() == other.keys()
+        assert max((one[k] - other[k]).abs().max() for k in one) < 1e-5
+
+
+def test_outcomes_do_not_depend_on_how_many_are_measured_at_once(monkeypatch):
+    """A sequence of many tokens has many outputs: few of them fit in a forward pass."""
+    world = made_up("gpt2").load((30, 20))
+    state = world.task.model.state_dict()
+    sizes = []
+
+    def measured(outputs):
+        monkeypatch.setattr(retraining, "OUTPUTS", outputs)
+        fresh = attrs.evolve(world.retraining)
+        build, seen = fresh.build, []
+
+        def watched():
+            model = build()
+            model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+            return model
+
+        found = attrs.evolve(fresh, build=watched).measure(state)["loss"]
+        sizes.append(max(seen))
+        return found
+
+    whole, pieces, single = (measured(outputs) for outputs in (2**22, 7 * 6 * 5, 1))
+    assert sizes == [20, 7, 2]  # two are looked at to learn the shape of the outputs
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    np.testing.assert_allclose(single, whole, rtol=1e-6)
 
 
 def test_the_size_chooses_the_scale_and_the_seed_the_data():
