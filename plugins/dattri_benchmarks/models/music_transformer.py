@@ -140,8 +140,8 @@ def music_transformer(
     """Return a causal transformer with relative attention, 13,277,572 parameters as it stands.
 
     Each head has a vector for each distance between two events, as published; here all layers share
-    them, which is what brings it to the published size. Norms come before their layers, and there
-    is no dropout. Every weight belongs to a linear layer, a layer norm or an embedding.
+    them, where the publication has some for each. Norms come before their layers, and there is no
+    dropout. Every weight belongs to a linear layer, a layer norm or an embedding.
 
     Source: Huang et al. 2018, arXiv 1809.04281, section 3.
 
