@@ -108,7 +108,7 @@ def _read(path: Path) -> FinishedRun:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["run"])
             states: list[StateDict] = [{} for _ in about["epochs"]]
-            correct = {}
+            correct: dict[str, Tensor] = {}
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
                 kind, _, name = key.partition("/")
                 (correct if kind == "correct" else states[int(kind)])[name] = file.get_tensor(key)

@@ -38,6 +38,7 @@ MLP_RECIPE = Recipe(
 )
 """The weight decay leaves a loss at which models of other seeds agree on what subsets do."""
 MLP_DAMPING = 3e-2
+"""The Hessian of the train loss goes down to -0.019 with 1000 images and -0.011 with 5000."""
 
 
 def read_mnist(part: str) -> tuple[Array, Array]:

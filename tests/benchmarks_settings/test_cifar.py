@@ -75,6 +75,41 @@ def test_the_archive_is_downloaded_once_and_gives_the_first_of_each_class(small)
     assert (test.images.shape, test.images.dtype) == ((2, 32, 32, 3), np.uint8)
 
 
+def test_the_world_of_an_archive(small, monkeypatch):
+    """Inputs, pictures, labels and ids are those of the records."""
+    _, _, records, _ = small
+    pool = records[:60]
+    test = np.concatenate([records[60:], records[60:]])
+    images = pool[:, 1:].reshape(-1, 3, 32, 32)
+    packed = tuple(
+        cifar.Images(part[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), part[:, 0], at)
+        for part, at in ((pool, np.arange(60)), (test, np.arange(24)))
+    )
+    monkeypatch.setattr(cifar, "read_cifar", lambda name: packed)
+    quick = attrs.evolve(
+        cifar.cifar10_setting, recipe=cifar.Recipe(epochs=2, batch=20, learning_rate=0.01)
+    )
+    world = quick.load((50, 20), seed=1)
+    at = np.array([int(i.removeprefix("train-")) for i in world.train_ids])
+    assert np.array_equal(world.true_labels, pool[at, 0])
+    assert np.array_equal(world.pictures[0].transpose(0, 3, 1, 2), images[at])
+    mean = np.array([0.4914, 0.4822, 0.4465])[:, None, None]
+    deviation = np.array([0.2470, 0.2435, 0.2616])[:, None, None]
+    assert np.allclose(world.train[0].numpy(), (images[at] / 255 - mean) / deviation, atol=1e-6)
+    with pytest.raises(InputError, match="61 are asked for, and there are 60"):
+        quick.load((61, 20))
+
+
+def test_the_size_decides_the_network():
+    for setting, classes in ((cifar.cifar2_setting, 2), (cifar.cifar10_setting, 10)):
+        (small, _), (full, _) = setting.sizes["small"], setting.sizes["full"]
+        for n, width in ((small, 8), (full, 64)):
+            network = setting.network(n)
+            assert f"width {width}" in network.title
+            model = network.build()
+            assert model[-1].weight.shape == (classes, 8 * width)
+
+
 def test_a_file_of_the_subset_is_preferred_and_checked(small):
     folder, web, _, _ = small
     train, test = cifar.read_cifar("two")

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dattri_benchmarks import fetch as fetching
 from dattri_benchmarks import mnist, models
 
+from dattri_core import Counterfactual
 from dattri_core.errors import InputError, StoreError
 
 REAL = Path(os.environ.get("DATTRI_DATA", fetching.data_folder()))
@@ -139,3 +141,32 @@ def test_real_mnist():
         "train": "6bbc9ace898e44ae57da46a324031adb",
         "t10k": "2646ac647ad5339dbf082846283269ea",
     }
+
+
+@have_mnist
+def test_logistic_regression_is_at_its_one_optimum():
+    """The gradient of mean loss + (l2 / 2) |theta|^2 vanishes, whatever the seed of the start."""
+    ends = []
+    for seed in (0, 1):
+        setting = mnist.lr_setting
+        world = setting.load((300, 50), seed=0)
+        whole = Counterfactual(np.ones(300, dtype=bool), seed)
+        (state,) = world.retraining.train([whole])
+        x, y = world.train[0].double().flatten(1), world.train[1]
+        weight, bias = (state[f"1.{name}"].double() for name in ("weight", "bias"))
+        error = (x @ weight.T + bias).softmax(1) - torch.nn.functional.one_hot(y, 10)
+        slope = torch.cat(
+            [error.T @ x / 300 + mnist.L2 * weight, (error.mean(0) + mnist.L2 * bias)[:, None]], 1
+        )
+        assert slope.norm() < 1e-6
+        ends.append(weight)
+    assert (ends[0] - ends[1]).abs().max() < 1e-6
+    assert world.damping == mnist.L2
+
+
+@have_mnist
+@pytest.mark.parametrize(("name", "least"), [("lr_setting", 0.88), ("mlp_setting", 0.93)])
+def test_networks_learn_at_full_size(name, least):
+    world = getattr(mnist, name).load()
+    assert world.facts["test_accuracy"] > least
+    assert world.facts["n_test"] == 500

@@ -10,6 +10,7 @@ from dattri_benchmarks.models.music_transformer import RelativeAttention, sinuso
 from dattri_parts.sources.per_example import PerExample
 from oracles.dense import call, flatten, ggn_of, hessian_of, parameters_of
 from oracles.models import check
+from torch import nn
 
 from dattri_core import Task, causal_lm, cross_entropy
 from dattri_core.evaluate import Evaluator
@@ -21,10 +22,10 @@ def count(build, *sizes, **options):
         return sum(p.numel() for p in build(*sizes, **options).parameters())
 
 
-def tiny_resnet():
+def tiny_resnet(norm=nn.BatchNorm2d):
     """Return a ResNet-9 of one channel whose batch norms have seen something, and a batch."""
     torch.manual_seed(0)
-    model = models.resnet9(2, width=1).double()
+    model = models.resnet9(2, 1, norm).double()
     batch = torch.randn(5, 3, 8, 8).double(), torch.tensor([0, 1, 1, 0, 1])
     for _ in range(3):
         model(3 * batch[0] + 1)
@@ -51,12 +52,17 @@ LANGUAGE = {
     # two layers, which share the table of distances
     "music_transformer": partial(tiny_language_model, models.music_transformer, layers=2, hidden=3),
 }
-TINY = {"resnet9": tiny_resnet, **LANGUAGE}
+TINY = {
+    "resnet9": tiny_resnet,
+    "resnet9 with group norm": partial(tiny_resnet, models.group_norm),
+    **LANGUAGE,
+}
 
 
 def test_the_sizes_are_those_that_the_docstrings_give():
     assert count(models.resnet9, 2) == 4_825_154
     assert count(models.resnet9, 10) == 4_829_258
+    assert count(models.resnet9, 2, 64, models.group_norm) == 4_825_154
     assert count(models.nano_gpt) == 10_795_776
     assert count(models.nano_gpt, length=64) == 10_795_776 - 192 * 384
     assert count(models.nano_gpt, bias=False, tied=True) == 10_745_088
@@ -75,6 +81,18 @@ def test_shapes():
             model(torch.randint(11, (3, 10)))
         with pytest.raises(ValueError, match="multiple of 3"):
             build(width=8, heads=3)
+
+
+def test_group_norm_keeps_examples_apart():
+    model, _, (images, _) = tiny_resnet(models.group_norm)
+    alone = torch.cat([model.train()(images[i : i + 1]) for i in range(5)])
+    assert torch.allclose(model(images), alone, rtol=1e-12)
+    assert torch.equal(model(images), model.eval()(images))
+    assert [
+        m.num_groups
+        for m in models.resnet9(2, 64, models.group_norm)[3].modules()
+        if isinstance(m, nn.GroupNorm)
+    ] == [16, 16, 16]
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +20,14 @@ from dattri_core import (
     NumericsError,
     batch_size,
     labels_of,
+    leaves,
     map_tensors,
     take,
 )
 from dattri_parts.training.fingerprint import fingerprint
 from dattri_parts.training.measures import check_targets, measured, outcomes_of
-from dattri_parts.training.objective import loss_named
+from dattri_parts.training.objective import loss_named, mean_loss
+from dattri_parts.training.optima import Optima, prepare
 from dattri_parts.training.optimum import Optimum
 from dattri_parts.training.recipe import Recipe, check_kept
 from dattri_parts.training.run import Run
@@ -45,6 +49,7 @@ class _Held:
     fingerprint: str | None = None
     template: nn.Module | None = None
     data: tuple[Any, Any] | None = None
+    optima: Optima | None = None
     checked: bool = False
     measured: int = 1  # test examples in a forward pass
 
@@ -135,7 +140,13 @@ class ModelRetraining:
             NumericsError: The loss is not finite, or no optimum was found.
         """
         self._check(counterfactual)
-        assert isinstance(self.recipe, Recipe)
+        if isinstance(self.recipe, Optimum):
+            if keep:
+                raise InputError(f"retraining: keep is {keep}, and an optimum has no epochs")
+            (state,) = self._optima.states([_positions(counterfactual)])
+            model = copy.deepcopy(self._optima.head.model)
+            model.load_state_dict(state)
+            return Run(model, (0,), (state,), (1.0,))
         keep = self.recipe.keep if keep is None else tuple(keep)
         check_kept(keep, self.recipe.epochs)
         return self._run(self.recipe, counterfactual, keep)
@@ -168,19 +179,17 @@ class ModelRetraining:
 
     def _states(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
         recipe = self.recipe
-        assert isinstance(recipe, Recipe)
-        if self.together == 1:
-            for counterfactual in counterfactuals:
-                yield self._run(recipe, counterfactual).states[-1]
-            return
         for start in range(0, len(counterfactuals), self.together):
-            members = [
-                Member(_positions(counterfactual), counterfactual.seed)
-                for counterfactual in counterfactuals[start : start + self.together]
-            ]
-            yield from train_stacked(
-                self.build, recipe, self._loss, self._on_device[0], members, self.device
-            )
+            window = counterfactuals[start : start + self.together]
+            if isinstance(recipe, Optimum):
+                yield from self._optima.states([_positions(each) for each in window])
+            elif self.together == 1:
+                yield self._run(recipe, window[0]).states[-1]
+            else:
+                members = [Member(_positions(each), each.seed) for each in window]
+                yield from train_stacked(
+                    self.build, recipe, self._loss, self._on_device[0], members, self.device
+                )
 
     def measure(self, state: Mapping[str, Tensor]) -> dict[str, Array]:
         """Return the outcome of every target on every test example, ``[n_test]`` in float64.
@@ -219,11 +228,47 @@ class ModelRetraining:
                 )
         return outcomes
 
+    def gradient_norm(self, counterfactual: Counterfactual, state: Mapping[str, Tensor]) -> float:
+        """Return the norm of the gradient of an `Optimum`'s objective: how near a model is to it.
+
+        Measured by autograd on the model itself, apart from the search. The distance of the weights
+        to the optimum is at most this norm divided by l2.
+
+        Args:
+            counterfactual: That the model was trained on.
+            state: Its state dict.
+
+        Raises:
+            InputError: The recipe is no `Optimum`, which alone has an objective to end at.
+        """
+        if not isinstance(self.recipe, Optimum):
+            raise InputError("gradient norm: a Recipe stops where it stops; it is for an Optimum")
+        self._check(counterfactual)
+        names = [name for name, p in self._template.named_parameters() if p.requires_grad]
+        given = {name: tensor.detach().double().to(self.device) for name, tensor in state.items()}
+        trained = leaves({name: given[name] for name in names})
+        data = take(_like(self._on_device[0], given), _positions(counterfactual))
+        value = mean_loss(self._loss, _caller(self._template, {**given, **trained}), data)
+        penalty = torch.stack([leaf.square().sum() for leaf in trained.values()]).sum()
+        objective = value + self.recipe.l2 / 2 * penalty
+        slopes = torch.autograd.grad(objective, list(trained.values()))
+        return math.sqrt(sum(slope.square().sum().item() for slope in slopes))
+
+    @property
+    def _optima(self) -> Optima:
+        if self._held.optima is None:
+            assert isinstance(self.recipe, Optimum)
+            self._held.optima = prepare(self._build, self._loss, self.recipe, self._on_device[0])
+        return self._held.optima
+
+    def _build(self, seed: int) -> nn.Module:
+        with seeded(seed, self.device):
+            return built(self.build, self.device)
+
     @property
     def _template(self) -> nn.Module:
         if self._held.template is None:
-            with seeded(0, self.device):
-                self._held.template = built(self.build, self.device).eval()
+            self._held.template = self._build(0).eval()
         return self._held.template
 
     @property

@@ -1,0 +1,253 @@
+"""What every setting keeps to: the numbers depend on the arguments alone, and fit each other."""
+
+import copy
+import urllib.request
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from dattri_parts.training import ModelRetraining, Recipe
+from oracles.models import check
+
+from dattri_core import (
+    Counterfactual,
+    InputError,
+    Retraining,
+    Setting,
+    World,
+    causal_lm,
+    cross_entropy,
+    default_registry,
+    take,
+)
+
+NAMES = default_registry().names("setting")
+QUICK = {"digits", "mnist-lr", "mnist-mlp"}
+"""The others take more than their share of CI's time even at this size."""
+TINY = (40, 20)
+LOSSES = {"cross-entropy": cross_entropy, "causal-lm": causal_lm}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES],
+)
+def load(request, tmp_path_factory):
+    """Return a function that loads a world of the setting; nothing is downloaded or kept."""
+    setting = default_registry().make("setting", request.param)
+    worlds = {}
+
+    def loaded(size=TINY, seed=1, wrong=None, again=False):
+        key = (size, seed, wrong)
+        if again or key not in worlds:
+            worlds[key] = setting.load(size, seed, wrong)
+        return worlds[key]
+
+    loaded.setting, loaded.name = setting, request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(urllib.request, "urlopen", no_network)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        try:
+            loaded()
+        except InputError as error:
+            if "not downloaded" not in str(error):
+                raise
+            pytest.skip(str(error).split("(")[0])
+        yield loaded
+
+
+def no_network(url, timeout=None):
+    raise OSError("tests download nothing")
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Make any training an error."""
+
+    def run(*args):
+        raise AssertionError("a model was trained")
+
+    monkeypatch.setattr(ModelRetraining, "run", run)
+
+
+def tensors(data):
+    return [data] if isinstance(data, torch.Tensor) else [t for part in data for t in tensors(part)]
+
+
+def same(left, right):
+    pairs = zip(tensors(left), tensors(right), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def states(task):
+    return [checkpoint.load(task.model) for checkpoint in task.checkpoints]
+
+
+def largest_difference(left, right):
+    assert left.keys() == right.keys()
+    return max((left[k].double() - right[k].double()).abs().max().item() for k in left)
+
+
+def has_classes(world):
+    return world.true_labels is not None
+
+
+def test_it_is_a_setting(load):
+    setting, world = load.setting, load()
+    assert isinstance(setting, Setting)
+    assert isinstance(world, World)
+    assert isinstance(world.retraining, Retraining)
+    assert {"full", "small"} <= set(setting.sizes)
+    assert all(a <= b for a, b in zip(setting.sizes["small"], setting.sizes["full"], strict=True))
+    assert setting.metrics
+    assert world.facts["data"] == setting.title
+    assert world.damping > 0
+
+
+def test_the_same_arguments_give_the_same_numbers(load):
+    first, second = load(), load(again=True)
+    assert same(first.train, second.train)
+    assert same(first.test, second.test)
+    assert (first.train_ids, first.test_ids) == (second.train_ids, second.test_ids)
+    assert first.facts == second.facts
+    assert first.retraining.fingerprint == second.retraining.fingerprint
+    for left, right in zip(states(first.trajectory), states(second.trajectory), strict=True):
+        assert largest_difference(left, right) == 0
+
+
+def test_another_seed_gives_another_world(load):
+    first, second = load(), load(seed=2)
+    assert first.retraining.fingerprint != second.retraining.fingerprint
+    assert not same(first.train, second.train)
+    assert largest_difference(states(first.task)[0], states(second.task)[0]) > 1e-3
+
+
+def test_loading_leaves_the_random_numbers_of_others_alone(load):
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global state is what is tested
+    want = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    load(again=True)
+    assert torch.equal(torch.rand(3), want[0])
+    assert np.array_equal(np.random.rand(3), want[1])  # noqa: NPY002
+
+
+def test_the_parts_of_a_world_have_its_sizes(load):
+    world = load()
+    for count, data, ids in (
+        (TINY[0], world.train, world.train_ids),
+        (TINY[1], world.test, world.test_ids),
+    ):
+        assert {len(tensor) for tensor in tensors(data)} == {count}
+        assert len(ids) == len(set(ids)) == count
+    assert not set(world.train_ids) & set(world.test_ids)
+    assert (world.retraining.n_train, world.retraining.n_test) == TINY
+    if world.pictures is not None:
+        for count, pictures in zip(TINY, world.pictures, strict=True):
+            assert len(pictures) == count
+            assert pictures.dtype == np.uint8
+            assert pictures.ndim == 3 or pictures.shape[3] == 3
+            assert pictures.max() > 200
+
+
+def test_exactly_the_wanted_share_of_train_labels_is_wrong(load):
+    clean = load()
+    if not has_classes(clean):
+        pytest.skip(f"{load.name} has no classes")
+    assert not clean.flipped.any()
+    world = load(wrong=0.25)
+    assert world.flipped.sum() == 10
+    assert np.array_equal(world.true_labels, clean.true_labels)
+    assert np.array_equal(world.train[-1].numpy() != clean.train[-1].numpy(), world.flipped)
+    assert set(np.unique(world.train[-1])) <= set(range(load.setting.classes))
+    assert same(world.train[:-1], clean.train[:-1])
+    assert same(world.test, clean.test)
+    assert world.facts["flipped"] == 10
+    assert world.retraining.fingerprint != clean.retraining.fingerprint
+
+
+def test_wrong_shares_are_refused_before_training(load, untrained):
+    for wrong in (-0.1, 1.0, 1.5, float("nan"), "0.1"):
+        with pytest.raises(InputError, match=f"{load.name}.*wrong"):
+            load(wrong=wrong, again=True)
+
+
+def test_sizes_that_cannot_be_are_refused_before_training(load, untrained):
+    for size in ((10**7, 20), (40, 10**7), (0, 20), (40, -1), (40,), "many"):
+        with pytest.raises(InputError):
+            load(size=size, again=True)
+
+
+def test_seeds_that_cannot_be_are_refused_before_training(load, untrained):
+    for seed in (-1, 2**32, 0.5):
+        with pytest.raises(InputError, match="seed"):
+            load(seed=seed, again=True)
+
+
+def test_the_model_is_what_retraining_on_everything_gives(load):
+    world = load()
+    whole = Counterfactual(np.ones(TINY[0], dtype=bool), 1)
+    (state,) = world.retraining.train([whole])
+    (task,) = states(world.task)
+    assert set(state) == set(world.task.model.state_dict())
+    assert largest_difference(task, state) < 1e-6
+    assert largest_difference(task, world.task.model.state_dict()) == 0
+    assert not world.task.model.training
+    mask = np.arange(TINY[0]) % 2 == 0
+    (half,) = world.retraining.train([Counterfactual(mask, 1)])
+    assert largest_difference(task, half) > 1e-3
+
+
+def test_the_trajectory_ends_where_the_task_is(load):
+    world = load()
+    run = states(world.trajectory)
+    assert len(run) > 1
+    assert largest_difference(run[-1], states(world.task)[0]) == 0
+    assert all(largest_difference(run[-1], state) > 1e-6 for state in run[:-1])
+    assert all(c.learning_rate > 0 for c in world.trajectory.checkpoints)
+    assert len(world.facts["checkpoints"]) == len(run)
+
+
+def test_outcomes_are_those_of_the_model(load):
+    world = load()
+    targets = world.retraining.targets
+    assert world.target in targets
+    assert targets["loss"] is False
+    assert all(better for name, better in targets.items() if name != "loss")
+    outcomes = world.retraining.measure(states(world.task)[0])
+    assert set(outcomes) == set(targets)
+    assert all(values.shape == (TINY[1],) for values in outcomes.values())
+    with torch.no_grad():
+        loss = world.task.loss(world.task.model, world.test)
+    assert np.allclose(outcomes["loss"], loss.numpy(), rtol=1e-4, atol=1e-5)
+    if has_classes(world):
+        assert np.allclose(outcomes["loss"], np.logaddexp(0, -outcomes["margin"]))
+        assert world.facts["test_accuracy"] == outcomes["correct"].mean()
+        assert (outcomes["correct"] == (outcomes["margin"] > 0))[
+            np.abs(outcomes["margin"]) > 3
+        ].all()
+
+
+def test_another_recipe_or_size_has_another_fingerprint(load):
+    retraining = load().retraining
+    recipe = retraining.recipe
+    if isinstance(recipe, Recipe):
+        changed = attrs.evolve(recipe, learning_rate=2 * recipe.learning_rate)
+    else:
+        changed = attrs.evolve(recipe, l2=2 * recipe.l2)
+    assert attrs.evolve(retraining, recipe=recipe).fingerprint == retraining.fingerprint
+    assert attrs.evolve(retraining, recipe=changed).fingerprint != retraining.fingerprint
+    assert load(size=(40, 21)).retraining.fingerprint != retraining.fingerprint
+
+
+def test_rows_are_gradients(load):
+    world = load()
+    model = world.task.model
+    if sum(p.numel() for p in model.parameters()) > 200_000:
+        pytest.skip(f"the network of {load.name} is too large; test_models has a small one")
+    loss = LOSSES[world.task.loss_name]
+    batch = take(world.train, slice(0, 5))
+    double = tuple(t.double() if t.is_floating_point() else t for t in batch)
+    check(copy.deepcopy(model).double(), loss, double)
