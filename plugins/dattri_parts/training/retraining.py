@@ -203,13 +203,7 @@ class ModelRetraining:
         """
         self._rehearse()
         model = self._template
-        given = {name: tensor.to(self.device) for name, tensor in state.items()}
-        if set(given) != set(model.state_dict()):
-            odd = sorted(set(given) ^ set(model.state_dict()))
-            raise InputError(
-                f"retraining: the state dict is not one of {type(model).__name__}; it lacks, or "
-                f"has too many of, {odd[:8]}"
-            )
+        given = {k: tensor.to(self.device) for k, tensor in _untied(model, state).items()}
         data = _like(self._on_device[1], given)
         found: dict[str, list[Tensor]] = {target: [] for target in self.targets}
         call = _caller(model, given)
@@ -338,9 +332,26 @@ def _like(data: Any, state: Mapping[str, Tensor]) -> Any:
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, data)
 
 
+def _untied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with one name of each tied weight; it may hold any of them, or all.
+
+    Raises:
+        InputError: It is not one of this model.
+    """
+    own = model.state_dict(keep_vars=True)  # a tied weight is one object
+    held = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+    odd = sorted(state.keys() - own.keys() | {n for n, t in own.items() if id(t) not in held})
+    if odd:
+        raise InputError(
+            f"retraining: the state dict is not one of {type(model).__name__}; it lacks, or "
+            f"has too many of, {odd[:8]}"
+        )
+    names = {id(tensor): name for name, tensor in reversed(own.items())}
+    return {name: held[key] for key, name in names.items()}
+
+
 def _caller(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        # A tied weight stands in the state under each of its names.
-        return functional_call(model, dict(state), args, kwargs, tie_weights=False)
+        return functional_call(model, dict(state), args, kwargs)
 
     return call
