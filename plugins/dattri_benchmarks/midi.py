@@ -160,7 +160,7 @@ def _chunks(content: bytes) -> tuple[int, list[bytes]]:
     if division == 0 or (division & 0x8000 and not division & 0xFF):
         raise StoreError("MIDI file: a time division of 0 ticks")
     place = 8 + int.from_bytes(content[4:8], "big")
-    tracks = []
+    tracks: list[bytes] = []
     while len(tracks) < count:
         head = content[place : place + 8]
         size = int.from_bytes(head[4:], "big")

@@ -116,5 +116,5 @@ def decode(events: Array) -> Steps:
             sounding[event - ON] = (now, level)
     for pitch in list(sounding):
         release(pitch)
-    start, pitch, end, loud = np.array(sorted(found), np.int64).reshape(-1, 4).T
-    return Steps(start, end, pitch, loud)
+    table = np.array(sorted(found), np.int64).reshape(-1, 4)
+    return Steps(table[:, 0], table[:, 2], table[:, 1], table[:, 3])
