@@ -39,7 +39,8 @@ def kronecker(objective: Convex, point: Tensor) -> Precondition:
     scale = low.clamp_min(0)[:, None] * high.clamp_min(0) + objective.l2
 
     def apply(slopes: Tensor) -> Tensor:
-        return left @ ((left.T @ slopes @ right) / scale) @ right.T
+        solved: Tensor = left @ ((left.T @ slopes @ right) / scale) @ right.T
+        return solved
 
     return apply
 

@@ -16,6 +16,10 @@ OptimizerName = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 
+def _epochs(epochs: Iterable[int]) -> tuple[int, ...]:
+    return tuple(epochs)
+
+
 @frozen
 class Recipe:
     """Training from scratch by minibatch steps on the mean loss; each epoch is a new random order.
@@ -53,7 +57,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Schedule = "cosine"
     warmup: int = 0
-    keep: tuple[int, ...] = field(default=(), converter=tuple)
+    keep: tuple[int, ...] = field(default=(), converter=_epochs)
     clip: float | None = None
 
     def __attrs_post_init__(self) -> None:

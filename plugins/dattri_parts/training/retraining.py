@@ -30,6 +30,7 @@ from dattri_parts.training.objective import loss_named, mean_loss
 from dattri_parts.training.optima import Optima, prepare
 from dattri_parts.training.optimum import Optimum
 from dattri_parts.training.recipe import Recipe, check_kept
+from dattri_parts.training.rehearsal import rehearse
 from dattri_parts.training.run import Run
 from dattri_parts.training.sequential import Build, built, seeded, train_one, with_threads
 from dattri_parts.training.stacked import Member, check_stackable, train_stacked
@@ -40,6 +41,10 @@ MEASURED = 512
 OUTPUTS = 2**22
 """Numbers that a forward pass gives, at most: they are measured in float64, and the attention of a
 transformer needs as much again for every layer."""
+
+
+def _device_of(device: str | torch.device) -> torch.device:
+    return torch.device(device)
 
 
 @define(eq=False)
@@ -87,7 +92,7 @@ class ModelRetraining:
     targets: Mapping[str, bool] = field(converter=measured)
     about: Mapping[str, Any]
     together: int = 1
-    device: torch.device = field(default="cpu", converter=torch.device)
+    device: torch.device = field(default=torch.device("cpu"), converter=_device_of)
     threads: int | None = 1
     _held: _Held = field(init=False, factory=_Held, repr=False)
 
@@ -213,11 +218,11 @@ class ModelRetraining:
                 for target, values in outcomes_of(self._loss, self.targets, call, batch).items():
                     found[target].append(values)
         outcomes = {target: torch.cat(parts).cpu().numpy() for target, parts in found.items()}
-        for target, values in outcomes.items():
-            if not np.isfinite(values).all():
-                at = int(np.flatnonzero(~np.isfinite(values))[0])
+        for target, outcome in outcomes.items():
+            if not np.isfinite(outcome).all():
+                at = int(np.flatnonzero(~np.isfinite(outcome))[0])
                 raise NumericsError(
-                    f"retraining: the {target} is {values[at]} on test example {at}; the "
+                    f"retraining: the {target} is {outcome[at]} on test example {at}; the "
                     "model that was trained gives outputs without bounds"
                 )
         return outcomes
@@ -262,7 +267,8 @@ class ModelRetraining:
     @property
     def _template(self) -> nn.Module:
         if self._held.template is None:
-            self._held.template = self._build(0).eval()
+            model = self._build(0).eval()
+            self._held.template = model.double() if isinstance(self.recipe, Optimum) else model
         return self._held.template
 
     @property
@@ -287,41 +293,16 @@ class ModelRetraining:
         """Refuse what every training would fail on, once and before the first."""
         if self._held.checked:
             return
-        model = self._template
         if self.together > 1 and isinstance(self.recipe, Recipe):
-            check_stackable(model)
-        for name, data in zip(("train_data", "test_data"), self._on_device, strict=True):
-            batch = take(data, slice(0, 2))
-            with torch.no_grad():
-                outputs = self._loss.forward(model, batch)
-            if self.loss == "cross-entropy":
-                _check_classes(name, labels_of(data), outputs)
-            with torch.no_grad():
-                values = self._loss.criterion(outputs, batch)
-            if values.shape != (batch_size(batch),):
-                raise InputError(
-                    f"retraining: the loss {self.loss!r} of {batch_size(batch)} examples of {name} "
-                    f"has shape {tuple(values.shape)} for outputs {tuple(outputs.shape)}; expected "
-                    "one number for each example"
-                )
-            fits = OUTPUTS * batch_size(batch) // outputs.numel()
-            self._held.measured = max(1, min(MEASURED, fits))
+            check_stackable(self._template)
+        samples = [_like(part, self._template.state_dict()) for part in self._on_device]
+        outputs = rehearse(self._loss, self._template, samples[0], samples[1])
+        self._held.measured = max(1, min(MEASURED, OUTPUTS // outputs))
         self._held.checked = True
 
 
 def _positions(counterfactual: Counterfactual) -> Tensor:
     return torch.from_numpy(np.flatnonzero(counterfactual.mask))
-
-
-def _check_classes(name: str, labels: Tensor, outputs: Tensor) -> None:
-    if labels.is_floating_point():
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if outputs.dim() != 2 or low < 0 or high >= outputs.shape[1]:
-        raise InputError(
-            f"retraining: labels of {name} go from {low} to {high} for outputs of shape "
-            f"{tuple(outputs.shape)}; expected outputs [B, classes] and labels of 0 to classes - 1"
-        )
 
 
 def _like(data: Any, state: Mapping[str, Tensor]) -> Any:

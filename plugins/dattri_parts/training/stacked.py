@@ -202,14 +202,15 @@ class _Stack:
         """Set the gradient of each model on its batch, ``chosen [M, B]``; return losses ``[M]``."""
         rows = chosen.flatten()
         tensors: list[Tensor] = []
+        losses: Tensor
 
         def gather(tensor: Tensor) -> None:
             picked = tensor.index_select(0, rows.to(tensor.device))
-            tensors.append(picked.unflatten(0, chosen.shape))
+            tensors.append(picked.reshape(*chosen.shape, *tensor.shape[1:]))
 
         map_tensors(gather, self.data)
         try:
-            slopes, values = vmap(grad_and_value(self._objective))(
+            slopes, losses = vmap(grad_and_value(self._objective))(
                 self.trained, self.fixed, tensors
             )
         except RuntimeError as error:
@@ -225,7 +226,7 @@ class _Stack:
             if scale is not None:
                 slope *= scale.reshape(-1, *[1] * (slope.dim() - 1))
             parameter.grad = slope.contiguous()  # a fused step reads it as it lies in memory
-        return values
+        return losses
 
     def _objective(self, trained: StateDict, fixed: StateDict, tensors: Sequence[Tensor]) -> Tensor:
         def model(*args: Any, **kwargs: Any) -> Any:
