@@ -18,6 +18,21 @@ SETTINGS = (
         "Cats and dogs of CIFAR-10 with ResNet-9, 4.8M parameters",
     ),
     ("cifar10-resnet9", "cifar:cifar10_setting", "CIFAR-10 with ResNet-9, 4.8M parameters"),
+    (
+        "shakespeare-nanogpt",
+        "shakespeare_nano_gpt:setting",
+        "Characters of Shakespeare with nanoGPT, 10.7M parameters",
+    ),
+    (
+        "wikitext2-gpt2",
+        "wikitext2_gpt2:setting",
+        "Words of Wikipedia with a network of GPT-2's shape, 111M parameters",
+    ),
+    (
+        "maestro-music-transformer",
+        "maestro_music_transformer:setting",
+        "Piano performances as events with the Music Transformer, 13.3M parameters",
+    ),
 )
 
 

@@ -14,11 +14,11 @@ class CausalAttention(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, width: int, heads: int, length: int) -> None:
+    def __init__(self, width: int, heads: int, length: int, bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.mix = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.mix = nn.Linear(width, 3 * width, bias)
+        self.out = nn.Linear(width, width, bias)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         self.register_buffer("mask", future, persistent=False)
 
@@ -37,13 +37,13 @@ class CausalAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + feedforward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, length: int) -> None:
+    def __init__(self, width: int, heads: int, length: int, bias: bool) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = CausalAttention(width, heads, length)
-        self.feedforward_norm = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width, bias=bias)
+        self.attention = CausalAttention(width, heads, length, bias)
+        self.feedforward_norm = nn.LayerNorm(width, bias=bias)
         self.feedforward = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width, bias), nn.GELU(), nn.Linear(4 * width, width, bias)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,16 +56,27 @@ class TransformerBlock(nn.Module):
 class NanoGPT(nn.Module):
     """See `nano_gpt`."""
 
-    def __init__(self, vocabulary: int, length: int, layers: int, width: int, heads: int) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        length: int,
+        layers: int,
+        width: int,
+        heads: int,
+        bias: bool,
+        tied: bool,
+    ) -> None:
         super().__init__()
         self.length = length
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(length, width)
         self.blocks = nn.Sequential(
-            *(TransformerBlock(width, heads, length) for _ in range(layers))
+            *(TransformerBlock(width, heads, length, bias) for _ in range(layers))
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 # What is added to the residual stream 2 layers times starts smaller (GPT-2).
@@ -87,13 +98,20 @@ class NanoGPT(nn.Module):
 
 
 def nano_gpt(
-    vocabulary: int = 65, length: int = 256, layers: int = 6, width: int = 384, heads: int = 6
+    vocabulary: int = 65,
+    length: int = 256,
+    layers: int = 6,
+    width: int = 384,
+    heads: int = 6,
+    *,
+    bias: bool = True,
+    tied: bool = False,
 ) -> NanoGPT:
     """Return a causal transformer on ``[B, T]`` tokens, 10,795,776 parameters as it stands.
 
-    Pre-norm blocks of attention and a GELU network of four times the width, learned positions, a
-    head of its own (not tied to the embedding), no dropout. Every weight belongs to a linear layer,
-    a layer norm or an embedding.
+    Pre-norm blocks of attention and a GELU network of four times the width, learned positions, no
+    dropout. Every weight belongs to a linear layer, a layer norm or an embedding. Without biases
+    and tied it is nanoGPT's network for Shakespeare characters, of 10,745,088 parameters.
 
     Source: Radford et al. 2019 (GPT-2); the sizes of nanoGPT's network for Shakespeare characters.
 
@@ -103,7 +121,21 @@ def nano_gpt(
         layers: Blocks.
         width: Of the residual stream.
         heads: Of the attention; divides the width.
+        bias: Whether linear layers (but the head) and norms have one.
+        tied: Whether the head's weight is the embedding's.
     """
     if width % heads:
         raise ValueError(f"nano_gpt: the width {width} is not a multiple of {heads} heads")
-    return NanoGPT(vocabulary, length, layers, width, heads)
+    return NanoGPT(vocabulary, length, layers, width, heads, bias, tied)
+
+
+def gpt2(
+    vocabulary: int = 50257, length: int = 1024, layers: int = 12, width: int = 768, heads: int = 12
+) -> NanoGPT:
+    """Return GPT-2's network on ``[B, T]`` tokens, 124,439,808 parameters as it stands.
+
+    See `nano_gpt`: with biases, and a head whose weight is the embedding's.
+
+    Source: Radford et al. 2019, the smallest of its sizes.
+    """
+    return nano_gpt(vocabulary, length, layers, width, heads, bias=True, tied=True)

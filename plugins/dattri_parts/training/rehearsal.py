@@ -11,8 +11,8 @@ from dattri_core import InputError, Loss, batch_size, cross_entropy, labels_of, 
 
 
 @torch.no_grad()
-def rehearse(loss: Loss, model: nn.Module, train_data: Any, test_data: Any) -> None:
-    """Run a new model on two examples of each side.
+def rehearse(loss: Loss, model: nn.Module, train_data: Any, test_data: Any) -> int:
+    """Run a new model on two examples of each side; return how many outputs a test example has.
 
     Args:
         loss: One of the shipped losses.
@@ -41,6 +41,7 @@ def rehearse(loss: Loss, model: nn.Module, train_data: Any, test_data: Any) -> N
                 f"retraining: the loss {loss.name!r} of {got} has shape {tuple(values.shape)}; "
                 "expected one number for each example"
             )
+    return outputs.numel() // batch_size(batch)
 
 
 def _check_classes(name: str, labels: Tensor, outputs: Tensor) -> None:

@@ -37,7 +37,10 @@ from dattri_parts.training.stacked import Member, check_stackable, train_stacked
 
 Array = np.ndarray[Any, Any]
 MEASURED = 512
-"""Test examples in a forward pass."""
+"""Test examples in a forward pass, at most."""
+OUTPUTS = 2**22
+"""Numbers that a forward pass gives, at most: they are measured in float64, and the attention of a
+transformer needs as much again for every layer."""
 
 
 def _device_of(device: str | torch.device) -> torch.device:
@@ -53,6 +56,7 @@ class _Held:
     data: tuple[Any, Any] | None = None
     optima: Optima | None = None
     checked: bool = False
+    measured: int = 1  # test examples in a forward pass
 
 
 @frozen(eq=False)
@@ -204,19 +208,13 @@ class ModelRetraining:
         """
         self._rehearse()
         model = self._template
-        given = {name: tensor.to(self.device) for name, tensor in state.items()}
-        if set(given) != set(model.state_dict()):
-            odd = sorted(set(given) ^ set(model.state_dict()))
-            raise InputError(
-                f"retraining: the state dict is not one of {type(model).__name__}; it lacks, or "
-                f"has too many of, {odd[:8]}"
-            )
+        given = {k: tensor.to(self.device) for k, tensor in _untied(model, state).items()}
         data = _like(self._on_device[1], given)
         found: dict[str, list[Tensor]] = {target: [] for target in self.targets}
         call = _caller(model, given)
         with torch.no_grad():
-            for start in range(0, self.n_test, MEASURED):
-                batch = take(data, slice(start, start + MEASURED))
+            for start in range(0, self.n_test, self._held.measured):
+                batch = take(data, slice(start, start + self._held.measured))
                 for target, values in outcomes_of(self._loss, self.targets, call, batch).items():
                     found[target].append(values)
         outcomes = {target: torch.cat(parts).cpu().numpy() for target, parts in found.items()}
@@ -298,7 +296,8 @@ class ModelRetraining:
         if self.together > 1 and isinstance(self.recipe, Recipe):
             check_stackable(self._template)
         samples = [_like(part, self._template.state_dict()) for part in self._on_device]
-        rehearse(self._loss, self._template, samples[0], samples[1])
+        outputs = rehearse(self._loss, self._template, samples[0], samples[1])
+        self._held.measured = max(1, min(MEASURED, OUTPUTS // outputs))
         self._held.checked = True
 
 
@@ -312,6 +311,24 @@ def _like(data: Any, state: Mapping[str, Tensor]) -> Any:
     if torch.float64 not in dtypes:
         return data
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, data)
+
+
+def _untied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with one name of each tied weight; it may hold any of them, or all.
+
+    Raises:
+        InputError: It is not one of this model.
+    """
+    own = model.state_dict(keep_vars=True)  # a tied weight is one object
+    held = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+    odd = sorted(state.keys() - own.keys() | {n for n, t in own.items() if id(t) not in held})
+    if odd:
+        raise InputError(
+            f"retraining: the state dict is not one of {type(model).__name__}; it lacks, or "
+            f"has too many of, {odd[:8]}"
+        )
+    names = {id(tensor): name for name, tensor in reversed(own.items())}
+    return {name: held[key] for key, name in names.items()}
 
 
 def _caller(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[..., Any]:

@@ -225,7 +225,7 @@ class _Stack:
             slope = slopes[name]
             if scale is not None:
                 slope *= scale.reshape(-1, *[1] * (slope.dim() - 1))
-            parameter.grad = slope
+            parameter.grad = slope.contiguous()  # a fused step reads it as it lies in memory
         return losses
 
     def _objective(self, trained: StateDict, fixed: StateDict, tensors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,192 @@
+"""Settings of sequences: a causal transformer on tokens, retrained on parts of the train set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from dattri_parts.training import ModelRetraining, Recipe
+from torch import Tensor, nn
+
+from dattri_benchmarks.finished_runs import FinishedRun, finished_run
+from dattri_core import Counterfactual, InputError, Task, World
+
+Array = np.ndarray[Any, Any]
+LOSS = "causal-lm"
+LEAST = 20
+"""Sequences of each side."""
+
+
+@frozen(eq=False)
+class Sequences:
+    """Train and test sequences of token numbers ``[n, length]``, their names, and JSON facts."""
+
+    train: Array
+    test: Array
+    train_ids: tuple[str, ...]
+    test_ids: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+@frozen
+class Scale:
+    """What is trained at one size of a setting.
+
+    Args:
+        size: (train, test) sequences.
+        length: Tokens of a sequence.
+        vocabulary: Distinct tokens.
+        model: The network, for people.
+        build: Makes one.
+        recipe: How it is trained.
+    """
+
+    size: tuple[int, int]
+    length: int
+    vocabulary: int
+    model: str
+    build: Callable[[], nn.Module]
+    recipe: Recipe
+
+
+@frozen(eq=False)
+class SequenceSetting:
+    """A `dattri_core.Setting` of next tokens, whose outcome is the loss: a sum over tokens.
+
+    A train set of at most ``small.size[0]`` sequences is the small scale's: shorter sequences for a
+    narrower network, so that a laptop trains a bank of them. Every larger one is the full scale's.
+
+    Args:
+        name: As registered.
+        title: For people, with source and licence.
+        read: ``(scale, seed) -> Sequences``, ``scale.size`` of them.
+        full: As published.
+        small: For a laptop.
+        damping: See `dattri_core.World`.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Scale, int], Sequences]
+    full: Scale
+    small: Scale
+    damping: float
+    metrics: tuple[str, ...] = ("lds",)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Return the (train, test) sizes by name."""
+        return {"full": self.full.size, "small": self.small.size}
+
+    def load(
+        self, size: tuple[int, int] | None = None, seed: int = 0, wrong: float | None = None
+    ) -> World:
+        """Return the world: the same numbers for the same arguments.
+
+        A network that took long to train is kept and read back the next time, see `finished_run`.
+        It is trained on a CUDA device where there is one.
+
+        Args:
+            size: (train, test) sequences; the full size by default.
+            seed: Of the choice of sequences, the initial weights and the order of training.
+            wrong: None or 0: sequences have no class labels that could be wrong.
+
+        Raises:
+            InputError: A size is below 20 or above what there is, or ``wrong`` is another.
+        """
+        if wrong:
+            raise InputError(
+                f"setting {self.name!r}: wrong is {wrong!r}, and sequences have no class labels to "
+                "change; leave it out"
+            )
+        size = self._size(self.full.size if size is None else size)
+        small = size[0] <= self.small.size[0]
+        scale = evolve(self.small if small else self.full, size=size)
+        whole = Counterfactual(np.ones(size[0], dtype=bool), seed)
+        data = self.read(scale, seed)
+        train, test = (_tokens(part) for part in (data.train, data.test))
+        retraining = ModelRetraining(
+            build=scale.build,
+            recipe=scale.recipe,
+            loss=LOSS,
+            train_data=(train, train),
+            test_data=(test, test),
+            targets=("loss",),
+            about={"setting": self.name, "network": scale.model},
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            threads=1 if small else None,
+        )
+        run = finished_run(retraining, whole)
+        model = _model(scale, run, retraining.device)
+        right = [correct.mean().item() for correct in (run.train_correct, run.test_correct)]
+        return World(
+            task=Task(model, LOSS, checkpoints=[run.states[-1]]),
+            trajectory=Task(
+                model,
+                LOSS,
+                checkpoints=list(run.states),
+                learning_rates=list(run.learning_rates),
+            ),
+            train=retraining.train_data,
+            test=retraining.test_data,
+            train_ids=data.train_ids,
+            test_ids=data.test_ids,
+            retraining=retraining,
+            target="loss",
+            damping=self.damping,
+            threads=1 if small else None,
+            facts={
+                "data": self.title,
+                "model": scale.model,
+                "n_train": size[0],
+                "n_test": size[1],
+                "length": scale.length,
+                "vocabulary": scale.vocabulary,
+                "seed": seed,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "checkpoints": list(run.epochs),
+                "train_accuracy": right[0] / (scale.length - 1),
+                "test_accuracy": right[1] / (scale.length - 1),
+                **data.facts,
+            },
+        )
+
+    def _size(self, size: Any) -> tuple[int, int]:
+        try:
+            n_train, n_test = (int(count) for count in size)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"setting {self.name!r}: size is {size!r}, expected (train, test)"
+            ) from error
+        if min(n_train, n_test) < LEAST:
+            raise InputError(
+                f"setting {self.name!r}: sizes are {(n_train, n_test)}; give at least {LEAST} of "
+                "each"
+            )
+        return n_train, n_test
+
+
+def choose(count: int, there_are: int, seed: int, what: str) -> Array:
+    """Return the positions of so many sequences, drawn without replacement, in rising order.
+
+    Raises:
+        InputError: There are fewer.
+    """
+    if count > there_are:
+        raise InputError(f"{count} {what} sequences, and there are {there_are}; ask for fewer")
+    chosen = np.random.default_rng([seed, 4, what == "test"]).permutation(there_are)[:count]
+    return np.sort(chosen)
+
+
+def _tokens(sequences: Array) -> Tensor:
+    return torch.from_numpy(sequences.astype(np.int64))
+
+
+def _model(scale: Scale, run: FinishedRun, device: torch.device) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # its weights are replaced
+        model = scale.build()
+    model.load_state_dict(run.states[-1])
+    return model.to(device).eval()
