@@ -143,6 +143,7 @@ def test_real_mnist():
     }
 
 
+@pytest.mark.slow
 @have_mnist
 def test_logistic_regression_is_at_its_one_optimum():
     """The gradient of mean loss + (l2 / 2) |theta|^2 vanishes, whatever the seed of the start."""
@@ -164,6 +165,7 @@ def test_logistic_regression_is_at_its_one_optimum():
     assert world.damping == mnist.L2
 
 
+@pytest.mark.slow
 @have_mnist
 @pytest.mark.parametrize(("name", "least"), [("lr_setting", 0.88), ("mlp_setting", 0.93)])
 def test_networks_learn_at_full_size(name, least):
