@@ -66,10 +66,12 @@ def encode(steps: Steps) -> Array:
     """
     events: list[int] = []
     now, level = 0, -1
-    released = sorted(zip(steps.end.tolist(), steps.pitch.tolist(), strict=True))
-    struck = zip(steps.start.tolist(), steps.pitch.tolist(), steps.level.tolist(), strict=True)
-    moments = [(at, 0, pitch, -1) for at, pitch in released] + [
-        (at, 1, pitch, loud) for at, pitch, loud in struck
+    start, end, pitches, levels = (
+        column.tolist() for column in (steps.start, steps.end, steps.pitch, steps.level)
+    )
+    moments = [
+        *((at, False, pitch, level) for at, pitch in zip(end, pitches, strict=True)),
+        *((at, True, *what) for at, *what in zip(start, pitches, levels, strict=True)),
     ]
     for at, strike, pitch, loud in sorted(moments):
         whole, rest = divmod(at - now, STEPS)

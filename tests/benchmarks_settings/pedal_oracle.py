@@ -10,20 +10,24 @@ def pedalled(notes, pedals, length):
     moments += [(end, RELEASE, k) for k, (_, end, _) in enumerate(notes)]
     moments.sort(key=lambda moment: moment[:2])
     ends = [end for _, end, _ in notes]
-    down, held = False, set()  # released, and sounding on
+    down, active = False, []  # struck, and neither silent nor ended
     for time, kind, what in moments:
         if kind == LIFT_OR_PRESS:
             down = what
             if not down:
-                for k in held:
+                silent = [k for k in active if notes[k][1] < time]
+                for k in silent:
                     ends[k] = time
-                held = set()
+                active = [k for k in active if k not in silent]
         elif kind == STRIKE:
-            for k in [k for k in held if notes[k][2] == notes[what][2]]:
-                ends[k] = time
-                held.remove(k)
-        elif down:
-            held.add(what)
-    for k in held:
-        ends[k] = length
+            if down:
+                again = [k for k in active if notes[k][2] == notes[what][2]]
+                for k in again:
+                    ends[k] = time
+                active = [k for k in active if k not in again]
+            active.append(what)
+        elif not down and what in active:
+            active.remove(what)
+    for k in active:
+        ends[k] = max(ends[k], length)
     return ends

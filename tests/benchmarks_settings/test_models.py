@@ -1,5 +1,6 @@
 """The models of settings and benchmarks: sizes, shapes, causality, rows and curvature products."""
 
+import copy
 import logging
 from functools import partial
 
@@ -139,6 +140,18 @@ def test_relative_attention_equals_a_loop_over_pairs():
                 weights = (logits / size**0.5).softmax(0)
                 mixed[b, i, own] = weights @ value[b, : i + 1, own]
     assert (found - attention.out(mixed)).abs().max() < 1e-14
+
+
+def test_a_row_of_the_table_is_of_one_distance():
+    """Of distance d speak positions that have a forerunner d before them, and no others."""
+    model, _, (tokens, _) = LANGUAGE["music_transformer"]()
+    before = model(tokens)
+    for distance in range(6):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed.distance.weight[distance] += 1.0
+        moved = (changed(tokens) - before).abs().amax((0, 2)) > 1e-9
+        assert moved.tolist() == [i > 0 and i >= distance for i in range(5)]
 
 
 def test_sinusoids_turn_by_the_same_angle_at_every_step():

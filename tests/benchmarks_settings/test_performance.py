@@ -46,15 +46,19 @@ def test_an_example_by_hand():
             (0.504, 0.506, 64, 4),  # 50 to 51, the same level
             (0.5, 0.514, 62, 127),  # 50 to 51
             (3.014, 3.5, 60, 5),  # 301 to 350
+            (3.014, 3.5, 61, 6),  # the same, and the same level
         )
     )
-    assert rows(steps) == [[50, 301, 60, 0], [50, 51, 62, 31], [50, 51, 64, 0], [301, 350, 60, 1]]
+    assert rows(steps) == [
+        *([50, 301, 60, 0], [50, 51, 62, 31], [50, 51, 64, 0]),
+        *([301, 350, 60, 1], [301, 350, 61, 1]),
+    ]
     assert encode(steps).tolist() == [
         *(SHIFT + 49, VELOCITY + 0, ON + 60, VELOCITY + 31, ON + 62, VELOCITY + 0, ON + 64),
         *(SHIFT + 0, OFF + 62, OFF + 64),
         *(SHIFT + 99, SHIFT + 99, SHIFT + 49),  # 250 steps
-        *(OFF + 60, VELOCITY + 1, ON + 60),  # a release comes before a strike
-        *(SHIFT + 48, OFF + 60),
+        *(OFF + 60, VELOCITY + 1, ON + 60, ON + 61),  # a release comes before a strike
+        *(SHIFT + 48, OFF + 60, OFF + 61),
     ]
     assert (ON, OFF, SHIFT, VELOCITY, EVENTS) == (0, 128, 256, 356, 388)
 
