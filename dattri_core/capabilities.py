@@ -264,7 +264,7 @@ class RowsOperator(Operator, Protocol):
 
 @runtime_checkable
 class IndexedRows(RowsOperator, Protocol):
-    """A `RowsOperator` whose rows belong to train examples and can be read a few examples at a time.
+    """A `RowsOperator` whose rows belong to train examples and can be read by example.
 
     A solver that cannot hold all rows then reads them again, by parts of the train set.
     """

@@ -7,7 +7,7 @@ import math
 import torch
 from attrs import frozen
 
-from dattri_core import IndexedRows, format_bytes, inner_work
+from dattri_core import IndexedRows, MemoryBudgetError, format_bytes, inner_work
 from dattri_parts.solvers.held import groups_of, kept
 
 EXAMPLES = 8
@@ -15,7 +15,7 @@ EXAMPLES = 8
 PRIMAL = 1.5
 """Rows for each number of a row from which the matrix of the numbers is less work and memory."""
 READINGS = 2
-"""Of all rows, to apply an inverse whose rows are not held: to meet the vectors, and to be summed."""
+"""Of all rows, to apply an inverse that does not hold them: to meet vectors, and to be summed."""
 
 
 @frozen
@@ -134,7 +134,7 @@ class Forecast:
 
     @property
     def matrix_bytes(self) -> int:
-        """Return the bytes of all matrices where rows are not held: a Gram matrix and its factor."""
+        """Return the bytes of all matrices where rows are not held: also each Gram matrix itself."""
         twice = len(self._duals) * 8 * self.rows**2
         return sum(group.matrices(self.rows) for group in self.groups) + twice
 
@@ -199,3 +199,12 @@ class Forecast:
             f"{'' if self.whole else 'at least '}{self.rows} rows and what inverts them take "
             f"{format_bytes(least)}, {format_bytes(self.available)} may be used"
         )
+
+
+def refusal(why: str) -> MemoryBudgetError:
+    """Return the error of rows that do not fit, with what would."""
+    return MemoryBudgetError(
+        f"solver 'woodbury': {why}; give a larger memory=, a curvature with fewer rows ('fisher' "
+        "has one an example, 'ggn' one for each output), a projector, or the solver 'cg', "
+        "'datainf' or a spectral curvature"
+    )

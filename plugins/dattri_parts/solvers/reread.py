@@ -1,4 +1,4 @@
-"""Rows of a curvature that are read again whenever they are needed, since they are too many to hold.
+"""Rows of a curvature that are read again whenever they are needed: too many to be held.
 
 Rows stand in one order wherever they meet a Gram matrix: example by example, those of an example as
 they come. So it does not matter how a reading is cut, or that each draw of labels is another pass.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core import (
@@ -23,7 +23,7 @@ from dattri_core import (
     format_bytes,
 )
 from dattri_parts.solvers.dual import Dual, gram, require_finite
-from dattri_parts.solvers.forecast import Forecast
+from dattri_parts.solvers.forecast import Forecast, refusal
 from dattri_parts.solvers.held import groups_of, kept
 from dattri_parts.solvers.kernel import Kernel
 from dattri_parts.solvers.primal import Primal
@@ -190,6 +190,14 @@ def _matrices(
             for group, strip in _strips(operator, groups, held, stop).items():
                 strips[group].append(strip)
             tiles += 1
+            if tiles == 1:  # now it is known how many rows there are
+                forecast = evolve(forecast, rows=strips[next(iter(groups))][0].shape[1])
+                if not forecast.streams:
+                    raise refusal(
+                        f"{forecast.rows} rows, more than the first examples foretold: their "
+                        f"matrices take {format_bytes(forecast.matrix_bytes)}, "
+                        f"{format_bytes(forecast.available)} may be used"
+                    )
         start = stop
     return {group: _mirrored(parts, device) for group, parts in strips.items()}, tiles
 

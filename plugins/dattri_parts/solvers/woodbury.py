@@ -15,7 +15,6 @@ from dattri_core import (
     Damping,
     IndexedRows,
     Inverse,
-    MemoryBudgetError,
     NumericsError,
     Outlook,
     Rows,
@@ -24,7 +23,7 @@ from dattri_core import (
     as_damping,
 )
 from dattri_parts.solvers.dual import Dual
-from dattri_parts.solvers.forecast import Forecast
+from dattri_parts.solvers.forecast import Forecast, refusal
 from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of
 from dattri_parts.solvers.primal import Primal
 from dattri_parts.solvers.reading import Reading
@@ -110,15 +109,6 @@ def _forecast(operator: IndexedRows) -> Forecast:
     if not forecast.possible:
         raise refusal(str(forecast))
     return forecast
-
-
-def refusal(why: str) -> MemoryBudgetError:
-    """Return the error of rows that do not fit, with what would."""
-    return MemoryBudgetError(
-        f"solver 'woodbury': {why}; give a larger memory=, a curvature with fewer rows ('fisher' "
-        "has one an example, 'ggn' one for each output), a projector, or the solver 'cg', "
-        "'datainf' or a spectral curvature"
-    )
 
 
 @define(eq=False)

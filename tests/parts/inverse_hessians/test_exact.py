@@ -143,7 +143,9 @@ def test_the_substitute_is_the_first_whose_gram_matrix_fits_the_memory(name, bat
     message = str(refused.value)
     assert f"the Hessian of {space.dim} parameters" in message
     assert "the GGN cannot take its place (" in message
-    assert re.search(r"nor the empirical Fisher \((at least )?\d+ rows and what inverts them", message)
+    assert re.search(
+        r"nor the empirical Fisher \((at least )?\d+ rows and what inverts them", message
+    )
     assert f"{format_bytes(least[2.0] - 1)} may be used" in message
     assert "give a larger memory=" in message
     assert "'cg'" in message
