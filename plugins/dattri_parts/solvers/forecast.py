@@ -134,7 +134,7 @@ class Forecast:
 
     @property
     def matrix_bytes(self) -> int:
-        """Return the bytes of all matrices where rows are not held: also each Gram matrix itself."""
+        """Return the bytes of all matrices where rows are not held: each Gram matrix twice."""
         twice = len(self._duals) * 8 * self.rows**2
         return sum(group.matrices(self.rows) for group in self.groups) + twice
 
