@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import compact as compact
     from dattri_core.blocks import concatenate as concatenate
     from dattri_core.blocks import explain_inner as explain_inner
+    from dattri_core.blocks import inner_work as inner_work
     from dattri_core.blocks import low_rank as low_rank
     from dattri_core.blocks import pick_entries as pick_entries
     from dattri_core.blocks import share as share
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import DataSource as DataSource
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
+    from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
@@ -163,6 +165,7 @@ _EXPORTS = {
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
+    "IndexedRows": "capabilities",
     "InverseRoot": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
@@ -233,6 +236,7 @@ _EXPORTS = {
     "functional": "losses",
     "hookimpl": "hookspecs",
     "labels_of": "losses",
+    "inner_work": "blocks",
     "limit_now": "contract",
     "leaves": "evaluate",
     "logit": "losses",

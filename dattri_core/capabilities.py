@@ -263,6 +263,27 @@ class RowsOperator(Operator, Protocol):
 
 
 @runtime_checkable
+class IndexedRows(RowsOperator, Protocol):
+    """A `RowsOperator` whose rows belong to train examples and can be read by example.
+
+    A solver that cannot hold all rows then reads them again, by parts of the train set.
+    """
+
+    @property
+    def n_train(self) -> int:
+        """Return the number of train examples."""
+        ...
+
+    def rows_of(self, index: Tensor) -> Iterator[Rows]:
+        """Read the rows of the examples at some positions, those of each example in one order.
+
+        ``Rows.index`` names the example of each. The rows of an example need not come together, but
+        come in the same order whatever is read beside them.
+        """
+        ...
+
+
+@runtime_checkable
 class WeighingScorer(Scorer, Protocol):
     """A scorer that also gives a weight per train row, for a fold that reduces both apart."""
 
@@ -309,8 +330,8 @@ class Outlook:
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
         base: Rows of the curvature that an answer is a combination of, beside the row itself.
-        note: One line of what the part decides by the train set, ``stage.note(problem)``, for the
-            plan of a dry run.
+        note: One line of what the part decides by the train set, ``stage.foresee(problem)``, for
+            the plan of a dry run.
     """
 
     blockwise: bool = False

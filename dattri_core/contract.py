@@ -71,7 +71,10 @@ class Shape:
 def with_rows(shape: Shape, rows: int) -> Shape:
     """Return the shape of another number of rows of the same kind."""
     parts = tuple(with_rows(part, rows) for part in shape.parts)
-    return evolve(shape, rows=rows, parts=parts)
+    distinct = shape.distinct
+    if distinct is not None:
+        distinct = max(1, distinct * rows // max(1, shape.rows))
+    return evolve(shape, rows=rows, parts=parts, distinct=distinct)
 
 
 @frozen
@@ -247,10 +250,23 @@ def combining(rows: int, base: Shape) -> int:
         return rows * base.rows * base.base.rows + combining(rows, base.base)
     if base.positions is None:
         return rows * base.rows * size
+    return min(_weighing(rows, base), _forming(base) + rows * base.rows * size)
+
+
+def forms_to_combine(rows: int, base: Shape) -> bool:
+    """Return whether combinations of factored rows are less work where those are formed first."""
+    formed = _forming(base) + rows * base.rows * base.outputs * base.inputs
+    return formed < _weighing(rows, base)
+
+
+def _weighing(rows: int, base: Shape) -> int:
+    """Return the multiply-adds of combinations of factored rows of which none is formed."""
+    assert base.positions is not None
     weighed = rows * base.rows * base.positions * base.outputs
     if base.one_hot:
-        return 2 * weighed + rows * size
-    return weighed + rows * (base.distinct or base.rows) * base.positions * size
+        return 2 * weighed + rows * base.outputs * base.inputs
+    products = rows * (base.distinct or base.rows) * base.positions
+    return weighed + products * base.outputs * base.inputs
 
 
 def _pair_plans(left: Shape, right: Shape, item: int) -> list[Plan]:

@@ -35,13 +35,15 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
 
 
 def outlook_before_fit(stage: InverseHessian, space: Space, problem: Problem) -> Outlook:
-    """Return what an inverse Hessian says of its inverse, ``stage.outlook(space)``, where it does.
+    """Return what an inverse Hessian says of its inverse, ``stage.foresee(problem)``, if it does.
 
-    One that says nothing is taken to need whole rows and to form them: the most that it can cost.
-    What it decides by the train set it may tell in one line, ``stage.note(problem)``.
+    Or ``stage.outlook(space)``, where nothing depends on the train set. One that says nothing is
+    taken to need whole rows and to form them: the most that it can cost.
     """
     told = Outlook(blockwise=not stage.needs)
-    if hasattr(stage, "outlook"):
+    if hasattr(stage, "foresee"):
+        told = stage.foresee(problem)
+    elif hasattr(stage, "outlook"):
         told = stage.outlook(space)
     return attrs.evolve(
         told,
@@ -49,7 +51,6 @@ def outlook_before_fit(stage: InverseHessian, space: Space, problem: Problem) ->
         forms=bool(stage.needs) and told.forms,
         reduced=_reduced(stage, space),
         two_sided=is_two_sided(stage),
-        note=stage.note(problem) if hasattr(stage, "note") else "",
     )
 
 

@@ -100,6 +100,18 @@ class CurvatureInverse:
         forms = getattr(self.solver, "forms", True)
         return attrs.evolve(told, splits=told.splits and "spectral" in asked, forms=forms)
 
+    def foresee(self, problem: Problem) -> Outlook:
+        """Return what is known of the inverse before the fit, some train rows read.
+
+        As `outlook`, or as the solver says by ``foresee(operator, outlook)``; then the curvature
+        must be one that does its work when its operator is used, as those of rows do.
+        """
+        told = self.outlook(problem.space)
+        if not hasattr(self.solver, "foresee"):
+            return told
+        foreseen: Outlook = self.solver.foresee(self.curvature.fit(problem), told)
+        return foreseen
+
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""
         given = self.curvature.gives(space)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dattri_core.blocks.block import Block, LinearFunction, explain_inner
+from dattri_core.blocks.block import Block, LinearFunction, explain_inner, inner_work
 from dattri_core.blocks.dense import DenseBlock
 from dattri_core.blocks.grouped import GroupedBlock
 from dattri_core.blocks.inputs import (
@@ -43,6 +43,7 @@ __all__ = [
     "compact",
     "concatenate",
     "explain_inner",
+    "inner_work",
     "joins",
     "low_rank",
     "pick_entries",

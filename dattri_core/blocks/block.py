@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from dattri_core.contract import Order, Plan, Shape, plan_inner
+from dattri_core.contract import Order, Plan, Shape, plan_inner, with_rows
 from dattri_core.errors import SpecError
 
 if TYPE_CHECKING:
@@ -112,6 +112,12 @@ class Block(Protocol):
 def explain_inner(left: Block, right: Block, order: Order | None = None) -> Plan:
     """Return the plan that `inner` follows for these two blocks."""
     return plan_inner(left.planned, right.planned, order=order, item=item_of(left))
+
+
+def inner_work(block: Block, rows: int, others: int) -> int:
+    """Return the multiply-adds of the inner products of so many rows like these with others."""
+    sides = (with_rows(block.planned, count) for count in (rows, others))
+    return plan_inner(*sides, item=item_of(block)).multiply_adds
 
 
 def item_of(block: Block) -> int:

@@ -38,7 +38,14 @@ from dattri_core.blocks.inputs import (
     take_inputs,
     width_of,
 )
-from dattri_core.contract import Order, Shape, limit_now, plan_pair, rows_per_slice
+from dattri_core.contract import (
+    Order,
+    Shape,
+    forms_to_combine,
+    limit_now,
+    plan_pair,
+    rows_per_slice,
+)
 from dattri_core.errors import SpecError
 
 
@@ -120,8 +127,13 @@ class OuterBlock:
         return self.dense().flat()
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Return ``sum_b coefficients[c, b] row_b``, formed: ``[C, O, I]``; no row is formed."""
+        """Return ``sum_b coefficients[c, b] row_b``, formed: ``[C, O, I]``.
+
+        Rows are formed on the way, a few at a time, where that is less work.
+        """
         coefficients = coefficients.to(accumulate(self.outputs))
+        if len(self) and forms_to_combine(len(coefficients), self.planned):
+            return self._combined_formed(coefficients)
         count, per_row = len(coefficients), math.prod(self.outputs.shape[1:]) * item_of(self)
         room = max(1, limit_now() // max(1, 2 * per_row))  # pairs of a row and a coefficient
         rows = min(max(1, len(self)), room)
@@ -136,6 +148,14 @@ class OuterBlock:
                 else:
                     total[where] += formed
         return total
+
+    def _combined_formed(self, coefficients: Tensor) -> Tensor:
+        step = max(1, limit_now() // (2 * max(1, math.prod(self.shape)) * item_of(self)))
+        total = coefficients.new_zeros(len(coefficients), math.prod(self.shape))
+        for part in (slice(start, start + step) for start in range(0, len(self), step)):
+            formed = accumulate(self.take(part).flat())
+            torch.addmm(total, coefficients[:, part], formed, out=total)
+        return total.reshape(-1, *self.shape)
 
     def _combined(self, coefficients: Tensor) -> Tensor:
         (outs, size), outputs, inputs = self.shape, accumulate(self.outputs), self.inputs

@@ -94,3 +94,7 @@ class GGNOperator:
     def rows(self) -> Iterator[Rows]:
         """Read the rows r with G = 1/n sum r r^T."""
         return self.moment.rows()
+
+    def rows_of(self, index: Tensor) -> Iterator[Rows]:
+        """Read those of the examples at some positions."""
+        return self.moment.rows_of(index)

@@ -74,8 +74,15 @@ class SecondMoment:
         """Return the stream of random numbers of the fit."""
         return self.problem.random
 
-    def rows(self, index: Tensor | None = None) -> Iterator[Rows]:
-        """Read all rows, or those of the examples at some positions, a few at a time."""
+    def rows(self) -> Iterator[Rows]:
+        """Read all rows, a few at a time."""
+        yield from self._read(None)
+
+    def rows_of(self, index: Tensor) -> Iterator[Rows]:
+        """Read the rows of the examples at some positions, a few at a time."""
+        yield from self._read(index)
+
+    def _read(self, index: Tensor | None) -> Iterator[Rows]:
         for draw in range(self.draws):
             yield from self.problem.rows(index, kind=self.kind, draw=draw)
 
@@ -105,7 +112,7 @@ class SecondMoment:
             for draw in range(self.draws):
                 self.problem.stream(meet, kind=self.kind, draw=draw, index=index)
         else:
-            for part in self.rows(index):
+            for part in self._read(index):
                 met = part.inner(vectors)
                 for name, block in part.blocks.items():
                     add(name, block, met)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 
 from dattri_core import (
     ByUse,
     Curvature,
     CurvatureInverse,
     Damping,
+    IndexedRows,
     Inverse,
     MemoryBudgetError,
     Outlook,
     Problem,
     Rows,
-    RowsOperator,
     Solver,
     Space,
     SpecError,
@@ -43,7 +43,7 @@ class Exact:
     side of Woodbury's identity; one with known eigenvectors (K-FAC) by those. The Hessian is
     neither: it is written down and factorised, 16 d^2 bytes for d parameters. Above ``largest``
     parameters that cannot be, which depends on their number alone, and never on the memory of a
-    machine. What takes its place is the first of two whose rows fit the memory:
+    machine. What takes its place is the first of two whose Gram matrix of rows fits the memory:
 
     - the GGN, one row for each output of each of the n examples: the same matrix where outputs are
       linear in the parameters or residuals are zero, and otherwise without the part that can make
@@ -52,17 +52,20 @@ class Exact:
       not give outputs and criterion apart: another matrix, near the Hessian only where the model is
       near the distribution of the labels (Kunstner et al. 2019, arXiv 1905.12558).
 
-    m rows take 8 m^2 bytes and those of the rows as factors; how many there are is known before
-    the fit, from the first 8 examples. Which curvature is inverted is told by a warning in the log,
-    by ``stats["substituted"]`` (1 for the first of the two, 2 for the second), and by the plan of a
-    dry run; where not even the second fits, the refusal says what would.
+    m rows take 16 m^2 bytes, and those of the rows as factors where these are held: rows that do
+    not fit are read again, more often the less memory there is. How many there are is known before
+    the fit, from the first 8 examples. Which curvature is inverted, and by how many readings and
+    multiply-adds, is told by a warning in the log and by the plan of a dry run;
+    ``stats["substituted"]`` is 1 for the first of the two, 2 for the second. Where not even the
+    second fits, the refusal says what would.
 
     Args:
-        curvature: H. One that is a sum of squares whose rows do not fit gives way to the fallback.
+        curvature: H. One that is a sum of squares whose rows are too many gives way to the
+            fallback.
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
         substitute: What takes the place of a curvature that is only known as a matrix.
-        fallback: What takes the place of the substitute where its rows do not fit the memory, or
-            the loss or the source cannot give them.
+        fallback: What takes the place of the substitute where its rows are too many for the
+            memory, or the loss or the source cannot give them.
         largest: Parameters up to which a matrix is written down; 16384 take 4 GiB.
     """
 
@@ -88,17 +91,18 @@ class Exact:
     def outlook(self, space: Space) -> Outlook:
         """Return what is known of the inverse before the fit; the fallback is like the substitute.
 
-        Which of the two it is takes the train set to tell: `note`.
+        Which of the two it is takes the train set to tell: `foresee`.
         """
         return self._first(space).outlook(space)
 
-    def note(self, problem: Problem) -> str:
-        """Return one line that says which curvature will be inverted, and how.
+    def foresee(self, problem: Problem) -> Outlook:
+        """Return what is known of the inverse before the fit: of the curvature of `route`.
 
         Raises:
-            MemoryBudgetError: As of `route`.
+            SpecError, MemoryBudgetError: As of `route`.
         """
-        return self.route(problem).note
+        route = self.route(problem)
+        return evolve(route.stage.foresee(problem), note=route.note)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when a curvature does not take the space."""
@@ -129,13 +133,13 @@ class Exact:
         space = problem.space
         stage = self._first(space)
         own = stage.curvature is self.curvature
-        why = _lacking(stage, problem)
+        way, why = _ways(stage, problem)
         if not why:
             told = f"inverse Hessian   {_way(stage, space)}" if own else self._told(stage, space)
-            return Route(stage, 0 if own else 1, told)
+            return Route(stage, 0 if own else 1, told + way)
         last = self._with(self.fallback, space)
         forecast = _forecast(last, problem)
-        if forecast is not None and not forecast.fits:
+        if forecast is not None and not forecast.possible:
             beaten = f"{_called(stage.curvature)} cannot {'be' if own else 'take its place'}"
             raise MemoryBudgetError(
                 f"{self._matrix(space)}; the {beaten}{' inverted by its rows' if own else ''} "
@@ -143,7 +147,8 @@ class Exact:
                 "fewer train examples, a projector, or, without an exact inverse, the solver 'cg' "
                 "or a spectral curvature (method 'if-ekfac')"
             )
-        note = f"{self._told(last, space)}; not the {_called(stage.curvature)}: {why}"
+        way = f": {forecast.way}" if forecast is not None else ""
+        note = f"{self._told(last, space)}{way}; not the {_called(stage.curvature)}: {why}"
         return Route(last, 2, note)
 
     def _first(self, space: Space) -> CurvatureInverse:
@@ -168,7 +173,7 @@ class Exact:
             f"of {format_bytes(8 * space.dim**2)}"
         )
         if "rows" in self.curvature.gives(space):
-            return f"{matrix}, and its rows do not fit"
+            return f"{matrix}, and its rows are too many"
         return f"{matrix} and no sum of squares (largest={self.largest})"
 
     def _told(self, stage: CurvatureInverse, space: Space) -> str:
@@ -195,21 +200,22 @@ class Route:
 
 
 def _forecast(stage: CurvatureInverse, problem: Problem) -> Forecast | None:
-    """Return what its rows will take, None where it is not inverted from rows."""
+    """Return what its rows will take, None where it is not inverted from rows of examples."""
     if not isinstance(stage.solver, Woodbury):
         return None
     operator = stage.curvature.fit(problem)
-    assert isinstance(operator, RowsOperator)
-    return Forecast.of(operator, problem)
+    return Forecast.of(operator) if isinstance(operator, IndexedRows) else None
 
 
-def _lacking(stage: CurvatureInverse, problem: Problem) -> str:
-    """Return why a curvature cannot be inverted from its rows; empty where it can."""
+def _ways(stage: CurvatureInverse, problem: Problem) -> tuple[str, str]:
+    """Return what it takes to invert a curvature by its rows, or why that cannot be; else empty."""
     try:
         forecast = _forecast(stage, problem)
     except (SpecError, MemoryBudgetError) as error:  # not even of one example
-        return str(error)
-    return "" if forecast is None or forecast.fits else str(forecast)
+        return "", str(error)
+    if forecast is None:
+        return "", ""
+    return (f": {forecast.way}", "") if forecast.possible else ("", str(forecast))
 
 
 def _called(part: object) -> str:

@@ -70,9 +70,11 @@ class LowRank:
             told = self.inner.outlook(space)
         return evolve(told, rank=self.rank)
 
-    def note(self, problem: Problem) -> str:
-        """Return what the inner part decides by the train set."""
-        return self.inner.note(problem) if hasattr(self.inner, "note") else ""
+    def foresee(self, problem: Problem) -> Outlook:
+        """Return the same with what the inner part decides by the train set."""
+        if not hasattr(self.inner, "foresee"):
+            return self.outlook(problem.space)
+        return evolve(self.inner.foresee(problem), rank=self.rank)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""

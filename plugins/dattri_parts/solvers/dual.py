@@ -10,8 +10,8 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, SpanBlock, SumBlock
-from dattri_parts.solvers.factor import power_iteration, require_regular
 from dattri_parts.solvers.held import squares_of
+from dattri_parts.solvers.kernel import Kernel
 
 TILE = 2048
 """Rows and columns of a Gram matrix that are computed at once."""
@@ -19,28 +19,23 @@ TILE = 2048
 
 @define(eq=False)
 class Dual:
-    """(h - G^T (G G^T + damping/w I)^-1 G h) / damping; one factor is held, never the matrix.
+    """(h - G^T (G G^T + damping/w I)^-1 G h) / damping.
+
+    Where rows are held so is one factor, and the matrix is made anew; where they are read again
+    (`Reread`), the matrix is kept beside its factor.
 
     Args:
-        blocks: Of the rows of G, those that are inverted together.
+        blocks: Of the rows of G, those that are inverted together; none where they are not held.
         size: Numbers of a row.
-        weight: w.
-        trace: Of w G^T G.
-        dtype: In which products of rows are summed.
+        kernel: G G^T.
         negligible: Rows that were left out.
     """
 
     blocks: Mapping[str, Block]
     size: int
-    weight: float
-    trace: float
-    dtype: torch.dtype
+    kernel: Kernel
     negligible: int
     kind: ClassVar[str] = "dual"
-    _largest: float = 0.0  # eigenvalue of G G^T
-    _shift: float | None = None  # of the factor
-    _lower: Tensor | None = None  # [m, m]
-    _spectrum: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def of(blocks: Mapping[str, Block], size: int, weight: float, dtype: torch.dtype) -> Dual:
@@ -55,22 +50,20 @@ class Dual:
         """
         squares = squares_of(list(blocks.values()))
         trace = weight * float(squares.sum())
-        if not torch.isfinite(squares).all():
-            raise NumericsError(
-                f"solver 'woodbury': rows of the curvature are not finite in {list(blocks)}; look "
-                "for a diverged checkpoint"
-            )
+        require_finite(squares, list(blocks))
         ordered, place = squares.sort()
         small = ordered.cumsum(0) <= torch.finfo(dtype).eps * ordered[-1:]
         chosen = place[~small].sort().values
         if len(chosen) < len(squares):
             blocks = {name: block.take(chosen) for name, block in blocks.items()}
-        return Dual(blocks, size, weight, trace, dtype, int(small.sum()))
+        parts = list(blocks.values())
+        kernel = Kernel(len(parts[0]), weight, trace, dtype, lambda: gram(parts))
+        return Dual(blocks, size, kernel, int(small.sum()))
 
     @property
     def rows(self) -> int:
         """Return the number of rows m."""
-        return len(next(iter(self.blocks.values())))
+        return self.kernel.rows
 
     @property
     def row_bytes(self) -> int:
@@ -79,30 +72,21 @@ class Dual:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the rows and of the factor."""
-        return self.row_bytes + 8 * self.rows**2
+        """Return the bytes of the rows and of the factor, or of the matrix and its factor."""
+        return self.row_bytes + (8 if self.blocks else 16) * self.rows**2
+
+    @property
+    def trace(self) -> float:
+        """Return the trace of w G^T G."""
+        return self.kernel.trace
 
     def factorise(self, damping: float) -> None:
-        """Hold a Cholesky factor of G G^T + damping/w I."""
-        shift = damping / self.weight
-        if self._shift == shift and self._lower is not None:
-            return
-        self._lower = None  # the one before goes first
-        matrix = gram(list(self.blocks.values()))
-        if not self._largest and self.trace > 0:
-            self._largest = power_iteration(lambda v: matrix @ v, matrix)
-        self._lower, self._shift = _cholesky(matrix, shift), shift
+        """Hold a factor for a damping."""
+        self.kernel.factorise(damping)
 
     def rounding(self, damping: float) -> float:
-        """Return the error of a score relative to |g| |h| / damping, from rounding of products.
-
-        Raises:
-            NumericsError: It is all of it.
-        """
-        precision = torch.finfo(self.dtype).eps
-        greatest = self.weight * self._largest + damping
-        require_regular(damping, greatest, precision, damping)
-        return precision * greatest / damping
+        """Return the error of a score from rounding; see `Kernel.rounding`."""
+        return self.kernel.rounding(damping)
 
     def invert(
         self, rows: Rows, names: Sequence[str], damping: float, *, spectral: bool
@@ -120,8 +104,8 @@ class Dual:
         for name in names:
             base = self.blocks[name]
             met += base.inner(rows.blocks[name].to(base.device, base.dtype))
-        solved = self._solve(met, damping, spectral=spectral)
-        coefficients = solved.mT.div(-damping).to(self.dtype)
+        solved = self.kernel.solve(met, damping, spectral=spectral)
+        coefficients = solved.mT.div(-damping).to(self.kernel.dtype)
         scale = torch.full((len(rows),), 1 / damping, dtype=torch.float64)
         found: dict[str, Block] = {}
         for name in names:
@@ -129,20 +113,6 @@ class Dual:
             span = SpanBlock(coefficients, self.blocks[name]).to(own.device, own.dtype)
             found[name] = SumBlock((own.scale(scale), span))
         return found
-
-    def _solve(self, vectors: Tensor, damping: float, *, spectral: bool) -> Tensor:
-        if not self.rows:
-            return vectors
-        if spectral:
-            if self._spectrum is None:
-                self._lower = self._shift = None
-                self._spectrum = torch.linalg.eigh(gram(list(self.blocks.values())))
-            values, basis = self._spectrum  # of a Gram matrix: below zero is rounding
-            shifted = values.clamp_min(0) + damping / self.weight
-            return basis @ ((basis.mT @ vectors) / shifted.unsqueeze(1))
-        self.factorise(damping)
-        assert self._lower is not None
-        return torch.cholesky_solve(vectors, self._lower)
 
 
 def gram(blocks: Sequence[Block]) -> Tensor:
@@ -168,16 +138,10 @@ def gram(blocks: Sequence[Block]) -> Tensor:
     return matrix
 
 
-def _cholesky(matrix: Tensor, shift: float) -> Tensor:
-    """Return L with L L^T = matrix + shift I, in place of the matrix."""
-    lower = matrix.mT  # the layout of LAPACK: no copy is made
-    lower.diagonal().add_(shift)
-    failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, failed))
-    if int(failed):
+def require_finite(squares: Tensor, names: Sequence[str]) -> None:
+    """Raise `NumericsError` when the squared length of a row is not finite."""
+    if not torch.isfinite(squares).all():
         raise NumericsError(
-            f"solver 'woodbury': the Gram matrix of {len(matrix)} rows plus {shift:.3g} is not "
-            "positive definite to the precision of its entries; give more damping, or use "
-            "model.double()"
+            f"solver 'woodbury': rows of the curvature are not finite in {list(names)}; look for a "
+            "diverged checkpoint"
         )
-    return lower

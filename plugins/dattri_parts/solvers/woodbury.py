@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from attrs import define, field, frozen
-from torch import Tensor
+from attrs import define, evolve, field, frozen
 
 from dattri_core import (
     Block,
     Damping,
+    IndexedRows,
     Inverse,
-    MemoryBudgetError,
     NumericsError,
+    Outlook,
     Rows,
     RowsOperator,
     Space,
     as_damping,
-    concatenate,
-    format_bytes,
 )
 from dattri_parts.solvers.dual import Dual
-from dattri_parts.solvers.forecast import PRIMAL
-from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of, kept
+from dattri_parts.solvers.forecast import Forecast, refusal
+from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of
 from dattri_parts.solvers.primal import Primal
+from dattri_parts.solvers.reading import Reading
+from dattri_parts.solvers.reread import Reread
 
+_log = logging.getLogger("dattri")
 FACTORS = 8
 """Dampings that are solved by a Cholesky factor each before eigenvectors serve all others."""
 SMALL = 1500
@@ -58,6 +60,12 @@ class Woodbury:
     exact to the rounding of |g| |h| / damping: ``stats["rounding"]`` is that error, relative; with
     damping far below the largest eigenvalue use ``model.double()``.
 
+    Rows that do not fit the memory are not held (``stats["rows_held"]`` is 0): the Gram matrix adds
+    up over tiles of rows, one of which is held while those after it stream past, so that k tiles
+    read every row (k + 1) / 2 times; 16 m^2 bytes are kept. Answers are then formed, by two more
+    readings of the train set for each group of queries. The same numbers up to rounding, whatever
+    the memory; a plan says which way it is and what it takes.
+
     Args:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue,
             of each block where H is block diagonal. Not 0 where rows are fewer than parameters.
@@ -75,97 +83,32 @@ class Woodbury:
         """Read the rows, and factorise their Gram matrix or their second moment.
 
         Raises:
-            MemoryBudgetError: Rows and factors do not fit the operator's memory.
+            MemoryBudgetError: Not even the matrices fit the operator's memory, or rows do not and
+                cannot be read by example.
             NumericsError: H + damping I is singular to the operator's precision.
         """
-        state = _State(operator, _Reading.of(operator, device).sides())
-        return state.inverse(self.damping)
+        return _State.of(operator, device).inverse(self.damping)
 
-
-@define(eq=False)
-class _Reading:
-    """One pass over the rows: held, or added up where they are more than numbers in a row."""
-
-    operator: RowsOperator
-    device: torch.device
-    groups: Mapping[str, tuple[str, ...]]
-    count: int = 0
-    parts: dict[str, list[Block]] = field(factory=dict)  # by block
-    moments: dict[str, Tensor] = field(factory=dict)  # by group
-
-    @staticmethod
-    def of(operator: RowsOperator, device: torch.device) -> _Reading:
-        """Read all rows.
+    def foresee(self, operator: RowsOperator, told: Outlook) -> Outlook:
+        """Return what is known before the fit, from the rows of a few examples.
 
         Raises:
-            MemoryBudgetError: They do not fit, whichever side is taken.
+            MemoryBudgetError: The rows will not fit; says why and what would.
         """
-        reading = _Reading(operator, device, groups_of(operator))
-        for rows in operator.rows():
-            reading.add(rows)
-        return reading
+        if not isinstance(operator, IndexedRows):
+            return told
+        forecast = _forecast(operator)
+        note = f"woodbury          {forecast.way}"
+        if forecast.fits:
+            return evolve(told, forms=not forecast.base, base=forecast.base, note=note)
+        return evolve(told, forms=True, blockwise=False, note=note)
 
-    def size(self, group: str) -> int:
-        """Return the numbers of a row in the blocks of a group."""
-        return sum(self.operator.space[name].size for name in self.groups[group])
 
-    def add(self, rows: Rows) -> None:
-        """Take some more rows."""
-        self.count += len(rows)
-        small = kept(rows)
-        for group, names in self.groups.items():
-            if group not in self.moments and self.count >= PRIMAL * self.size(group):
-                self._turn(group)
-            if group in self.moments:
-                self._accumulate(group, [small.blocks[name] for name in names])
-                continue
-            for name in names:
-                self.parts.setdefault(name, []).append(small.blocks[name])
-        self._require_room()
-
-    def sides(self) -> dict[str, Dual | Primal]:
-        """Return each group on its smaller side."""
-        operator, dtype = self.operator, self.operator.dtype
-        found: dict[str, Dual | Primal] = {}
-        for group, names in self.groups.items():
-            if group in self.moments or not self.count:
-                space = operator.space.select(names)
-                moment = self.moments.get(group)
-                if moment is None:
-                    moment = torch.zeros(space.dim, space.dim, dtype=torch.float64)
-                found[group] = Primal(space, moment, self.count, dtype)
-                continue
-            blocks = {name: concatenate(self.parts.pop(name)) for name in names}
-            found[group] = Dual.of(blocks, self.size(group), operator.weight, dtype)
-        return found
-
-    def _turn(self, group: str) -> None:
-        """Add up what was held of a group."""
-        size = self.size(group)
-        self.moments[group] = torch.zeros(size, size, dtype=torch.float64, device=self.device)
-        self._require_room()
-        held = [self.parts.pop(name, []) for name in self.groups[group]]
-        for blocks in zip(*held, strict=True):
-            self._accumulate(group, blocks)
-
-    def _accumulate(self, group: str, blocks: Sequence[Block]) -> None:
-        flat = torch.cat([block.flat().double() for block in blocks], dim=1)
-        self.moments[group].addmm_(flat.T, flat, alpha=self.operator.weight)
-
-    def _require_room(self) -> None:
-        matrices = sum(16 * self.size(group) ** 2 for group in self.moments)
-        duals = len(self.groups) - len(self.moments)
-        factors = 8 * duals * self.count**2
-        rows = sum(block.nbytes for parts in self.parts.values() for block in parts)
-        if matrices + factors + rows > self.operator.memory:
-            raise MemoryBudgetError(
-                f"solver 'woodbury': after {self.count} rows of the curvature, rows take "
-                f"{format_bytes(rows)}, Gram matrices of {self.count} x {self.count} "
-                f"{format_bytes(factors)} and second moments {format_bytes(matrices)}; "
-                f"{format_bytes(self.operator.memory)} may be used; give a larger memory=, a "
-                "curvature with fewer rows ('fisher' has one an example, 'ggn' one for each "
-                "output), a projector, or the solver 'cg', 'datainf' or a spectral curvature"
-            )
+def _forecast(operator: IndexedRows) -> Forecast:
+    forecast = Forecast.of(operator)
+    if not forecast.possible:
+        raise refusal(str(forecast))
+    return forecast
 
 
 @define(eq=False)
@@ -174,7 +117,34 @@ class _State:
 
     operator: RowsOperator
     sides: Mapping[str, Dual | Primal]
+    reread: Reread | None = None  # where rows are not held
     asked: int = 0
+
+    @staticmethod
+    def of(operator: RowsOperator, device: torch.device) -> _State:
+        forecast = _forecast(operator) if isinstance(operator, IndexedRows) else None
+        if forecast is None or forecast.fits:
+            reading = Reading.of(operator, device)
+            if not reading.lacking:
+                return _State(operator, reading.sides())
+            if forecast is None or not forecast.streams:
+                raise refusal(reading.lacking)
+            del reading  # with the rows that it holds
+        assert isinstance(operator, IndexedRows)
+        _log.info("solver 'woodbury': %s", forecast.way)
+        reread = Reread.of(operator, device, forecast)
+        return _State(operator, reread.sides, reread)
+
+    @property
+    def blockwise(self) -> bool:
+        """Return whether an answer's block needs that of the row alone, and no reading of rows."""
+        return self.operator.blockwise and (self.reread is None or not self.reread.names)
+
+    @property
+    def base(self) -> int:
+        """Return of how many held rows of H an answer is a combination."""
+        duals = (side for side in self.sides.values() if isinstance(side, Dual) and side.blocks)
+        return max((side.rows for side in duals), default=0)
 
     def inverse(self, damping: Damping) -> _WoodburyInverse:
         """Return the inverse at a damping; the first one factorises, others when they are used."""
@@ -216,6 +186,8 @@ class _State:
             "rows": float(max(side.rows for side in sides)),
             "negligible_rows": float(min(side.negligible for side in sides)),
             "dual_blocks": float(sum(isinstance(side, Dual) for side in sides)),
+            "rows_held": float(self.reread is None),
+            **({} if self.reread is None else {"tiles": float(self.reread.tiles)}),
             "row_bytes": float(sum(side.row_bytes for side in sides)),
             "factor_bytes": float(sum(side.nbytes - side.row_bytes for side in sides)),
             "rounding": rounding,
@@ -234,7 +206,7 @@ class _WoodburyInverse:
     @property
     def blockwise(self) -> bool:
         """Return whether H is block diagonal."""
-        return self.state.operator.blockwise
+        return self.state.blockwise
 
     @property
     def forms(self) -> bool:
@@ -244,20 +216,22 @@ class _WoodburyInverse:
     @property
     def base(self) -> int:
         """Return of how many rows of H an answer is a combination."""
-        sides = self.state.sides.values()
-        return max((side.rows for side in sides if isinstance(side, Dual)), default=0)
+        return self.state.base
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, unformed on the side of inner products.
 
-        Where H is block diagonal the rows may hold a part of the blocks.
+        Where rows are not held it is formed, by two readings of them. Where H is block diagonal the
+        rows may hold a part of the blocks.
         """
-        operator = self.state.operator
+        operator, reread = self.state.operator, self.state.reread
         wanted = operator.space.select(rows.space.names) if self.blockwise else operator.space
         wanted.require_same(rows.space, "inverse Hessian")
         blocks: dict[str, Block] = {}
+        if reread is not None:
+            blocks |= reread.invert(rows, self.dampings, spectral=self.spectral)
         for group, names in groups_of(operator).items():
-            if names[0] in wanted:
+            if names[0] in wanted and names[0] not in blocks:
                 side, damping = self.state.sides[group], self.dampings[group]
                 blocks |= side.invert(rows, names, damping, spectral=self.spectral)
         return Rows(rows.space, blocks, rows.index, rows.aux)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 
 import pytest
 import torch
@@ -87,60 +89,64 @@ def test_routes_are_told_from_the_space():
         assert never.place == (curvature == Hessian())
     fisher = Exact(substitute=Fisher(draws=4), largest=0)
     assert fisher.route(problem).stage == CurvatureInverse(Fisher(draws=4), Woodbury(1e-3))
-    assert "Hessian" in fisher.note(problem)
-    assert "the sampled Fisher takes its place" in fisher.note(problem)
+    assert "Hessian" in fisher.foresee(problem).note
+    assert "the sampled Fisher takes its place" in fisher.foresee(problem).note
     spectral = Exact(substitute=KFAC(), largest=0).route(problem)
     assert spectral.stage == CurvatureInverse(KFAC(), Spectral(1e-3))
 
 
 # --- which substitute, by the bytes of its rows -------------------------------------------------
-def held_by(curvature, name, n):
-    """Return the bytes that the rows of a curvature and their factor take."""
-    task, train = network(name, n)
-    stats = Woodbury().solve_for(curvature.fit(problem_of(task, train)), CPU).stats
-    return int(stats["row_bytes"] + stats["factor_bytes"])
+def foretold(curvature, name, n, batch):
+    """Return the bytes that it takes to hold the rows of a curvature, and to read them again."""
+    forecast = Forecast.of(curvature.fit(problem_of(*network(name, n), batch=batch)))
+    return forecast.nbytes, math.ceil(forecast.matrix_bytes + forecast.example_bytes)
 
 
 @pytest.mark.parametrize("batch", [3, 64])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_substitute_is_the_first_whose_rows_fit_the_memory(name, batch, caplog):
+def test_the_substitute_is_the_first_whose_gram_matrix_fits_the_memory(name, batch, caplog):
     n = 20
     task, train = network(name, n)
     rows = queries(name)
     space = problem_of(task, train).space
-    ggn, fisher = held_by(GGN(), name, n), held_by(Fisher(kind="empirical"), name, n)
-    assert fisher < 0.7 * ggn
     exact = Exact(damping=0.1, largest=0)
-
-    large = exact.fit(problem_of(task, train, batch=batch, memory=int(1.2 * ggn)))
-    matrix = dense_ggn(task, space, train)
-    assert gap(large.apply(rows).flat(), solved(matrix, 0.1, rows.flat())) < 1e-8
-    assert large.stats["substituted"] == 1.0
-
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "dattri"):
-        middle = exact.fit(problem_of(task, train, batch=batch, memory=int(1.2 * fisher)))
-    [record] = caplog.records
-    assert "the empirical Fisher takes its place" in record.message
-    assert "not the GGN: " in record.message
     gradients = row_matrix(task, space, train)
-    moment = gradients.T @ gradients / n
-    want = solved(moment, 0.1, rows.flat())
-    assert gap(middle.apply(rows).flat(), want) < 1e-8
-    assert gap(solved(matrix, 0.1, rows.flat()), want) > 0.01  # the GGN's inverse is another
-    assert middle.stats["substituted"] == 2.0
-    assert middle.stats["rows"] == n
-    again = middle.with_damping(Damping(2.0))
-    assert gap(again.apply(rows).flat(), solved(moment, 2.0, rows.flat())) < 1e-8
-    assert again.stats["substituted"] == 2.0
+    wanted = {1.0: dense_ggn(task, space, train), 2.0: gradients.T @ gradients / n}
+    wants = {place: solved(matrix, 0.1, rows.flat()) for place, matrix in wanted.items()}
+    assert gap(wants[1.0], wants[2.0]) > 0.01  # the GGN's inverse is another
+
+    places = {1.0: GGN(), 2.0: Fisher(kind="empirical")}
+    sizes = {place: foretold(c, name, n, batch) for place, c in places.items()}
+    held, least = sizes[1.0][0], {place: min(size) for place, size in sizes.items()}
+    cases = [(1.0, int(1.2 * held)), (1.0, least[1.0]), (2.0, least[1.0] - 1), (2.0, least[2.0])]
+    for place, memory in cases:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "dattri"):
+            inverse = exact.fit(problem_of(task, train, batch=batch, memory=memory))
+        [record] = caplog.records
+        called = {1.0: "GGN", 2.0: "empirical Fisher"}[place]
+        assert f"the {called} takes its place" in record.message
+        assert ("not the GGN: " in record.message) == (place == 2.0)
+        holds = memory >= sizes[place][0]
+        assert inverse.stats["rows_held"] == holds
+        said = "rows are held (" if holds else "are not held but read again: "
+        assert said in record.message
+        assert gap(inverse.apply(rows).flat(), wants[place]) < 1e-8
+        assert inverse.stats["substituted"] == place
+        again = inverse.with_damping(Damping(2.0))
+        want = solved(wanted[place], 2.0, rows.flat())
+        assert gap(again.apply(rows).flat(), want) < 1e-8
+        assert again.stats["substituted"] == place
 
     with pytest.raises(MemoryBudgetError) as refused:
-        exact.fit(problem_of(task, train, batch=batch, memory=int(0.8 * fisher)))
+        exact.fit(problem_of(task, train, batch=batch, memory=least[2.0] - 1))
     message = str(refused.value)
     assert f"the Hessian of {space.dim} parameters" in message
     assert "the GGN cannot take its place (" in message
-    assert f"nor the empirical Fisher ({n} rows and what inverts them take" in message
-    assert f"{format_bytes(int(0.8 * fisher))} may be used" in message
+    assert re.search(
+        r"nor the empirical Fisher \((at least )?\d+ rows and what inverts them", message
+    )
+    assert f"{format_bytes(least[2.0] - 1)} may be used" in message
     assert "give a larger memory=" in message
     assert "'cg'" in message
 
@@ -157,7 +163,7 @@ def test_no_substitute_is_tried_before_it_is_known_to_fit(monkeypatch):
             yield part
 
     monkeypatch.setattr(TrainProblem, "rows", counted)
-    with pytest.raises(MemoryBudgetError, match=r"at least 800 rows .*at least 400 rows"):
+    with pytest.raises(MemoryBudgetError, match=r"at least 800 rows .*at least 400 rows "):
         Exact(largest=0).fit(problem_of(task, train, batch=4, memory=2000))
     assert {kind for kind, _ in read} == {"ggn", "loss"}
     assert sum(count for _, count in read) <= 2 * (2 * 8 + 4)
@@ -172,7 +178,7 @@ def test_no_substitute_is_tried_before_it_is_known_to_fit(monkeypatch):
 def test_a_forecast_is_what_is_held(curvature, batch, n):
     problem = problem_of(*network("reader", n), batch=batch)
     operator = curvature.fit(problem)
-    forecast = Forecast.of(operator, problem)
+    forecast = Forecast.of(operator)
     stats = Woodbury(1.0).solve_for(operator, CPU).stats
     assert forecast.whole
     assert forecast.fits
@@ -184,11 +190,30 @@ def test_a_forecast_is_what_is_held(curvature, batch, n):
 
 def test_a_forecast_counts_the_moments_of_short_rows():
     short, long = Group(size=4, row_bytes=10.0), Group(size=100, row_bytes=10.0)
-    assert Forecast(5, (short,), 0).nbytes == 8 * 25 + 50
-    assert Forecast(6, (short,), 0).nbytes == 16 * 16  # 6 = 1.5 * 4 rows
-    assert Forecast(6, (short, long), 0).nbytes == 16 * 16 + 8 * 36 + 60
-    many = Forecast(10**6, (Group(size=4, row_bytes=1000.0),), 0)
+    assert Forecast(5, (short,), 0, 5).nbytes == 8 * 25 + 50
+    assert Forecast(6, (short,), 0, 6).nbytes == 16 * 16  # 6 = 1.5 * 4 rows
+    assert Forecast(6, (short, long), 0, 6).nbytes == 16 * 16 + 8 * 36 + 60
+    many = Forecast(10**6, (Group(size=4, row_bytes=1000.0),), 0, 10**6)
     assert many.nbytes == 8 * 25 + 5000  # held just before they are summed
+
+
+def test_a_forecast_counts_tiles_and_readings():
+    # 20 rows of 1000 bytes, two an example; a Gram matrix and its factor take 16 * 400.
+    def with_room(room):
+        return Forecast(20, (Group(size=100, row_bytes=1e3, work=7.0),), 6400 + room, 10)
+
+    for room, tile, tiles in ((2000, 1, 10), (5000, 2, 5), (6500, 3, 4), (11000, 5, 2)):
+        forecast = with_room(room)
+        assert (forecast.tile, forecast.tiles) == (tile, tiles)
+        assert forecast.streams
+        assert forecast.readings == (tiles + 1) / 2
+    assert not with_room(1999).possible
+    assert with_room(2000).possible
+    assert with_room(0).pairs == 7 * 20 * 20 / 2
+    assert Forecast(20, (Group(100, 100.0),), 8 * 400 + 2000, 10).fits
+    assert not Forecast(20, (Group(100, 100.0),), 8 * 400 + 1999, 10).fits
+    short = Forecast(20, (Group(4, 1e9), Group(100, 100.0)), 16 * 16 + 6400 + 200, 10)
+    assert (short.streams, short.tile) == (True, 1)  # rows that are summed are not held
 
 
 @pytest.mark.parametrize("functional", [False, True])

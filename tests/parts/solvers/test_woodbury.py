@@ -143,6 +143,14 @@ class Counting:
         return self.operator.rows()
 
 
+class Plain:
+    """A rows operator whose rows cannot be read by example."""
+
+    def __init__(self, operator):
+        self.space, self.dtype, self.memory = operator.space, operator.dtype, operator.memory
+        self.weight, self.blockwise, self.rows = operator.weight, operator.blockwise, operator.rows
+
+
 # --- dampings -----------------------------------------------------------------------------------
 @settings(max_examples=15, deadline=None)
 @given(
@@ -295,8 +303,10 @@ def test_rows_that_are_rounding_of_the_largest_are_left_out():
 
 def test_more_than_the_memory_is_refused_with_the_bytes():
     problem = problem_of(*network("perceptron", n=40), memory=12 * 2**10)
-    with pytest.raises(MemoryBudgetError, match=r"after 27 rows.*of 27 x 27 5.7 KiB"):
+    with pytest.raises(MemoryBudgetError, match=r"40 rows and what inverts them take .* KiB"):
         inverted(GaussNewton(), problem)
+    with pytest.raises(MemoryBudgetError, match=r"after 27 rows.*of 27 x 27 5.7 KiB"):
+        Woodbury(0.01).solve_for(Plain(GaussNewton().fit(problem)), CPU)
     held = inverted(GaussNewton(), problem_of(*network("perceptron", n=40)))
     assert held.stats["factor_bytes"] == 8 * 40**2
     assert 0 < held.stats["row_bytes"] < 40 * 60 * 8

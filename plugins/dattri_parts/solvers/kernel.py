@@ -1,0 +1,93 @@
+"""The matrix of inner products of rows, solved with a multiple of the identity added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from dattri_core import NumericsError
+from dattri_parts.solvers.factor import power_iteration, require_regular
+
+
+@define(eq=False)
+class Kernel:
+    """(G G^T + damping/w I)^-1 for the m rows G of H = w G^T G; one factor is held.
+
+    Args:
+        rows: m.
+        weight: w.
+        trace: Of H.
+        dtype: In which products of rows are summed.
+        matrix: Makes G G^T, ``[m, m]`` in float64, which is overwritten.
+    """
+
+    rows: int
+    weight: float
+    trace: float
+    dtype: torch.dtype
+    matrix: Callable[[], Tensor]
+    _largest: float = 0.0  # eigenvalue of G G^T
+    _shift: float | None = None  # of the factor
+    _lower: Tensor | None = None  # [m, m]
+    _spectrum: tuple[Tensor, Tensor] | None = None
+
+    def factorise(self, damping: float) -> None:
+        """Hold a Cholesky factor of G G^T + damping/w I."""
+        shift = damping / self.weight
+        if self._shift == shift and self._lower is not None:
+            return
+        self._lower = None  # the one before goes first
+        matrix = self.matrix()
+        if not self._largest and self.trace > 0:
+            self._largest = power_iteration(lambda v: matrix @ v, matrix)
+        self._lower, self._shift = _cholesky(matrix, shift), shift
+
+    def rounding(self, damping: float) -> float:
+        """Return the error of a score relative to |g| |h| / damping, from rounding of products.
+
+        Raises:
+            NumericsError: It is all of it.
+        """
+        precision = torch.finfo(self.dtype).eps
+        greatest = self.weight * self._largest + damping
+        require_regular(damping, greatest, precision, damping)
+        return precision * greatest / damping
+
+    def solve(self, vectors: Tensor, damping: float, *, spectral: bool) -> Tensor:
+        """Return (G G^T + damping/w I)^-1 v for every column v, ``[m, C]`` in float64.
+
+        Args:
+            vectors: ``[m, C]``.
+            damping: lambda.
+            spectral: Solve with eigenvectors, which serve any damping.
+        """
+        if not self.rows:
+            return vectors
+        if spectral:
+            if self._spectrum is None:
+                self._lower = self._shift = None
+                self._spectrum = torch.linalg.eigh(self.matrix())
+            values, basis = self._spectrum  # of a Gram matrix: below zero is rounding
+            shifted = values.clamp_min(0) + damping / self.weight
+            return basis @ ((basis.mT @ vectors) / shifted.unsqueeze(1))
+        self.factorise(damping)
+        assert self._lower is not None
+        return torch.cholesky_solve(vectors, self._lower)
+
+
+def _cholesky(matrix: Tensor, shift: float) -> Tensor:
+    """Return L with L L^T = matrix + shift I, in place of the matrix."""
+    lower = matrix.mT  # the layout of LAPACK: no copy is made
+    lower.diagonal().add_(shift)
+    failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if int(failed):
+        raise NumericsError(
+            f"solver 'woodbury': the Gram matrix of {len(matrix)} rows plus {shift:.3g} is not "
+            "positive definite to the precision of its entries; give more damping, or use "
+            "model.double()"
+        )
+    return lower

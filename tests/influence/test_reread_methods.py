@@ -1,0 +1,99 @@
+"""Exact methods whose rows do not fit the memory, through the whole engine."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from oracles.networks import dense_ggn, dense_second_moment, problem_of, solved
+from torch import nn
+
+import dattri_core as dattri
+from dattri_core.laws.oracles import row_matrix
+
+N, M = 60, 6
+SMALL, LARGE = "1MiB", "64MiB"
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """Return a convolutional network in float64 whose rows take 740 KB, and dense curvatures."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AvgPool2d(2),
+            nn.Flatten(), nn.Linear(72, 3),
+        ).double()  # fmt: skip
+    sets = []
+    for n in (N, M):
+        inputs = torch.randn(n, 2, 10, 10, generator=generator, dtype=torch.float64)
+        sets.append((inputs, torch.randint(3, (n,), generator=generator)))
+    task = dattri.Task(model)
+    space = problem_of(task, sets[0]).space
+    left = row_matrix(task, space, sets[0])
+    right = row_matrix(task, space, sets[1], "test")
+    curvatures = {
+        "ggn": dense_ggn(task, space, sets[0]),
+        "fisher": dense_second_moment(task, space, sets[0]),
+    }
+    return task, *sets, left, right, curvatures
+
+
+def close(found, want, tolerance=1e-8):
+    assert float((found - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+@pytest.mark.parametrize("name", ["if-explicit", "if-woodbury"])
+def test_scores_are_those_of_a_dense_solve_at_any_memory(setting, name, caplog):
+    task, train, test, left, right, curvatures = setting
+    settings = {"largest": 100} if name == "if-explicit" else {}
+    method = dattri.method(name, damping=0.05, **settings)
+    want = left @ solved(curvatures["ggn"], 0.05, right).T
+    for memory, held in ((SMALL, 0.0), (LARGE, 1.0)):
+        plan = str(method.attribute(task, train, test, memory=memory, dry_run=True))
+        assert ("read again: " in plan) == (not held)
+        assert ("rows are held" in plan) == bool(held)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "dattri"):
+            scores = method.attribute(task, train, test, memory=memory)
+        close(scores.values, want)
+        [stats] = scores.provenance["solver"]
+        assert stats["rows_held"] == held
+        assert stats["rows"] > N
+        if name == "if-explicit":
+            assert stats["substituted"] == 1.0
+            assert "the GGN takes its place" in caplog.text
+            assert ("read again: " in caplog.text) == (not held)
+
+
+def test_a_ggn_of_too_many_rows_leaves_the_fisher_and_both_are_named(setting, caplog):
+    task, train, test, left, right, curvatures = setting
+    many = {"inverse_hessian": {"name": "exact", "damping": 0.05, "largest": 100}}
+    method = dattri.Method(**many)
+    train = tuple(torch.cat([part] * 3) for part in train)  # the mean is the same
+    with caplog.at_level(logging.WARNING, "dattri"):
+        scores = method.attribute(task, train, test, memory="2.5MiB")
+    assert scores.provenance["solver"][0]["substituted"] == 2.0
+    assert "the empirical Fisher takes its place" in caplog.text
+    assert "not the GGN: at least" in caplog.text
+    want = left @ solved(curvatures["fisher"], 0.05, right).T
+    close(scores.values, torch.cat([want] * 3))
+
+
+def test_sweeps_parts_and_self_influence(setting):
+    task, train, test, left, right, curvatures = setting
+    fitted = dattri.method("if-woodbury", damping=0.05).fit(task, train, memory=SMALL)
+    assert fitted.stats[0]["rows_held"] == 0.0
+    for damping, scores in fitted.sweep(test, damping=[0.1, 2.0]).items():
+        close(scores.values, left @ solved(curvatures["ggn"], damping, right).T)
+    answers = solved(curvatures["ggn"], 0.05, right)
+    parts = fitted.attribute(test, by="block")
+    close(torch.stack([part.values for part in parts.values()]).sum(0), left @ answers.T)
+    own = (left * solved(curvatures["ggn"], 0.05, left)).sum(1)
+    close(fitted.self_influence(), own)
+    relative = dattri.method("relatif-explicit", damping=0.05, largest=100)
+    found = relative.attribute(task, train, test, memory=SMALL)
+    assert found.provenance["solver"][0]["rows_held"] == 0.0
+    close(found.values, (left @ answers.T) / own.sqrt()[:, None])
