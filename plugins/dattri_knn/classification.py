@@ -17,7 +17,6 @@ from dattri_knn.distances import (
     needs_of,
     partial,
     weights_of,
-    whole,
 )
 from dattri_knn.values import additive_values
 
@@ -73,8 +72,7 @@ class KNNShapley:
                 gains *= weights_of(column.distances, self.weights, self.neighbours, self.bandwidth)
             return additive_values(gains, self.neighbours)
 
-        distances = whole(total, train, test, self.distance)
-        return Scored(solve_columns(game, distances, train, test))
+        return Scored(solve_columns(game, total, train, test, self.distance))
 
 
 def require_distance(scorer: Any) -> None:

@@ -18,7 +18,6 @@ from dattri_knn.distances import (
     needs_of,
     partial,
     weights_of,
-    whole,
 )
 from dattri_knn.values import squared_values
 
@@ -72,5 +71,4 @@ class KNNShapleyRegression:
                 )
             return squared_values(gains, column.label.double(), self.neighbours)
 
-        distances = whole(total, train, test, self.distance)
-        return Scored(solve_columns(game, distances, train, test))
+        return Scored(solve_columns(game, total, train, test, self.distance))
