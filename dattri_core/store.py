@@ -40,8 +40,8 @@ DTYPES = {
 }
 SHARD_BYTES = 64 * 2**20
 """Of the rows of one shard, at most; a build that is stopped loses less than one."""
-BATCHES = 16
-"""Batches of one shard, at most."""
+BATCHES = 4
+"""Batches of one shard, at most: one is written while the next is computed."""
 
 
 @frozen
