@@ -147,8 +147,8 @@ def keep_rows(
     rows: Rows,
     activations: int,
     memory: int,
-    *,
-    plan_only: bool = False,
+    before: Callable[[], None],
+    plan_only: bool,
 ) -> tuple[BoundSource, Examples, tuple[str, ...]]:
     """Return a source that reads train rows from the store, and the positions it reads them by.
 
@@ -161,6 +161,7 @@ def keep_rows(
         rows: Of its first examples, computed anew.
         activations: Bytes that a pass takes for one example.
         memory: Bytes of the fit.
+        before: Called before rows are computed.
         plan_only: Whether nothing is to be computed.
 
     Returns:
@@ -188,6 +189,8 @@ def keep_rows(
     told = (f"{said}, {count - len(held.missing)} of {count} shards there",)
     if plan_only and held.missing:
         return projected, examples, told
+    if held.missing:
+        before()
     build(projected, held, examples, device, keeping.advance)
     return Stored(projected, held), positions(examples), told
 
