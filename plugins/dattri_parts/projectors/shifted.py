@@ -123,24 +123,16 @@ class ShiftedKernel:
             threads = max(LEAST_THREADS, torch.get_num_threads())
             rows = min(rows, max(1, NUMBERS_A_THREAD * threads // length))
         count = max(1, NUMBERS_AT_ONCE // (rows * length))
-        groups = [
-            (part, turned, turned.unfold(1, length, 1).unbind(1))
-            for part, turned in zip(
-                torch.split(values, rows), torch.split(unrolled, rows), strict=True
-            )
-        ]
+        groups = list(zip(torch.split(values, rows), torch.split(unrolled, rows), strict=True))
         for tile in self._tiles(t, values, start, unrolled.dtype):
-            for part, turned, windows in groups:
+            for part, turned in groups:
                 column = tile.first - start
                 for at in range(0, len(tile.sizes), count):
                     sizes, places = tile.sizes[at : at + count], tile.windows[at : at + count]
                     width = sum(sizes)
                     work(
                         part.narrow(1, column, width),
-                        [
-                            windows[place] if size == length else turned.narrow(1, place, size)
-                            for place, size in zip(places, sizes, strict=True)
-                        ],
+                        [turned.narrow(1, *window) for window in zip(places, sizes, strict=True)],
                         sizes,
                         tile.signs.narrow(0, column + start - tile.first, width),
                     )
