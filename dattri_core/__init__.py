@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
+    from dattri_core.capabilities import RehearsedSource as RehearsedSource
     from dattri_core.capabilities import ReportingSource as ReportingSource
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
@@ -188,6 +189,7 @@ _EXPORTS = {
     "ReducingSolver": "capabilities",
     "ReferencedProblem": "capabilities",
     "Registry": "registry",
+    "RehearsedSource": "capabilities",
     "ReportingSource": "capabilities",
     "RootSolver": "capabilities",
     "RowKind": "protocols",

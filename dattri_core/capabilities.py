@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from dattri_core.blocks import Block
 from dattri_core.protocols import (
     BoundSource,
     Damping,
@@ -80,6 +81,15 @@ class ReportingSource(BoundSource, Protocol):
     @property
     def stats(self) -> Mapping[str, float]:
         """Return what its fit reached: iterations, the norm of a gradient..."""
+        ...
+
+
+@runtime_checkable
+class RehearsedSource(BoundSource, Protocol):
+    """A source at one checkpoint that made the train rows of its sample when it was bound."""
+
+    def first_rows(self) -> Mapping[str, Block] | None:
+        """Return the blocks of these rows and forget them; None where they are gone."""
         ...
 
 

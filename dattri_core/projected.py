@@ -117,6 +117,18 @@ class Projected:
             sink,
         )
 
+    def mapped(self, rows: Rows) -> Rows:
+        """Return rows of the source after the maps."""
+
+        def stream(sink: Sink) -> Mapping[str, Tensor]:
+            for name, block in rows.blocks.items():
+                sink(name, block)
+            return rows.aux
+
+        blocks: dict[str, Block] = {}
+        aux = pass_blocks(self.source.space, self.maps, stream, blocks.__setitem__)
+        return Rows(self.space, blocks, rows.index, aux)
+
 
 def weights_of(source: BoundSource) -> str | None:
     """Return a hash of the weights that a source reads, where it has an evaluator."""

@@ -9,8 +9,14 @@ import torch
 from attrs import frozen
 
 from dattri_core.activations import activation_bytes
-from dattri_core.batch import move
-from dattri_core.capabilities import DataSource, Outlook, ReportingSource, is_additive
+from dattri_core.batch import Batch, move
+from dattri_core.capabilities import (
+    DataSource,
+    Outlook,
+    RehearsedSource,
+    ReportingSource,
+    is_additive,
+)
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
@@ -129,11 +135,11 @@ def fit_checkpoint(
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
-    A few test examples, where given, are tried before any stage is fitted. With ``plan_only`` the
-    costs are those of all stages, but no inverse Hessian is fitted or in the chain, and projectors
-    are fitted on a few examples. Where rows are kept in a store they are computed first, so far as
-    they are not there, and read by all that needs no more than train rows. Reference examples are
-    those of the task.
+    A test example, where one is given, is tried before anything long: a fit, or rows to be kept.
+    With ``plan_only`` the costs are those of all stages, but no inverse Hessian is fitted or in the
+    chain, and projectors are fitted on a few examples. Where rows are kept in a store they are
+    computed first, so far as they are not there, and read by all that needs no more than train
+    rows. Reference examples are those of the task.
     """
     sample = move(examples.sample(SAMPLE), task.device)
     few = Examples("train", SAMPLE, "tensors", sample)
@@ -142,11 +148,16 @@ def fit_checkpoint(
     else:
         bound = source.bind(task, checkpoint, sample)
     check_stages(stages, bound.space, bound)
-    if test is not None:
-        collect(bound, test.sample(1), torch.arange(1), "test", task.device)
     evaluator = getattr(bound, "evaluator", None)
     activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
-    raw = collect(bound, sample, torch.arange(SAMPLE), "train", task.device)
+    raw = _first_rows(bound, sample, task.device)
+
+    def try_test() -> None:
+        if test is not None:
+            collect(bound, test.sample(1), torch.arange(1), "test", task.device)
+
+    if keeping is None or any(map(stage_needs, stages)):
+        try_test()
     streams = _streams(stages, seed, checkpoint.position)
     front = _front(stages, bound.space, streams, task.device, stored=keeping is not None)
     work = gradient_work(raw)
@@ -156,13 +167,13 @@ def fit_checkpoint(
     held = 0
     if front:
         given = projected = Projected(bound, front)
-        rows = collect(given, sample, torch.arange(SAMPLE), "train", task.device)
+        rows = projected.mapped(raw)
         # While blocks pass the maps, one is alive beside what has been added up, or all are.
         parts = all(step.blockwise or is_additive(step) for step in front)
         activations += _largest(raw, formed=True) if parts else _whole(raw)
         if keeping is not None:
             given, data, said = keep_rows(
-                keeping, projected, examples, rows, activations, memory, plan_only=plan_only
+                keeping, projected, examples, rows, activations, memory, try_test, plan_only
             )
             work = 0 if isinstance(given, Stored) else work
             check_stages(stages[len(front) - 1 :], given.space)
@@ -217,6 +228,15 @@ def fit_checkpoint(
     outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said, held)
     reported = dict(bound.stats) if isinstance(bound, ReportingSource) else {}
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
+
+
+def _first_rows(source: BoundSource, sample: Batch, device: torch.device) -> Rows:
+    """Return the train rows of the first examples, which some sources have made at bind."""
+    blocks = source.first_rows() if isinstance(source, RehearsedSource) else None
+    index = torch.arange(SAMPLE)
+    if blocks is None:
+        return collect(source, sample, index, "train", device)
+    return Rows(source.space, blocks, index)
 
 
 def _streams(stages: Sequence[Stage], seed: int, position: int) -> list[RandomStream]:

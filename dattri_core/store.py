@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from attrs import define, field, frozen, validators
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from dattri_core.atomic import atomic_file, discard_leftovers, write_text
 from dattri_core.batch import digest
 from dattri_core.errors import StoreError, format_bytes
+from dattri_core.tensor_file import tensor_file
 
 FORMAT = "dattri-store"
 VERSION = 1
@@ -40,8 +40,8 @@ DTYPES = {
 }
 SHARD_BYTES = 64 * 2**20
 """Of the rows of one shard, at most; a build that is stopped loses less than one."""
-BATCHES = 16
-"""Batches of one shard, at most."""
+BATCHES = 4
+"""Batches of one shard, at most: one is written while the next is computed."""
 
 
 @frozen
@@ -269,8 +269,8 @@ class StoredCheckpoint:
         facts = {"owner": self.owner, "start": start, "digest": _digest(held)}
         discard_leftovers(path)
         with atomic_file(path) as handle:
-            # In one entry: the order of several changes from one process to the next.
-            handle.write(save(held, metadata={ROWS: json.dumps(facts)}))
+            for piece in tensor_file(held, {ROWS: json.dumps(facts)}):
+                handle.write(piece)
 
     def read(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return values ``[B, k]`` and auxiliary numbers, each ``[B]``, of rows at any positions.

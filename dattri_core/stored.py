@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import attrs
@@ -23,6 +24,7 @@ from dattri_core.space import BlockSpec, Space
 from dattri_core.store import (
     DTYPES,
     MANIFEST,
+    Layout,
     OpenStore,
     Store,
     StoredCheckpoint,
@@ -145,8 +147,8 @@ def keep_rows(
     rows: Rows,
     activations: int,
     memory: int,
-    *,
-    plan_only: bool = False,
+    before: Callable[[], None],
+    plan_only: bool,
 ) -> tuple[BoundSource, Examples, tuple[str, ...]]:
     """Return a source that reads train rows from the store, and the positions it reads them by.
 
@@ -159,6 +161,7 @@ def keep_rows(
         rows: Of its first examples, computed anew.
         activations: Bytes that a pass takes for one example.
         memory: Bytes of the fit.
+        before: Called before rows are computed.
         plan_only: Whether nothing is to be computed.
 
     Returns:
@@ -186,6 +189,8 @@ def keep_rows(
     told = (f"{said}, {count - len(held.missing)} of {count} shards there",)
     if plan_only and held.missing:
         return projected, examples, told
+    if held.missing:
+        before()
     build(projected, held, examples, device, keeping.advance)
     return Stored(projected, held), positions(examples), told
 
@@ -203,28 +208,47 @@ def build(
         NumericsError: A number is not finite in the dtype of the store.
     """
     layout = rows.layout
-    dtype = DTYPES[layout.dtype]
     missing = rows.missing
     advance(layout.rows - sum(layout.stop(start) - start for start in missing))
-    for start in missing:
-        parts: list[Tensor] = []
-        aux: dict[str, list[Tensor]] = {}
-        for index, batch in examples.batches(layout.batch, start, layout.stop(start)):
-            for made in halved(
-                lambda i, b: collect(projected, b, i, "train", device), index, batch, "train rows"
-            ):
-                values = made.flat().to(dtype)
-                if not bool(torch.isfinite(values).all()):
-                    bad = (~torch.isfinite(values).all(1)).nonzero().flatten()[0]
-                    raise NumericsError(
-                        f"store: the row of train example {int(made.index[bad])} is not finite in "
-                        f"{layout.dtype}; use dattri.Store(folder, dtype='float32') or 'bfloat16'"
-                    )
-                parts.append(values.to("cpu"))
-                for name, numbers in made.aux.items():
-                    aux.setdefault(name, []).append(numbers.to("cpu"))
-                advance(len(made))
-        rows.write(start, torch.cat(parts), {name: torch.cat(held) for name, held in aux.items()})
+    with ThreadPoolExecutor(1) as pool:
+        writing: Future[None] | None = None
+        for start in missing:  # each is written while the next is computed
+            values, aux = compute_shard(projected, layout, start, examples, device, advance)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(rows.write, start, values, aux)
+        if writing is not None:
+            writing.result()
+
+
+def compute_shard(
+    projected: Projected,
+    layout: Layout,
+    start: int,
+    examples: Examples,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return values ``[m, k]`` and auxiliary numbers, each ``[m]``, of the shard from a row on."""
+    dtype = DTYPES[layout.dtype]
+    parts: list[Tensor] = []
+    aux: dict[str, list[Tensor]] = {}
+    for index, batch in examples.batches(layout.batch, start, layout.stop(start)):
+        for made in halved(
+            lambda i, b: collect(projected, b, i, "train", device), index, batch, "train rows"
+        ):
+            values = made.flat().to(dtype)
+            if not bool(torch.isfinite(values).all()):
+                bad = (~torch.isfinite(values).all(1)).nonzero().flatten()[0]
+                raise NumericsError(
+                    f"store: the row of train example {int(made.index[bad])} is not finite in "
+                    f"{layout.dtype}; use dattri.Store(folder, dtype='float32') or 'bfloat16'"
+                )
+            parts.append(values.to("cpu"))
+            for name, numbers in made.aux.items():
+                aux.setdefault(name, []).append(numbers.to("cpu"))
+            advance(len(made))
+    return torch.cat(parts), {name: torch.cat(held) for name, held in aux.items()}
 
 
 def hold(projected: Projected, examples: Examples, batch: int, device: torch.device) -> HeldRows:

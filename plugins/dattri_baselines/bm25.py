@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
-from attrs import asdict, field, frozen, validators
+from attrs import field, frozen, validators
 
-from dattri_baselines.documents import WORDS, read_documents
-from dattri_baselines.written import Array, provenance_of, write_columns
-from dattri_core import Examples, SpecError
+from dattri_baselines.documents import WORDS
+from dattri_baselines.texts import Documents, Index, score_texts
+from dattri_baselines.written import Array, Columns
 
 
 @frozen
@@ -62,29 +62,23 @@ class BM25:
         Raises:
             SpecError: bm25s cannot be imported, or the data are neither texts nor token ids.
         """
-        try:
-            library = importlib.import_module("bm25s")
-        except ImportError as error:
-            raise SpecError(
-                f"bm25: cannot import bm25s ({error}); pip install dattri-core[text]. Or use "
-                "'tf-idf'"
-            ) from error
-        sides = Examples.of(train, "train"), Examples.of(test, "test")
-        if dry_run:
-            return f"bm25: {len(sides[0])} x {len(sides[1])} scores from one index of the train set"
-        texts, queries = (read_documents(side, self.words) for side in sides)
-        index = None
-        if any(texts):
+        return score_texts(self, self._index, task, train, test, out, dry_run=dry_run)
+
+    @property
+    def _index(self) -> Index:
+        def columns(library: ModuleType, texts: Documents, queries: Documents) -> Columns:
             index = library.BM25(k1=self.k1, b=self.b, method="lucene", dtype="float64")
             index.index(texts, show_progress=False)
 
-        def columns(start: int, stop: int) -> Array:
-            made = np.zeros((len(texts), stop - start))
-            for at, query in enumerate(queries[start:stop]):
-                known = [] if index is None else [t for t in query if t in index.vocab_dict]
-                if index is not None and known:
-                    made[:, at] = index.get_scores(known)
-            return made
+            def scores(start: int, stop: int) -> Array:
+                made = np.zeros((len(texts), stop - start))
+                for at, query in enumerate(queries[start:stop]):
+                    known = [token for token in query if token in index.vocab_dict]
+                    if known:
+                        made[:, at] = index.get_scores(known)
+                return made
 
-        facts = provenance_of(task, {"name": "bm25", **asdict(self)}, sides[0])
-        return write_columns(columns, *sides, facts, out)
+            return scores
+
+        hint = "pip install dattri-core[text]. Or use 'tf-idf'"
+        return Index("bm25", "bm25s", "bm25s", hint, "one index of the train set", columns)

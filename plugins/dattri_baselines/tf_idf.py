@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import frozen
 
-from dattri_baselines.documents import WORDS, read_documents
-from dattri_baselines.written import Array, provenance_of, write_columns
-from dattri_core import Examples, SpecError
+from dattri_baselines.documents import WORDS
+from dattri_baselines.texts import Documents, Index, score_texts
+from dattri_baselines.written import Array, Columns
 
 
 @frozen
@@ -54,29 +54,29 @@ class TfIdf:
         Raises:
             SpecError: scikit-learn cannot be imported, or the data are neither texts nor token ids.
         """
-        try:
-            library = importlib.import_module("sklearn.feature_extraction.text")
-        except ImportError as error:
-            raise SpecError(
-                f"tf-idf: cannot import scikit-learn ({error}); pip install dattri-core[text]"
-            ) from error
-        sides = Examples.of(train, "train"), Examples.of(test, "test")
-        if dry_run:
-            return f"tf-idf: {len(sides[0])} x {len(sides[1])} scores from one sparse matrix a side"
-        texts, queries = (read_documents(side, self.words) for side in sides)
-        facts = provenance_of(task, {"name": "tf-idf", **asdict(self)}, sides[0])
-        if not any(texts):
-            empty = len(texts)
-            return write_columns(lambda a, b: np.zeros((empty, b - a)), *sides, facts, out)
-        made = library.TfidfVectorizer(analyzer=_tokens, dtype=np.float64)
-        rows, asked = made.fit_transform(texts), made.transform(queries)
+        return score_texts(self, INDEX, task, train, test, out, dry_run=dry_run)
 
-        def columns(start: int, stop: int) -> Array:
-            return np.asarray((rows @ asked[start:stop].T).toarray())
 
-        return write_columns(columns, *sides, facts, out)
+def _columns(library: ModuleType, texts: Documents, queries: Documents) -> Columns:
+    made = library.TfidfVectorizer(analyzer=_tokens, dtype=np.float64)
+    rows, asked = made.fit_transform(texts), made.transform(queries)
+
+    def scores(start: int, stop: int) -> Array:
+        return np.asarray((rows @ asked[start:stop].T).toarray())
+
+    return scores
 
 
 def _tokens(document: list[str]) -> list[str]:
     """Return the tokens of a text that was split already."""
     return document
+
+
+INDEX = Index(
+    "tf-idf",
+    "sklearn.feature_extraction.text",
+    "scikit-learn",
+    "pip install dattri-core[text]",
+    "one sparse matrix a side",
+    _columns,
+)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from dattri_core import Block, Scored, Side, SpecError
+from dattri_core import Block, Scored, Side
 from dattri_knn.columns import Column, solve_columns
 from dattri_knn.distances import (
     DISTANCES,
@@ -15,11 +15,9 @@ from dattri_knn.distances import (
     Distance,
     Weights,
     needs_of,
-    partial,
-    weights_of,
-    whole,
 )
 from dattri_knn.values import additive_values
+from dattri_knn.votes import pair, weighted
 
 
 @frozen
@@ -61,27 +59,13 @@ class KNNShapley:
         Raises:
             SpecError: Weights are asked of ``"dot"``, which is no distance.
         """
-        require_distance(self)
-        return partial(train, test, self.distance)
+        return pair(self, train, test)
 
     def finish(self, total: Tensor, train: Side, test: Side) -> Scored:
         """Return the Shapley values of all train rows for each test row."""
 
         def game(column: Column) -> Tensor:
             gains = (column.labels == column.label).double()
-            if self.weights != "uniform":
-                gains *= weights_of(column.distances, self.weights, self.neighbours, self.bandwidth)
-            return additive_values(gains, self.neighbours)
+            return additive_values(weighted(self, gains, column), self.neighbours)
 
-        distances = whole(total, train, test, self.distance)
-        return Scored(solve_columns(game, distances, train, test))
-
-
-def require_distance(scorer: Any) -> None:
-    """Raise unless weights, where asked for, are of a distance."""
-    if scorer.weights != "uniform" and scorer.distance == "dot":
-        raise SpecError(
-            f"scorer {type(scorer).__name__}: weights={scorer.weights!r} are of a distance, and "
-            "'dot' is none (it may be negative); use the distance 'cosine' or 'l2', or "
-            "weights='uniform'"
-        )
+        return Scored(solve_columns(game, total, train, test, self.distance))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from dattri_core import Side, limit_now
+from dattri_knn.distances import Distance, whole
 
 WORK = 64
 """Bytes for each train row and column while a column is sorted and its game is solved."""
-PIECE = 2**19
+PIECE = 2**20
 """Pairs that are sorted at once where memory allows more: as many as caches hold."""
+LINE = 16
+"""Columns that share a line of the cache: pieces are multiples of it, where they hold as many."""
+SERIAL = 2**18
+"""Fewer pairs are not worth a thread."""
 PLACE = 0xFFFFFFFF
 """The bits of a key that hold the place of a train row."""
 
@@ -24,42 +30,69 @@ class Column:
 
     Args:
         labels: Of the train rows, ``[C, n]``.
-        distances: Of the train rows, float64, ``[C, n]``.
         label: Of each test row, ``[C, 1]``.
     """
 
     labels: Tensor
-    distances: Tensor
     label: Tensor
+    _seen: Tensor
+    _order: Tensor
+
+    @property
+    def distances(self) -> Tensor:
+        """Return those of the train rows, float64, ``[C, n]``."""
+        return self._seen.gather(1, self._order).double()
 
 
 def solve_columns(
-    game: Callable[[Column], Tensor], distances: Tensor, train: Side, test: Side
+    game: Callable[[Column], Tensor], total: Tensor, train: Side, test: Side, distance: Distance
 ) -> Tensor:
     """Return the values of a game among the train rows, one game for each test row, ``[n, C]``.
 
+    Two distances that are equal in float32 are tied, and the row that comes first in the train set
+    is the nearer one.
+
     Args:
         game: Values of some columns, float64 ``[C, n]``, from the nearest row to the farthest.
-        distances: ``[n, C]``. Two that are equal in float32 are tied, and the row that comes first
-            in the train set is the nearer one.
+        total: What added up over blocks, ``[n, C]``.
         train: All train rows.
         test: The test rows.
+        distance: Which distance that is the sum for.
     """
-    labels, answers = train.aux["label"], test.aux["label"]
-    place = train.index.argsort()
+    labels, answers = train.aux["label"], test.aux["label"].unsqueeze(1)
     moved = bool((train.index[1:] < train.index[:-1]).any())
-    if moved:
-        distances, labels = distances[place], labels[place]
-    values = torch.empty_like(distances)
-    for part in column_parts(distances):
-        seen = distances[:, part].T.contiguous()
+    place = train.index.argsort() if moved else slice(None)
+    labels = labels[place]
+    values = torch.empty_like(total)
+
+    def solve(part: slice) -> None:
+        seen = distances_from(total, train, test, distance, part)[:, place]
         order = nearest_first(seen)
-        column = Column(labels[order], seen.gather(1, order).double(), answers[part].unsqueeze(1))
-        found = game(column).to(values.dtype)
-        values[:, part] = seen.scatter_(1, order, found).T
-    if not moved:
+        found = game(Column(labels[order], answers[part], seen, order))
+        values[place, part] = seen.scatter_(1, order, found.to(seen.dtype)).T
+
+    workers = torch.get_num_threads()
+    if total.device.type != "cpu" or total.numel() < SERIAL:
+        workers = 1
+    parts = column_parts(total, workers)
+    if workers == 1:
+        for part in parts:
+            solve(part)
         return values
-    return torch.empty_like(values).index_copy_(0, place, values)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(solve, parts))
+    return values
+
+
+def distances_from(
+    total: Tensor, train: Side, test: Side, distance: Distance, part: slice
+) -> Tensor:
+    """Return the distances of some test rows, ``[C, n]``, in memory of their own."""
+    sums = total[:, part].T.clone(memory_format=torch.contiguous_format)
+    scale = None
+    if train.norm is not None and test.norm is not None:
+        scale = test.norm[part].unsqueeze(1) * train.norm
+    return whole(sums, scale, distance)
 
 
 def guess(train: Side) -> float:
@@ -67,10 +100,17 @@ def guess(train: Side) -> float:
     return 1 / len(set(train.aux["label"].tolist()))
 
 
-def column_parts(distances: Tensor) -> list[slice]:
-    """Return ranges of columns of which each keeps within the memory for intermediates."""
-    rows, columns = distances.shape
-    step = max(1, min(PIECE, limit_now() // WORK) // max(1, rows))
+def column_parts(pairs: Tensor, workers: int = 1) -> list[slice]:
+    """Return ranges of columns, of which those at work keep within the memory for intermediates.
+
+    Args:
+        pairs: ``[n, C]``.
+        workers: Ranges that are at work at a time.
+    """
+    rows, columns = pairs.shape
+    step = max(1, min(PIECE, limit_now() // WORK // workers) // max(1, rows))
+    step = min(step, -(-columns // workers))
+    step -= step % LINE if step > LINE else 0
     return [slice(start, start + step) for start in range(0, columns, step)]
 
 

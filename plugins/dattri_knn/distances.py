@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dattri_core import Block, Side
+from dattri_core import Block
 
 Distance = Literal["l2", "l1", "cosine", "dot"]
 DISTANCES: tuple[Distance, ...] = ("l2", "l1", "cosine", "dot")
@@ -34,23 +34,26 @@ def partial(train: Block, test: Block, distance: Distance) -> Tensor:
     return apart.masked_fill_(apart <= squares.mul_(ZERO), 0).to(wide)
 
 
-def whole(total: Tensor, train: Side, test: Side, distance: Distance) -> Tensor:
-    """Return the distances ``[n, C]`` from the sum over blocks; a row of zeros is at a right angle.
+def whole(total: Tensor, scale: Tensor | None, distance: Distance) -> Tensor:
+    """Return the distances from the sum over blocks; a row of zeros is at a right angle.
 
     L2 and L1 are what they are called, ``"cosine"`` is 1 - cos, and ``"dot"`` is -<x, t>, which is
     no distance but orders rows like one.
+
+    Args:
+        total: The sum, of any shape; it is overwritten.
+        scale: |x| |t| of the same shape, for ``"cosine"``.
+        distance: Which one.
     """
     if distance == "l1":
         return total
     if distance == "l2":
-        return total.clamp_min(0).sqrt()
+        return total.clamp_min_(0).sqrt_()
     if distance == "dot":
-        return -total
-    assert train.norm is not None
-    assert test.norm is not None
-    scale = train.norm.unsqueeze(1) * test.norm.unsqueeze(0)
+        return total.neg_()
+    assert scale is not None
     cosines = torch.where(scale > 0, total / scale, 0)
-    return (1 - cosines).clamp(0, 2)
+    return (1 - cosines).clamp_(0, 2)
 
 
 def needs_of(distance: Distance) -> frozenset[str]:

@@ -8,7 +8,6 @@ from attrs import field, frozen, validators
 from torch import Tensor
 
 from dattri_core import Block, Scored, Side
-from dattri_knn.classification import require_distance
 from dattri_knn.columns import Column, solve_columns
 from dattri_knn.distances import (
     DISTANCES,
@@ -16,11 +15,9 @@ from dattri_knn.distances import (
     Distance,
     Weights,
     needs_of,
-    partial,
-    weights_of,
-    whole,
 )
 from dattri_knn.values import squared_values
+from dattri_knn.votes import pair, weighted
 
 
 @frozen
@@ -58,19 +55,13 @@ class KNNShapleyRegression:
         Raises:
             SpecError: Weights are asked of ``"dot"``, which is no distance.
         """
-        require_distance(self)
-        return partial(train, test, self.distance)
+        return pair(self, train, test)
 
     def finish(self, total: Tensor, train: Side, test: Side) -> Scored:
         """Return the Shapley values of all train rows for each test row."""
 
         def game(column: Column) -> Tensor:
-            gains = column.labels.double()
-            if self.weights != "uniform":
-                gains = gains * weights_of(
-                    column.distances, self.weights, self.neighbours, self.bandwidth
-                )
+            gains = weighted(self, column.labels.double(), column)
             return squared_values(gains, column.label.double(), self.neighbours)
 
-        distances = whole(total, train, test, self.distance)
-        return Scored(solve_columns(game, distances, train, test))
+        return Scored(solve_columns(game, total, train, test, self.distance))

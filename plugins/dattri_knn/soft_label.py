@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dattri_core import Block, Scored, Side
 from dattri_knn.columns import Column, guess, solve_columns
-from dattri_knn.distances import DISTANCES, Distance, needs_of, partial, whole
+from dattri_knn.distances import DISTANCES, Distance, needs_of, partial
 from dattri_knn.values import mean_values
 
 
@@ -51,5 +51,4 @@ class SoftLabelKNNShapley:
             gains = (column.labels == column.label).double()
             return mean_values(gains, empty, self.neighbours)
 
-        distances = whole(total, train, test, self.distance)
-        return Scored(solve_columns(game, distances, train, test))
+        return Scored(solve_columns(game, total, train, test, self.distance))

@@ -9,8 +9,8 @@ from attrs import field, frozen, validators
 from torch import Tensor
 
 from dattri_core import Block, Scored, Side
-from dattri_knn.columns import column_parts, guess
-from dattri_knn.distances import DISTANCES, Distance, needs_of, partial, whole
+from dattri_knn.columns import column_parts, distances_from, guess
+from dattri_knn.distances import DISTANCES, Distance, needs_of, partial
 from dattri_knn.values import equal_values
 
 
@@ -48,10 +48,10 @@ class ThresholdKNNShapley:
         """Return the Shapley values of all train rows for each test row."""
         labels, answers = train.aux["label"].unsqueeze(1), test.aux["label"]
         empty = guess(train)
-        distances = whole(total, train, test, self.distance)
-        values = torch.empty_like(distances)
-        for part in column_parts(distances):
+        values = torch.empty_like(total)
+        for part in column_parts(total):
             gains = (labels == answers[part]).double()
-            inside = distances[:, part] <= self.threshold
+            far = distances_from(total, train, test, self.distance, part).T
+            inside = far <= self.threshold
             values[:, part] = equal_values(gains, inside, empty).to(values.dtype)
         return Scored(values)

@@ -8,6 +8,7 @@ their Shapley weights.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,8 @@ def additive_values(gains: Tensor, neighbours: int) -> Tensor:
     """
     rank = _ranks(gains)
     once = 1 / torch.where(rank > neighbours, rank - 1, neighbours)
-    later = torch.where(rank > neighbours, 1 / (rank * (rank - 1)).clamp_min(1), 0)
-    return gains * once - _from_here(gains * later)
+    later = torch.where(rank > neighbours, -1 / (rank * (rank - 1)).clamp_min(1), 0)
+    return _from_here(gains * later).addcmul_(gains, once)
 
 
 def squared_values(gains: Tensor, answer: Tensor, neighbours: int) -> Tensor:
@@ -113,5 +114,12 @@ def _harmonic(gains: Tensor) -> Tensor:
 
 
 def _from_here(terms: Tensor) -> Tensor:
-    """Return sum_(j >= i) of the terms, added from the far end, where they are smallest."""
-    return terms.flip(1).cumsum(1).flip(1)
+    """Return sum_(j >= i) of the terms in their place, added from the far end, the smallest first.
+
+    NumPy reads backwards, so that nothing is turned on the CPU.
+    """
+    if terms.device.type != "cpu":
+        return terms.flip(1).cumsum(1).flip(1)
+    backwards = terms.numpy()[:, ::-1]
+    np.add.accumulate(backwards, axis=1, out=backwards)
+    return terms

@@ -24,7 +24,7 @@ def register(registry: dattri.Registry) -> None:
         "rps-l2",
         {"source": "last-layer", "scorer": "representer", "fold": "mean"},
         summary="Representer points: what each train example adds to a logit, once the last layer "
-        "is fitted again with an L2 penalty",
+        "is fitted again, to the labels and with an L2 penalty",
         formula="S_ij = alpha_ic f_i^T f_j, alpha_i = -1/(2 l2 n) dL_i/doutputs, f the features "
         "of the last layer and 1, c the output asked for; sum_i S_ij is that output",
         citation="Yeh et al. 2018, Representer Point Selection for Explaining Deep Neural "

@@ -55,6 +55,10 @@ class LastLayer:
     layer is the ``nn.Linear`` whose outputs the criterion takes, whatever parameters the task
     selects; the user's model keeps its own.
 
+    L is the loss of the task on its labels, not on the predictions of the model, which the paper
+    takes for a network that is trained already: alpha_i says how far the layer is from the label of
+    example i, so that a wrong label shows; of predictions no label would be read.
+
     Test rows are of the target of the task; without one, of an output, of which more is better.
 
     Source: Yeh et al. 2018, Representer Point Selection for Explaining Deep Neural Networks,

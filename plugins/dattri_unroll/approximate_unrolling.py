@@ -11,7 +11,7 @@ from dattri_parts.curvatures.ekfac import EKFAC
 from dattri_parts.projectors.identity import Identity
 from dattri_parts.sources.per_example import PerExample
 
-from dattri_core import Curvature, Examples, Projector, Source, Task, parse_bytes
+from dattri_core import Curvature, Projector, Source, Task
 from dattri_unroll.points import Points
 from dattri_unroll.segments import Segments
 from dattri_unroll.walk import scores_of
@@ -90,17 +90,6 @@ class ApproximateUnrolling:
             SpecError: Parts do not fit each other, or the run is not known well enough.
             NumericsError: The carried rows grow beyond all numbers.
         """
-        points = Points(
-            "source",
-            self.source,
-            self.projector,
-            self.curvature,
-            "spectral",
-            self.seed,
-            task,
-            Examples.of(train, "train"),
-            Examples.of(test, "test"),
-            parse_bytes(memory, task.device),
-        )
+        points = Points.of(self, "source", "spectral", task, train, test, memory)
         walk = Segments(points, self.segments, self.iterations, self.weight_decay)
         return scores_of(self, walk, out, progress, dry_run=dry_run)

@@ -13,12 +13,10 @@ from dattri_parts.sources.per_example import PerExample
 
 from dattri_core import (
     Curvature,
-    Examples,
     Projector,
     Scores,
     Source,
     Task,
-    parse_bytes,
 )
 from dattri_unroll.backward import Backward, step_of
 from dattri_unroll.points import Points
@@ -120,16 +118,5 @@ class DataValueEmbedding:
         return {e: Scores(v, *ids, {**provenance, "epoch": e}) for e, v in parts.items()}
 
     def _walk(self, task: Task, train: Any, test: Any, memory: str | int | None) -> Backward:
-        points = Points(
-            "dvemb",
-            self.source,
-            self.projector,
-            self.curvature,
-            "apply",
-            self.seed,
-            task,
-            Examples.of(train, "train"),
-            Examples.of(test, "test"),
-            parse_bytes(memory, task.device),
-        )
+        points = Points.of(self, "dvemb", "apply", task, train, test, memory)
         return Backward(points, self.tolerance)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from attrs import evolve, field, frozen
 
@@ -19,12 +21,37 @@ from dattri_core import (
     Task,
     TrainProblem,
     map_tensors,
+    parse_bytes,
 )
 
 COPIES = 4
 """Of the carried test rows that are alive at once: themselves, a product, and what they become."""
 LARGEST_BATCH = 4096
 SAMPLE = 3
+
+
+class Unrolled(Protocol):
+    """A method along a run: the parts that are the same at all of its points."""
+
+    @property
+    def source(self) -> Source:
+        """Return what gives the gradients."""
+        ...
+
+    @property
+    def projector(self) -> Projector:
+        """Return what sketches them."""
+        ...
+
+    @property
+    def curvature(self) -> Curvature:
+        """Return what is fitted along the run."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Return that of the projector and of what the curvature draws."""
+        ...
 
 
 @frozen(eq=False)
@@ -55,6 +82,31 @@ class Points:
     test: Examples
     memory: int
     _maps: dict[Space, LinearMap] = field(factory=dict, init=False)
+
+    @classmethod
+    def of(
+        cls,
+        part: Unrolled,
+        name: str,
+        asked: str,
+        task: Task,
+        train: Any,
+        test: Any,
+        memory: str | int | None,
+    ) -> Points:
+        """Return the points of a run for a method and data sets as users give them."""
+        return cls(
+            name,
+            part.source,
+            part.projector,
+            part.curvature,
+            asked,
+            part.seed,
+            task,
+            Examples.of(train, "train"),
+            Examples.of(test, "test"),
+            parse_bytes(memory, task.device),
+        )
 
     def __attrs_post_init__(self) -> None:
         self._require_fitting_parts()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import attrs
 import numpy as np
 import pytest
 import torch
 from dattri_knn.classification import KNNShapley
-from dattri_knn.columns import column_parts, nearest_first, solve_columns
+from dattri_knn.columns import SERIAL, column_parts, nearest_first, solve_columns
 from dattri_knn.regression import KNNShapleyRegression
 from dattri_knn.values import additive_values, equal_values, mean_values, squared_values
 from oracles import knn_games as games
@@ -146,15 +148,42 @@ def test_columns_are_solved_in_parts_of_the_memory():
         seen.append(len(column.labels))
         return additive_values((column.labels == column.label).double(), 5)
 
-    want = solve_columns(game, distances, train, test)
+    want = solve_columns(game, distances, train, test, "l1")
     with contraction_limit(200 * 64 * 4):
         assert len(column_parts(distances)) == 8
         seen.clear()
-        assert torch.equal(solve_columns(game, distances, train, test), want)
+        assert torch.equal(solve_columns(game, distances, train, test, "l1"), want)
         assert seen == [4] * 7 + [3]
     turned = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     moved = Side(turned, {"label": labels[turned]}, None)
-    assert torch.equal(solve_columns(game, distances[turned], moved, test), want[turned])
+    assert torch.equal(solve_columns(game, distances[turned], moved, test, "l1"), want[turned])
+
+
+def test_columns_are_the_same_on_several_threads(monkeypatch):
+    rows, columns = 9000, 35
+    assert rows * columns > SERIAL
+    far = normal(rows, columns, seed=3).abs().float().double()  # ties are those of float32
+    labels = torch.arange(rows) % 3
+    turned = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    train = Side(turned, {"label": labels[turned]}, None)
+    test = Side(torch.arange(columns), {"label": torch.arange(columns) % 3}, None)
+    found, seen = [], set()
+
+    def game(column):
+        seen.add(threading.get_ident())
+        return additive_values((column.labels == column.label).double() * column.distances, 5)
+
+    for count in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        seen.clear()
+        found.append(solve_columns(game, far[turned], train, test, "l1"))
+        assert (threading.get_ident() in seen) == (count == 1)
+    assert torch.equal(*found)
+    order = far[:, 7].sort(stable=True).indices
+    gains = (labels[order] == 1).double() * far[order, 7]
+    want = torch.empty(rows, dtype=torch.float64)
+    want[order] = additive_values(gains[None], 5)[0]
+    torch.testing.assert_close(found[0][:, 7].double(), want[turned], rtol=1e-12, atol=1e-16)
 
 
 def test_scores_of_a_column_go_to_disk_and_are_resumed(tmp_path):

@@ -5,19 +5,18 @@ Set DATTRI_PEERS_PYTHON to a Python that has dattri, and DATTRI_DATA to a folder
 
 import gzip
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peer_runs import run_script
 from torch import nn
 
 import dattri_core as dattri
 from dattri_core import Task
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(1800)]
-SCRIPT = Path(__file__).with_name("dattri_scores.py")
 DAMPING = 1e-2
 RATES = [0.1, 0.05]
 N, M = 1000, 100
@@ -62,7 +61,6 @@ def train_model(train, steps):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Return the data, two checkpoints, and the folder with dattri's scores of them."""
-    python = setting("DATTRI_PEERS_PYTHON", "a Python that has dattri 0.3.0")
     folder = tmp_path_factory.mktemp("dattri")
     train, test = mnist("train", N), mnist("t10k", M)
     states = [train_model(train, steps) for steps in (60, 20)]
@@ -77,10 +75,7 @@ def world(tmp_path_factory):
         test_x=test[0],
         test_y=test[1],
     )
-    done = subprocess.run(
-        [python, str(SCRIPT), str(folder)], capture_output=True, text=True, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("dattri_scores.py", folder, packages={"dattri": "dattri 0.3.0"})
     return train, test, states, folder
 
 

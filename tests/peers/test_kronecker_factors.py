@@ -3,14 +3,11 @@
 Set DATTRI_PEERS_PYTHON to a Python that has curvlinops-for-pytorch 3.0.1 and kronfluence 1.0.1.
 """
 
-import os
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from kronecker_worlds import MODELS, N_TEST, N_TRAIN, save
+from peer_runs import run_script
 
 import dattri_core as dattri
 from dattri_core import Rows, Task
@@ -21,30 +18,16 @@ from dattri_core.protocols import RandomStream
 from dattri_core.stream import Examples
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(1800)]
-HERE = Path(__file__).parent
 DAMPING = 1e-2
-
-
-def run(script, folder, *arguments):
-    """Run a script of this folder in the peers' environment, on the worlds saved in a folder."""
-    python = os.environ.get("DATTRI_PEERS_PYTHON")
-    if not python:
-        pytest.skip("DATTRI_PEERS_PYTHON is not set; give a Python that has the peers")
-    done = subprocess.run(
-        [python, str(HERE / script), str(folder), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def curvlinops(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curvlinops")
     worlds = {name: save(folder, name) for name in MODELS}
-    run("curvlinops_dense.py", folder)
+    run_script(
+        "curvlinops_dense.py", folder, packages={"curvlinops": "curvlinops-for-pytorch 3.0.1"}
+    )
     return worlds, folder
 
 
@@ -52,7 +35,9 @@ def curvlinops(tmp_path_factory):
 def kronfluence(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kronfluence")
     worlds = {name: save(folder, name) for name in MODELS}
-    run("kronfluence_scores.py", folder, DAMPING)
+    run_script(
+        "kronfluence_scores.py", folder, DAMPING, packages={"kronfluence": "kronfluence 1.0.1"}
+    )
     return worlds, folder
 
 

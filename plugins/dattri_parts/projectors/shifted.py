@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -15,14 +15,13 @@ from dattri_parts.projectors.entries import entries, random_integers
 
 SIGNS_AT_ONCE = 2**20
 """Signs that are drawn at once; bounds the memory, never the numbers."""
-NUMBERS_IN_CACHE = 2**16
-"""Numbers of one operation on the CPU, so that the sketch of its rows stays in the cache."""
-NUMBERS_SERIAL = 2**15
-"""The same where torch has several threads: it takes so many on one of them, and to wake the others
-for each of thousands of short operations would cost more than they save. Each thread of ours takes
-rows of its own instead."""
-BLOCKS_IN_PARALLEL = 64
-"""Blocks of fewer are not worth a thread."""
+NUMBERS_AT_ONCE = 2**20
+"""Numbers of some rows that are read from memory in one operation, which goes through each row for
+as long as it can: to read a block of every row in turn takes three times as long."""
+NUMBERS_A_THREAD = 2**15
+"""Numbers of one block of some rows for each thread of torch on the CPU, which takes no fewer."""
+LEAST_THREADS = 2
+"""As many blocks are added at once by one thread, and their sketch still stays in the cache."""
 
 
 def shifted_columns(
@@ -76,8 +75,9 @@ class ShiftedKernel:
             # Twice as long, so that a turned block is one window; folded at the end.
             unrolled = out.new_zeros(len(out), 2 * self.length)
 
-            def take(block: Tensor, window: Tensor, sign: Tensor) -> None:
-                window.addcmul_(block, sign)
+            def take(block: Tensor, windows: list[Tensor], sizes: list[int], sign: Tensor) -> None:
+                for window, piece in zip(windows, torch.split(block * sign, sizes, 1), strict=True):
+                    window.add_(piece)
 
             self._each(take, t, values, start, unrolled)
             folded = unrolled[:, : self.length] + unrolled[:, self.length :]
@@ -90,8 +90,8 @@ class ShiftedKernel:
             once = keys.narrow(1, t * self.length, self.length)
             unrolled = torch.cat([once, once], 1)
 
-            def give(block: Tensor, window: Tensor, sign: Tensor) -> None:
-                block.addcmul_(window, sign)
+            def give(block: Tensor, windows: list[Tensor], sizes: list[int], sign: Tensor) -> None:
+                block.addcmul_(torch.cat(windows, 1), sign)
 
             self._each(give, t, raised, start, unrolled)
         return raised
@@ -102,58 +102,61 @@ class ShiftedKernel:
 
     def _each(
         self,
-        work: Callable[[Tensor, Tensor, Tensor], None],
+        work: Callable[[Tensor, list[Tensor], list[int], Tensor], None],
         t: int,
         values: Tensor,
         start: int,
         unrolled: Tensor,
     ) -> None:
-        """Do ``work(block, its window, its signs)`` for all blocks, in place.
+        """Do ``work(blocks, their windows, their sizes, their signs)`` for all blocks, in place.
 
         Args:
-            work: Takes some rows of a block ``[b, m]``, as many of the sketch, and signs ``[m]``.
+            work: Takes some rows of blocks side by side ``[b, m]``, the window of the sketch of
+                these rows for each, how many numbers each has, and signs ``[m]``.
             t: Which of the s sketches.
             values: ``[B, m]``.
             start: Coordinate of their first column.
             unrolled: Two turns of a sketch, ``[B, 2 L]``.
         """
+        length, rows = self.length, max(1, len(values))
+        if values.device.type == "cpu":
+            threads = max(LEAST_THREADS, torch.get_num_threads())
+            rows = min(rows, max(1, NUMBERS_A_THREAD * threads // length))
+        count = max(1, NUMBERS_AT_ONCE // (rows * length))
+        groups = list(zip(torch.split(values, rows), torch.split(unrolled, rows), strict=True))
+        for tile in self._tiles(t, values, start, unrolled.dtype):
+            for part, turned in groups:
+                column = tile.first - start
+                for at in range(0, len(tile.sizes), count):
+                    sizes, places = tile.sizes[at : at + count], tile.windows[at : at + count]
+                    width = sum(sizes)
+                    work(
+                        part.narrow(1, column, width),
+                        [turned.narrow(1, *window) for window in zip(places, sizes, strict=True)],
+                        sizes,
+                        tile.signs.narrow(0, column + start - tile.first, width),
+                    )
+                    column += width
+
+    def _tiles(self, t: int, values: Tensor, start: int, dtype: torch.dtype) -> Iterator[_Tile]:
+        """Yield places and signs, those of the next tile being drawn where threads allow."""
         length, stop = self.length, start + values.shape[1]
-        rows, workers = max(1, len(values)), 1
-        drawing: torch.device | None = values.device
-        if values.device.type == "cpu":  # NumPy draws there, which wakes no threads either
-            workers = torch.get_num_threads()
-            numbers = NUMBERS_IN_CACHE if workers == 1 else NUMBERS_SERIAL
-            rows, drawing = min(max(1, numbers // length), -(-rows // workers)), None
+        device: torch.device | None = values.device
+        if values.device.type == "cpu":
+            device = None  # NumPy draws there, which wakes no threads
         step = length * max(1, SIGNS_AT_ONCE // length)
         begins = [start, *range(start - start % length + step, stop, step)]
         cuts = list(zip(begins, [*begins[1:], stop], strict=True))
-
-        def draw(cut: tuple[int, int]) -> _Tile:
-            return self._tile(t, *cut, drawing, unrolled.dtype)
-
-        def some_rows(tile: _Tile, part: Tensor, turned: Tensor) -> None:
-            here = part.narrow(1, tile.first - start, sum(tile.sizes)).to(unrolled.dtype)
-            blocks = torch.split(here, tile.sizes, 1)
-            for block, at, size, sign in zip(
-                blocks, tile.windows, tile.sizes, tile.signs, strict=True
-            ):
-                work(block, turned.narrow(1, at, size), sign)
-
-        parts = list(zip(torch.split(values, rows), torch.split(unrolled, rows), strict=True))
-        if workers == 1 or len(parts) == 1 or stop - start < BLOCKS_IN_PARALLEL * length:
-            for cut in cuts:
-                tile = draw(cut)
-                for part, turned in parts:
-                    some_rows(tile, part, turned)
+        if device is not None or torch.get_num_threads() == 1 or len(cuts) == 1:
+            yield from (self._tile(t, *cut, device, dtype) for cut in cuts)
             return
-        with ThreadPoolExecutor(workers) as pool:
-            drawn = pool.submit(draw, cuts[0])
-            for following in [*cuts[1:], None]:
+        with ThreadPoolExecutor(1) as pool:
+            drawn = pool.submit(self._tile, t, *cuts[0], device, dtype)
+            for cut in cuts[1:]:
                 tile = drawn.result()
-                if following is not None:  # while the rows of this one are taken
-                    drawn = pool.submit(draw, following)
-                for done in [pool.submit(some_rows, tile, *pair) for pair in parts]:
-                    done.result()
+                drawn = pool.submit(self._tile, t, *cut, device, dtype)
+                yield tile
+            yield drawn.result()
 
     def _tile(
         self, t: int, first: int, last: int, device: torch.device | None, dtype: torch.dtype
@@ -168,7 +171,7 @@ class ShiftedKernel:
             self.key, t, first // length, -(-last // length), length, None
         ).tolist()
         windows = [shift + edge % length for shift, edge in zip(shifts, edges, strict=False)]
-        return _Tile(first, sizes, windows, torch.split(drawn.to(dtype), sizes))
+        return _Tile(first, sizes, windows, drawn.to(dtype))
 
 
 @frozen(eq=False)
@@ -178,4 +181,4 @@ class _Tile:
     first: int
     sizes: list[int]
     windows: list[int]
-    signs: Sequence[Tensor]
+    signs: Tensor

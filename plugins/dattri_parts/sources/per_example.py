@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import define, evolve, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor, nn
 
 from dattri_core import (
@@ -72,6 +72,7 @@ class BoundPerExample:
     evaluator: Evaluator
     plan: SourcePlan
     habits: Habits
+    _first: dict[str, Block] | None = field(default=None, init=False)
 
     @property
     def space(self) -> Space:
@@ -85,6 +86,7 @@ class BoundPerExample:
             InputError: The modules are called unlike on the sample.
             NumericsError: A gradient is not finite; checkpoint, block and example are named.
         """
+        self._first = None
         batch = plain(batch)
         learnt = self._learnt(role)
         self._run(
@@ -94,6 +96,11 @@ class BoundPerExample:
             f"rows of role {role!r}",
         )
         return {}
+
+    def first_rows(self) -> dict[str, Block] | None:
+        """Return the blocks of the train rows that were compared at bind, once."""
+        first, self._first = self._first, None
+        return first
 
     def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
         """Hand the blocks of the rows J_b^T u_b to the sink, J_b the Jacobian of the outputs.
@@ -145,11 +152,15 @@ class BoundPerExample:
     def mismatches(self, sample: Any, examples: int, roles: tuple[Role, ...]) -> dict[str, float]:
         """Return the parameters whose rows differ from autograd on a sample, and by how much."""
         wrong: dict[str, float] = {}
+        first: dict[str, Block] | None = None
         for role in roles:
             rows: dict[str, Block] = {}
             self.stream(sample, role, rows.__setitem__)
+            if role == "train":
+                first = rows
             found = mismatches(self.evaluator, self.space, rows, sample, role, examples)
             wrong.update({k: max(v, wrong.get(k, 0.0)) for k, v in found.items()})
+        self._first = first
         return wrong
 
 
