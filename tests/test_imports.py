@@ -74,6 +74,7 @@ ORDER = [
     "outlook",
     "routes",
     "tiles",
+    "tensor_file",
     "store",
     "stored",
     "snapshot",

@@ -59,7 +59,7 @@ class Table:
         command = (
             f"Command: `make bench DATTRI_BENCH_TABLE=docs/results ARGS='-k {self.theme.name}'`, "
             "with `DATTRI_DATA` at the folder of data sets and `DATTRI_PEERS_PYTHON` at a Python "
-            "that has dattri 0.3.0 and kronfluence 1.0.1."
+            "that has dattri 0.3.0, pyDVL 0.10.0 and kronfluence 1.0.1."
         )
         caution = (
             "Both sides of a ratio were measured in one run; times vary by tens of percent between "
