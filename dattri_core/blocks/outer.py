@@ -281,11 +281,14 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     if isinstance(right, DenseBlock) and left.positions == 1 and not is_one_hot(left.inputs):
         many = len(right) > left.shape[1]  # a formed row is less than its inputs met with all
         return (_left_formed if many else _one_position)(left, right, limit)
-    size = max(1, math.prod(left.shape))
-    step = max(1, limit // (2 * size * item_of(left)))
+    size = max(1, math.prod(left.shape)) * item_of(left)
+    # The left is formed once for each slice of the right: few slices, of one size.
+    many = max(1, limit * 3 // (4 * size))
+    many = max(1, -(-len(right) // max(1, -(-len(right) // many))))
+    step = max(1, limit // size - many)
     columns = []
-    for start in range(0, len(right), step):
-        formed = accumulate(right.take(slice(start, start + step)).flat())  # [c, d]
+    for start in range(0, len(right), many):
+        formed = accumulate(right.take(slice(start, start + many)).flat())  # [c, d]
         rows = [
             accumulate(left.take(slice(first, first + step)).flat()) @ formed.T
             for first in range(0, len(left), step)

@@ -115,11 +115,15 @@ class Dual:
         return found
 
 
-def gram(blocks: Sequence[Block]) -> Tensor:
+def gram(blocks: Sequence[Block], limit: int | None = None) -> Tensor:
     """Return all inner products of rows with each other, summed over blocks: ``[m, m]`` in float64.
 
     Each product is computed in the dtype of the blocks' own sums, tile by tile; tiles below the
     diagonal are mirrored.
+
+    Args:
+        blocks: Of m rows.
+        limit: Bytes of intermediates; see `Block.inner`.
     """
     count, device = len(blocks[0]), blocks[0].device
     matrix = torch.empty(count, count, dtype=torch.float64, device=device)
@@ -129,9 +133,9 @@ def gram(blocks: Sequence[Block]) -> Tensor:
         for left in range(top, count, TILE):
             columns = slice(left, min(left + TILE, count))
             other = upper if left == top else [block.take(columns) for block in blocks]
-            total = upper[0].inner(other[0])
+            total = upper[0].inner(other[0], limit=limit)
             for one, two in zip(upper[1:], other[1:], strict=True):
-                total += one.inner(two)
+                total += one.inner(two, limit=limit)
             matrix[rows, columns] = total
             if left != top:
                 matrix[columns, rows] = total.mT

@@ -253,7 +253,7 @@ def _strips(
         del rows, small
     found: dict[str, Tensor] = {}
     for group, names in groups.items():
-        own = gram([held[name] for name in names])
+        own = gram([held[name] for name in names], limit)
         rest = torch.cat(columns.pop(group), dim=1)[:, by_example(came)] if came else own[:, :0]
         found[group] = torch.cat([own, rest], dim=1)
     return found
