@@ -340,6 +340,8 @@ class Outlook:
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
         base: Rows of the curvature that an answer is a combination of, beside the row itself.
+        beside: Formed rows that are alive beside an answer while it is made; a fitted inverse says
+            so by an attribute of this name.
         note: One line of what the part decides by the train set, ``stage.foresee(problem)``, for
             the plan of a dry run.
     """
@@ -352,4 +354,5 @@ class Outlook:
     reduced: Space | None = None
     two_sided: bool = False
     base: int = 0
+    beside: int = 3
     note: str = ""

@@ -31,6 +31,7 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),
         base=getattr(step, "base", 0),
+        beside=getattr(step, "beside", 3),
     )
 
 

@@ -198,7 +198,7 @@ def _mapped(before: Stop, step: LinearMap) -> Stop:
             of, into = shape_of(before.row.blocks[name]), shape_of(block)
             turn = of.outputs * into.outputs + of.inputs * into.inputs
             work += turn * (into.positions or max(1, of.outputs))
-    making = 0 if before.lead else _three_of(before.row, row)
+    making = 0 if before.lead else _formed_bytes(before.row, row, count=3)
     return Stop(row, before.lead, step.blockwise, work, making)
 
 
@@ -217,13 +217,13 @@ def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
         row = _formed(row)
     if step.rank is not None:
         row = _of_rank(row, step.rank)
-    making = _three_of(before.row, row)
+    making = _formed_bytes(before.row, row, count=step.beside)
     return Stop(row, lead=False, blockwise=step.blockwise, work=work, making=making)
 
 
-def _three_of(*rows: Rows) -> int:
-    """Return the bytes of three formed rows of the larger space."""
-    return 3 * max(row.space.dim for row in rows) * max(4, rows[0].dtype.itemsize)
+def _formed_bytes(*rows: Rows, count: int) -> int:
+    """Return the bytes of so many formed rows of the larger space."""
+    return count * max(row.space.dim for row in rows) * max(4, rows[0].dtype.itemsize)
 
 
 def _combined(row: Rows, count: int) -> tuple[Rows, int]:

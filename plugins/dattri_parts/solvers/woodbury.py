@@ -27,7 +27,7 @@ from dattri_parts.solvers.forecast import Forecast, refusal
 from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of
 from dattri_parts.solvers.primal import Primal
 from dattri_parts.solvers.reading import Reading
-from dattri_parts.solvers.reread import Reread
+from dattri_parts.solvers.reread import BESIDE, Reread
 
 _log = logging.getLogger("dattri")
 FACTORS = 8
@@ -101,7 +101,7 @@ class Woodbury:
         note = f"woodbury          {forecast.way}"
         if forecast.fits:
             return evolve(told, forms=not forecast.base, base=forecast.base, note=note)
-        return evolve(told, forms=True, blockwise=False, note=note)
+        return evolve(told, forms=True, blockwise=False, beside=BESIDE, note=note)
 
 
 def _forecast(operator: IndexedRows) -> Forecast:
@@ -217,6 +217,11 @@ class _WoodburyInverse:
     def base(self) -> int:
         """Return of how many rows of H an answer is a combination."""
         return self.state.base
+
+    @property
+    def beside(self) -> int:
+        """Return how many formed rows are alive beside an answer while it is made."""
+        return 3 if self.state.reread is None else BESIDE
 
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, unformed on the side of inner products.
