@@ -68,13 +68,13 @@ class LowRank:
         told = Outlook(blockwise=not self.inner.needs)
         if hasattr(self.inner, "outlook"):
             told = self.inner.outlook(space)
-        return evolve(told, rank=self.rank)
+        return evolve(told, rank=self.rank, spectral=False)
 
     def foresee(self, problem: Problem) -> Outlook:
         """Return the same with what the inner part decides by the train set."""
         if not hasattr(self.inner, "foresee"):
             return self.outlook(problem.space)
-        return evolve(self.inner.foresee(problem), rank=self.rank)
+        return evolve(self.inner.foresee(problem), rank=self.rank, spectral=False)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""
