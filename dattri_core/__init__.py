@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SharingInverse as SharingInverse
+    from dattri_core.capabilities import SpectralInverse as SpectralInverse
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
@@ -208,6 +210,8 @@ _EXPORTS = {
     "Space": "space",
     "SpanBlock": "blocks",
     "SpecError": "errors",
+    "SharingInverse": "capabilities",
+    "SpectralInverse": "capabilities",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
     "Store": "store",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -190,6 +190,28 @@ class SplitInverse(Inverse, Protocol):
 
 
 @runtime_checkable
+class SpectralInverse(SplitInverse, Protocol):
+    """A `SplitInverse` with M = 1 / (L + damping), entry by entry.
+
+    A sweep of dampings then has L in common, and takes a few products in place of one each.
+    """
+
+    @property
+    def spectrum(self) -> Mapping[str, tuple[Tensor, float]] | None:
+        """Return L, of the shape of a row, and damping of each block; None where M is another."""
+        ...
+
+
+@runtime_checkable
+class SharingInverse(Inverse, Protocol):
+    """An inverse that answers for several dampings with less work than for one after another."""
+
+    def apply_each(self, rows: Rows, inverses: Sequence[Inverse]) -> list[Rows]:
+        """Return the rows after each of some inverses, which are this one at several dampings."""
+        ...
+
+
+@runtime_checkable
 class PreconditionedSolver(Solver, Protocol):
     """An iterative solver that another inverse can speed up, without a change of its answer."""
 
@@ -337,6 +359,7 @@ class Outlook:
             fitted inverse says so by an attribute ``row_rank``.
         splits: Whether it is a `SplitInverse` that can be split, and rows keep their kind in its
             basis: factors stay factors.
+        spectral: Whether it splits as a `SpectralInverse`.
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
         base: Rows of the curvature that an answer is a combination of, beside the row itself.
@@ -351,6 +374,7 @@ class Outlook:
     forms: bool = True
     rank: int | None = None
     splits: bool = False
+    spectral: bool = False
     reduced: Space | None = None
     two_sided: bool = False
     base: int = 0

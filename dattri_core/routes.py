@@ -120,10 +120,26 @@ def _routes(
         once=sum(stop.work for stop in stops),
         train=stops[-2].work if split else 0,
         split=split,
+        pair=stops[-1].row.space.dim,
     )
+    swept: list[Route] = []
+    mapped = all(isinstance(step, LinearMap) for step in steps[:-1])
+    if variants and split and mapped and _spectral(steps[-1]):
+        swept.append(
+            evolve(
+                resident,
+                swept=True,
+                cut=end - 1,
+                kept=_compact_bytes(stops[end - 1].row),
+                making=0,
+                expanded=0,
+                once=sum(stop.work for stop in stops[:end]),
+                each=_forming(stops[end - 1].row),
+            )
+        )
     cut = _cut(stops, shared_steps(steps, split=split) if variants else end)
     if cut is None or stops[cut].row.nbytes >= resident.kept:
-        return [resident]
+        return [*swept, resident]
     deferred = evolve(
         resident,
         deferred=True,
@@ -134,7 +150,7 @@ def _routes(
         once=sum(stop.work for stop in stops[: cut + 1]),
         each=sum(stop.work for stop in stops[cut + 1 :]) + _forming(stops[-1].row),
     )
-    return [resident, deferred]
+    return [*swept, resident, deferred]
 
 
 def streams_through(step: LinearMap | Outlook) -> bool:
@@ -279,6 +295,16 @@ def _forming(row: Rows) -> int:
 def _order(block: Block) -> str:
     shape = with_rows(shape_of(block), NOMINAL)
     return plan_inner(shape, shape).order
+
+
+def _spectral(step: LinearMap | Outlook) -> bool:
+    return isinstance(step, Outlook) and step.spectral
+
+
+def _compact_bytes(row: Rows) -> int:
+    """Return the bytes of a query as factors or formed, whichever is less, block by block."""
+    item = max(4, row.dtype.itemsize)
+    return sum(min(row.blocks[spec.name].nbytes, spec.size * item) for spec in row.space)
 
 
 def _resident_bytes(row: Rows) -> int:

@@ -77,6 +77,7 @@ class _SpectralInverse:
         operator: H.
         root: Whether the power is -1/2.
         outside: The power of damping alone, by block of the spectrum.
+        dampings: By block of the spectrum.
         weights: The powers of L + damping, by block of the spectrum and of the shape of one row;
             less those of damping alone where the spectrum is not complete.
         stats: Eigenvalues and dampings.
@@ -85,6 +86,7 @@ class _SpectralInverse:
     operator: SpectralOperator
     root: bool
     outside: Mapping[str, float]
+    dampings: Mapping[str, float]
     weights: Mapping[str, Tensor]
     stats: Mapping[str, float]
 
@@ -114,6 +116,14 @@ class _SpectralInverse:
         basis = self.operator.basis
         whole = self.operator.complete and basis.out_space.dim == self.operator.space.dim
         return basis if whole and self.blockwise else None
+
+    @property
+    def spectrum(self) -> Mapping[str, tuple[Tensor, float]] | None:
+        """Return L and damping of each block; None of a root, or of a spectrum with holes."""
+        if self.root or not self.operator.complete:
+            return None
+        eigenvalues = self.operator.eigenvalues
+        return {name: (eigenvalues[name], damping) for name, damping in self.dampings.items()}
 
     def in_basis(self, rows: Rows) -> Rows:
         """Return (L + damping)^-1 k for rows k = Q^T g, formed."""
@@ -168,7 +178,7 @@ def _inverse(operator: SpectralOperator, damping: Damping, *, root: bool) -> _Sp
     }
     power = -0.5 if root else -1.0
     outside = {name: 0.0 if complete else value**power for name, value in dampings.items()}
-    return _SpectralInverse(operator, root, outside, weights, stats)
+    return _SpectralInverse(operator, root, outside, dampings, weights, stats)
 
 
 def _weights(values: Tensor, damping: float, *, root: bool, complete: bool) -> Tensor:

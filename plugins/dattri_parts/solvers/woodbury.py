@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -240,6 +240,24 @@ class _WoodburyInverse:
                 side, damping = self.state.sides[group], self.dampings[group]
                 blocks |= side.invert(rows, names, damping, spectral=self.spectral)
         return Rows(rows.space, blocks, rows.index, rows.aux)
+
+    def apply_each(self, rows: Rows, inverses: Sequence[Inverse]) -> list[Rows]:
+        """Return what the inverse at several dampings makes of the rows.
+
+        Where eigenvectors are at hand the rows meet those of H once, and what comes out lies in the
+        span of the same eigenvectors for all dampings, so that train rows meet them once as well.
+        """
+        mine = [one for one in inverses if isinstance(one, _WoodburyInverse)]
+        if self.state.reread is not None or not any(one.spectral for one in mine):
+            return [one.apply(rows) for one in inverses]
+        blocks: list[dict[str, Block]] = [{} for _ in mine]
+        for group, names in groups_of(self.state.operator).items():
+            if names[0] in rows.space:
+                dampings = [one.dampings[group] for one in mine]
+                each = self.state.sides[group].invert_each(rows, names, dampings)
+                for found, of_group in zip(blocks, each, strict=True):
+                    found |= of_group
+        return [Rows(rows.space, found, rows.index, rows.aux) for found in blocks]
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping: a new factor, no pass over the data."""
