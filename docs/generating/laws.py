@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from generating.markdown import code, page, spell
-
 from dattri_core.laws import KINDS, laws_of
+from generating.markdown import code, page, spell
 
 
 def laws_page() -> str:

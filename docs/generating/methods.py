@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dattri_core import assemble
+from dattri_core.registry import Registry, default_registry
+from dattri_core.toml import write_toml
 from generating.fields_of import value_rows
 from generating.markdown import DISTRIBUTION, code, page, table
 from generating.notes import note_rows
 from generating.parts import KINDS
 from generating.results import benchmark_rows, measured_rows
-
-from dattri_core import assemble
-from dattri_core.registry import Registry, default_registry
-from dattri_core.toml import write_toml
 
 FAMILIES = {
     "Influence functions": ("if-", "relatif-"),
@@ -48,12 +47,12 @@ def methods_pages() -> dict[str, str]:
 def _index(recipes: list[Any]) -> Iterator[str]:
     yield "# Methods"
     yield ""
-    yield "What comes with dattri-core. `dattri methods` lists what is installed, and `dattri show NAME`"
-    yield "prints one. [Choosing a method](choosing.md) says which to take; [parts](parts.md) what they"
-    yield "are made of."
+    yield "What comes with dattri-core. `dattri methods` lists what is installed, and"
+    yield "`dattri show NAME` prints one. [Choosing a method](choosing.md) says which to take;"
+    yield "[parts](parts.md) what they are made of."
     yield ""
-    yield "g_i is the gradient of the train loss of example i, h_j that of the target of test example j,"
-    yield "its sign turned where more of the target is better. Positive scores help; see"
+    yield "g_i is the gradient of the train loss of example i, h_j that of the target of test"
+    yield "example j, its sign turned where more of the target is better. Positive scores help; see"
     yield "[conventions](conventions.md)."
     for family in FAMILIES:
         rows = [
@@ -103,7 +102,8 @@ def _method(registry: Registry, recipe: Any) -> Iterator[str]:
         yield ""
         yield "## Values"
         yield ""
-        yield "Defaults included; each is set by its name, or by as much of its path as tells it apart."
+        yield "Defaults included; each is set by its name, or by as much of its path as tells it"
+        yield "apart."
         yield ""
         yield from table(("field", "value"), rows)
     yield from _measured(recipe.name)

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from dattri_core.registry import Registry, default_registry
 from generating.fields_of import field_rows
 from generating.markdown import DISTRIBUTION, page, prose, spell, table
 from generating.notes import note_rows
-
-from dattri_core.registry import Registry, default_registry
 
 KINDS = {
     "source": "Where rows come from: gradients of each example, or features.",
@@ -48,8 +47,8 @@ def summary_of(registry: Registry, kind: str, name: str) -> str:
 def _index(registry: Registry) -> Iterator[str]:
     yield "# Parts"
     yield ""
-    yield "What methods are made of; see [composing](composing.md) for how. `dattri parts` lists what"
-    yield "is installed, `dattri show NAME` prints one."
+    yield "What methods are made of; see [composing](composing.md) for how. `dattri parts` lists"
+    yield "what is installed, `dattri show NAME` prints one."
     for kind, about in KINDS.items():
         yield ""
         yield f"## [{spell(kind).capitalize().replace('hessian', 'Hessian')}](parts/{kind}.md)"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-from generating.markdown import code, escaped, page, prose
 
 import dattri_core
+from generating.markdown import code, escaped, page, prose, table
 
 SECTIONS = {name: f"{name}:" for name in ("Args", "Returns", "Raises", "Yields", "Attributes")}
 SECTIONS["Args"] = "Arguments:"
@@ -46,12 +46,12 @@ def reference_pages() -> dict[str, str]:
     Raises:
         ValueError: A public name of dattri_core is in no group.
     """
-    homes = {name: getattr(dattri_core, "_EXPORTS")[name] for name in dattri_core.__all__}
+    homes = {name: dattri_core._EXPORTS[name] for name in dattri_core.__all__}
     grouped = {module for _, modules in GROUPS.values() for module in modules.split()}
     strays = {name for name, module in homes.items() if module not in grouped}
     if strays:
         raise ValueError(f"reference: no page has {sorted(strays)}; add their modules to GROUPS")
-    pages = {}
+    pages = {"reference.md": page(_index())}
     for group, (about, modules) in GROUPS.items():
         order = modules.split()
         names = [name for name in homes if homes[name] in order]
@@ -61,6 +61,17 @@ def reference_pages() -> dict[str, str]:
         names = sorted(importlib.import_module(package).__all__, key=str.lower)
         pages[f"reference/{package}.md"] = page(_page(package, package, about, names))
     return pages
+
+
+def _index() -> Iterator[str]:
+    yield "# Reference"
+    yield ""
+    yield "Every public name, from its signature and docstring. What is in none of these pages is"
+    yield "not public."
+    yield ""
+    rows = [(f"[{group}](reference/{group}.md)", about) for group, (about, _) in GROUPS.items()]
+    rows += [(f"[`{name}`](reference/{name}.md)", about) for name, about in PACKAGES.items()]
+    yield from table(("page", "what it has"), rows)
 
 
 def _page(title: str, package: str, about: str, names: list[str]) -> Iterator[str]:

@@ -53,9 +53,9 @@ def tables() -> list[Path]:
 def _index() -> Iterator[str]:
     yield "# Results"
     yield ""
-    yield "Every number was measured by the command that stands above its table. Beside each page lies"
-    yield "a JSON file of the same name. How to run them: [benchmarks](../benchmarks.md) for how good"
-    yield "methods are, `make bench` for speed and memory."
+    yield "Every number was measured by the command that stands above its table. Beside each page"
+    yield "lies a JSON file of the same name. How to run them: [benchmarks](../benchmarks.md) for"
+    yield "how good methods are, `make bench` for speed and memory."
     for title, mine in (
         ("How good methods are", [p for p in tables() if p.stem.startswith(BENCH)]),
         ("Speed and memory", [p for p in tables() if not p.stem.startswith(BENCH)]),
@@ -140,8 +140,8 @@ def choosing_lines() -> Iterator[str]:
         yield ""
         yield f"### {data['setting']}, {n_train} x {n_test}"
         yield ""
-        yield f"{seeds} {'seed' if seeds == 1 else 'seeds'}, values with intervals of 95 %; the whole"
-        yield f"table: [{title_of(FOLDER / f'{name}.md')}](results/{name}.md)."
+        yield f"{seeds} {'seed' if seeds == 1 else 'seeds'}, intervals of 95 %; the whole table:"
+        yield f"[{title_of(FOLDER / f'{name}.md')}](results/{name}.md)."
         yield ""
         methods = dict.fromkeys(row["method"] for rows in metrics.values() for row in rows)
         cells = {(m, row["method"]): row for m, rows in metrics.items() for row in rows}

@@ -73,11 +73,12 @@ def test_what_needs_an_absent_package_is_left_out_and_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = "```python\n# needs {}\nfrom dattri_core import Task\nprint(1)\n```\n"
-    with contextlib.ExitStack() as stack:
-        absent = _reader_of(text.format("no_such_package"), tmp_path, stack)
-        absent.follow()
-        there = _reader_of(text.format("torch"), tmp_path, stack)
-        there.follow()
+    readers = {}
+    for package in ("no_such_package", "torch"):
+        with contextlib.ExitStack() as stack:
+            readers[package] = _reader_of(text.format(package), tmp_path, stack)
+            readers[package].follow()
+    absent, there = readers.values()
     assert [str(block) for block in absent.left_out] == ["page.md:2"] and absent.ran == []
     assert there.left_out == [] and there.ran == ["python"]
 

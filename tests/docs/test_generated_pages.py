@@ -57,9 +57,10 @@ def test_check_finds_stale_pages_and_a_run_mends_them(
 
 
 def test_a_new_method_is_listed_and_a_foreign_one_is_not() -> None:
+    from generating.methods import methods_pages
+
     from dattri_core.discovery import Origin
     from dattri_core.registry import Registry, using
-    from generating.methods import methods_pages
 
     registry = Registry()
     registry.merge(REGISTRY)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_lists_begin_after_an_empty_line(page: Path) -> None:
     lines = prose_of(page).splitlines()
     joined = [
         line
-        for before, line in zip(lines, lines[1:], strict=False)
+        for before, line in pairwise(lines)
         if re.match(r"(- |\d+\. )", line)
         and before.strip()
         and not re.match(r"(- |\d+\. |  )", before)
