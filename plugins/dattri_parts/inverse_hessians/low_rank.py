@@ -75,7 +75,7 @@ class LowRank:
         if not hasattr(self.inner, "foresee"):
             return self.outlook(problem.space)
         foreseen: Outlook = self.inner.foresee(problem)
-        return evolve(foreseen, rank=self.rank)
+        return evolve(foreseen, rank=self.rank, spectral=False)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""
