@@ -279,8 +279,8 @@ def _pair_ghost(left: OuterBlock, right: OuterBlock) -> Tensor:
 
 def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) -> Tensor:
     if isinstance(right, DenseBlock) and left.positions == 1 and not is_one_hot(left.inputs):
-        many = len(right) > left.shape[1]  # a formed row is less than its inputs met with all
-        return (_left_formed if many else _one_position)(left, right, limit)
+        forms = len(right) > left.shape[1]  # a formed row is less than its inputs met with all
+        return (_left_formed if forms else _one_position)(left, right, limit)
     size = max(1, math.prod(left.shape)) * item_of(left)
     # The left is formed once for each slice of the right: few slices, of one size.
     many = max(1, limit * 3 // (4 * size))
