@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import ModelProblem as ModelProblem
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
@@ -173,6 +174,7 @@ _EXPORTS = {
     "Loss": "losses",
     "MemoryBudgetError": "errors",
     "Method": "methods",
+    "ModelProblem": "capabilities",
     "NumericsError": "errors",
     "OneHot": "blocks",
     "Operator": "protocols",
