@@ -15,10 +15,10 @@ import dattri_core as dattri
 class MethodInfluence(DataInfluence):
     """``influence(inputs)`` and ``self_influence()`` as TracInCP has them, by any method of parts.
 
-    It takes the place of ``TracInCP(model, train_dataset, checkpoints, loss_fn=...)``: what the task
-    holds there comes with it, and the train set is read when the object is made, as far as the
-    method has something to fit. Scores are larger where a train example helps more, in captum
-    ("proponents") and in dattri-core alike, and are transposed to captum's ``[n_test, n_train]``.
+    It takes the place of ``TracInCP(model, train_dataset, checkpoints, loss_fn=...)``. The train
+    set is read when the object is made, as far as the method has something to fit. Scores are
+    larger where a train example helps more, in captum ("proponents") and in dattri-core alike; here
+    they have captum's shape, ``[n_test, n_train]``.
 
     Args:
         task: Model, loss and checkpoints.

@@ -79,7 +79,7 @@ def test_any_method_serves_and_loaders_too(model: nn.Module) -> None:
 
 def test_what_it_cannot_do_is_said(model: nn.Module) -> None:
     train, test = data(6, 1), data(2, 2)
-    with pytest.raises(dattri.SpecError, match="'knn-shapley-no' is|no method 'knn-shapley-no'"):
+    with pytest.raises(dattri.SpecError, match="no method 'knn-shapley-no'"):
         adapter(model, train, "knn-shapley-no")
     with pytest.raises(dattri.SpecError, match="no method of parts"):
         adapter(model, train, "random")

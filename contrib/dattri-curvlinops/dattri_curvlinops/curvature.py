@@ -57,20 +57,12 @@ class Curvlinops:
         """Return that its operator can be applied and written down.
 
         Raises:
-            SpecError: The rows are no gradients of parameters, or not those of layers it knows.
+            SpecError: The rows are no gradients of parameters.
         """
         if not space.covers_parameters:
             raise SpecError(
                 "curvature curvlinops: the rows are no gradients of the model's parameters; use "
                 "the source 'per-example' and no projector before the inverse Hessian"
-            )
-        other = [
-            s.name for s in space if s.kind != "outer" or any(v.transposed for v in s.parameters)
-        ]
-        if self.operator in FACTORED and other:
-            raise SpecError(
-                f"curvature curvlinops: {self.operator} knows Linear and Conv2d layers, and the "
-                f"blocks {other} are others; leave them out with parameters=, or use operator='ggn'"
             )
         return frozenset({"apply", "dense"})
 
@@ -79,8 +71,9 @@ class Curvlinops:
 
         Raises:
             InputError: curvlinops is not installed, or the batches or the loss are others.
+            SpecError: K-FAC is asked of layers that curvlinops does not know.
         """
-        self.gives(problem.space)
+        self._require_known(problem.space)
         if not isinstance(problem, ModelProblem):
             raise SpecError("curvature curvlinops: the problem shows no model to differentiate")
         model = copy.deepcopy(problem.task.model)
@@ -96,6 +89,17 @@ class Curvlinops:
             options |= {"fisher_type": "type-2", "separate_weight_and_bias": False}
         made = getattr(_library(), CLASSES[self.operator])(model, loss, parameters, data, **options)
         return Adapted(problem.space, made, scale / problem.n_train, problem.dtype, problem.memory)
+
+    def _require_known(self, space: Space) -> None:
+        self.gives(space)
+        other = [
+            s.name for s in space if s.kind != "outer" or any(v.transposed for v in s.parameters)
+        ]
+        if self.operator in FACTORED and other:
+            raise SpecError(
+                f"curvature curvlinops: {self.operator} knows Linear and Conv2d layers, and the "
+                f"blocks {other} are others; leave them out with parameters=, or use operator='ggn'"
+            )
 
     def _loss(self, loss: Any) -> tuple[Any, float]:
         if not isinstance(loss, Loss):

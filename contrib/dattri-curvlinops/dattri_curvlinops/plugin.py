@@ -1,4 +1,4 @@
-"""What this distribution adds: one curvature and two methods."""
+"""What this distribution adds: one curvature and one method."""
 
 from __future__ import annotations
 
@@ -16,21 +16,14 @@ def register(registry: dattri.Registry) -> None:
         "dattri_curvlinops.curvature:Curvlinops",
         "A linear operator of the library curvlinops: GGN, Hessian, empirical Fisher, (E)K-FAC",
     )
-    for name, operator, solver in (
-        ("curvlinops-ggn", "ggn", "cg"),
-        ("curvlinops-ekfac", "ekfac", "cholesky"),
-    ):
-        registry.method(
-            name,
-            {
-                "source": "per-example",
-                "inverse_hessian": {
-                    "curvature": {"name": "curvlinops", "operator": operator},
-                    "solver": {"name": solver, "damping": 0.001},
-                },
-            },
-            summary=f"Influence function with the {operator.upper()} operator of curvlinops",
-            formula="S_ij = mean_c <g_i, (H + damping I)^-1 h_j>, H the operator of curvlinops",
-            citation="Dangel et al. 2025, Position: Curvature Matrices Should Be Democratized via "
-            "Linear Operators (arXiv 2501.19183)",
-        )
+    registry.method(
+        "if-curvlinops",
+        {
+            "source": "per-example",
+            "inverse_hessian": {"curvature": "curvlinops", "solver": "cg"},
+        },
+        summary="Influence function with a curvature of curvlinops, the GGN by default",
+        formula="S_ij = mean_c <g_i, (H + damping I)^-1 h_j>, H the operator of curvlinops",
+        citation="Dangel et al. 2025, Position: Curvature Matrices Should Be Democratized via "
+        "Linear Operators (arXiv 2501.19183)",
+    )

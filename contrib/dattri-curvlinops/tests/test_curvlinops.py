@@ -76,7 +76,7 @@ def test_the_model_is_left_as_it_was(curvlinops: Any) -> None:
     task.model[0].bias.requires_grad_(False)
     task.model.train()
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    dattri.attribute(task, train, test, method="curvlinops-ggn", progress=False)
+    dattri.attribute(task, train, test, method="if-curvlinops", progress=False)
     assert task.model.training
     assert not task.model[0].bias.requires_grad
     assert all(torch.equal(before[name], v) for name, v in task.model.state_dict().items())
@@ -84,21 +84,21 @@ def test_the_model_is_left_as_it_was(curvlinops: Any) -> None:
 
 def test_rows_that_are_no_gradients_are_refused() -> None:
     with pytest.raises(dattri.SpecError, match="no gradients of the model's parameters"):
-        dattri.method("curvlinops-ggn", projector="rademacher")
+        dattri.method("if-curvlinops", projector="rademacher")
 
 
 def test_layers_that_kfac_does_not_know_are_named(curvlinops: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     data = torch.randn(6, 4), torch.arange(6) % 3
     with pytest.raises(dattri.SpecError, match=r"the blocks \['1.*leave them out with parameters="):
-        dattri.attribute(dattri.Task(model), data, data, method="curvlinops-ekfac")
+        dattri.attribute(dattri.Task(model), data, data, method="if-curvlinops", operator="ekfac")
 
 
 def test_batches_of_other_kinds_are_refused(curvlinops: Any) -> None:
     model = nn.Linear(4, 3)
     data = {"input": torch.randn(6, 4), "labels": torch.arange(6) % 3}
     with pytest.raises(dattri.InputError, match="a batch is a dict; expected a pair"):
-        dattri.attribute(dattri.Task(model), data, data, method="curvlinops-ggn")
+        dattri.attribute(dattri.Task(model), data, data, method="if-curvlinops")
 
 
 def test_without_the_library_the_message_says_what_to_install(
@@ -107,7 +107,7 @@ def test_without_the_library_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     task, train, test = world("cross-entropy")
     with pytest.raises(dattri.InputError, match="pip install curvlinops-for-pytorch"):
-        dattri.attribute(task, train, test, method="curvlinops-ggn", progress=False)
+        dattri.attribute(task, train, test, method="if-curvlinops", progress=False)
 
 
 @pytest.mark.parametrize("case", cases("dattri-curvlinops"), ids=str)
