@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import ModelProblem as ModelProblem
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
+    from dattri_core.protocols import as_damping as as_damping
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -174,6 +176,7 @@ _EXPORTS = {
     "Loss": "losses",
     "MemoryBudgetError": "errors",
     "Method": "methods",
+    "ModelProblem": "capabilities",
     "NumericsError": "errors",
     "OneHot": "blocks",
     "Operator": "protocols",

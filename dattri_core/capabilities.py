@@ -326,6 +326,28 @@ class WeighingScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class ModelProblem(Problem, Protocol):
+    """A problem that shows its model and its data, for adapters to libraries of curvature.
+
+    What is read here has passed no stage: rows after a projector are no gradients of this model.
+    """
+
+    @property
+    def task(self) -> Any:
+        """Return the task; its model is the user's, to be copied and never changed."""
+        ...
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the weights and buffers of the checkpoint, as a state dict."""
+        ...
+
+    def batches(self) -> Iterator[Any]:
+        """Read the whole train set in order, batch by batch, on the device of the rows."""
+        ...
+
+
+@runtime_checkable
 class ReferencedProblem(Problem, Protocol):
     """A problem whose task has reference examples."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from attrs import define
@@ -22,6 +22,7 @@ from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
 from dattri_core.stream import Examples
+from dattri_core.task import Task
 
 
 @define(eq=False)
@@ -81,6 +82,21 @@ class TrainProblem:
                 "'functional'"
             )
         return evaluator
+
+    @property
+    def task(self) -> Task:
+        """Return the task."""
+        return self._any_evaluator.task
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the weights and buffers of the checkpoint."""
+        return self._any_evaluator.state
+
+    def batches(self) -> Iterator[Batch]:
+        """Read the whole train set in order; no stage applies."""
+        for _, batch in self.examples.batches(self.batch):
+            yield move(batch, self.device)
 
     @property
     def device(self) -> torch.device:

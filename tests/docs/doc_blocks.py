@@ -7,8 +7,10 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -222,6 +224,9 @@ class Reader:
                 assert status == 0, f"{block}: {command!r} ended with {status}: {printed}"
                 if shown.strip():
                     assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
+            elif command.startswith("pytest "):
+                printed = self.pytest(shlex.split(command)[1:])
+                assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
             elif command.startswith("make "):
                 target = command.split()[1]
                 makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -237,6 +242,17 @@ class Reader:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = main(arguments)
         return status, output.getvalue()
+
+    def pytest(self, arguments: list[str]) -> str:
+        """Run tests of the page in a process of their own and return what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        return done.stdout + done.stderr
 
     def install(self, project: Path) -> None:
         """Make a plugin findable as pip does: its metadata on the path, entry points included."""

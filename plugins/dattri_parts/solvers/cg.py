@@ -48,7 +48,7 @@ class CG:
         tolerance: Relative residual at which a row stops; 0 runs all iterations.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     maximum_iterations: int = field(default=100, validator=validators.ge(1))
     tolerance: float = field(default=1e-5, validator=validators.ge(0.0))
     needs: ClassVar[frozenset[str]] = frozenset({"apply"})

@@ -46,7 +46,7 @@ class Cholesky:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     exact: ClassVar[bool] = True
 

@@ -60,7 +60,7 @@ class LiSSA:
             estimated from short Krylov spaces.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     depth: int = field(default=1000, validator=validators.ge(1))
     repeats: int = field(default=1, validator=validators.ge(1))
     batch: int | None = field(default=32)

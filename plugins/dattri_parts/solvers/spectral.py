@@ -44,7 +44,7 @@ class Spectral:
 
     damping: Damping = field(
         default=Damping(0.1, relative=True),
-        converter=as_damping,  # type: ignore[misc]
+        converter=as_damping,
     )
     needs: ClassVar[frozenset[str]] = frozenset({"spectral"})
     exact: ClassVar[bool] = True

@@ -71,7 +71,7 @@ class Woodbury:
             of each block where H is block diagonal. Not 0 where rows are fewer than parameters.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     needs: ClassVar[frozenset[str]] = frozenset({"rows"})
     exact: ClassVar[bool] = True
     forms: ClassVar[bool] = False
