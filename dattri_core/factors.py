@@ -19,6 +19,8 @@ Choice = tuple[int, ...]
 """The position of a level in each factor."""
 PART_KEYS = frozenset({"name", "curvature", "solver"})
 RANGE_KEYS = frozenset({"low", "high", "log"})
+TRIES = 20
+"""Draws for each sample of random search: one that came before is drawn again."""
 BASE = "base"
 """Label of what the base method has itself, where a study leaves parts out."""
 
@@ -226,13 +228,16 @@ def _drawn(factors: Sequence[Factor | Range], samples: int, draw: int) -> list[d
             {f.name: f.levels[k] for f, k in zip(factors, choice, strict=True) if _has_levels(f)}
             for choice in chosen
         ]
-    found = []
-    for k in range(samples):
+    found: dict[tuple[str, ...], dict[str, Level]] = {}
+    for k in range(TRIES * samples):
+        if len(found) == samples:
+            break
         random = np.random.default_rng([draw, k])
-        found.append(
-            {f.name: f.draw(random) if isinstance(f, Range) else _any(f, random) for f in factors}
-        )
-    return found
+        point = {
+            f.name: f.draw(random) if isinstance(f, Range) else _any(f, random) for f in factors
+        }
+        found.setdefault(tuple(level.label for level in point.values()), point)
+    return list(found.values())
 
 
 def _has_levels(factor: Factor | Range) -> bool:

@@ -77,8 +77,8 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Return how tables call it: the levels, one after another."""
-        return " / ".join(self.levels.values()) or self.base
+        """Return how tables of one setting call it: the levels, one after another."""
+        return " / ".join(v for k, v in self.levels.items() if k != SETTING) or self.base
 
     @property
     def problem(self) -> str | None:

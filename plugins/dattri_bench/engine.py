@@ -130,6 +130,11 @@ class WorldCells:
 
     def write(self, cell: Cell, answer: Mapping[str, Any]) -> None:
         """Record the answer of a cell, and tell plugins and the user."""
+        self.record(cell, answer)
+        self.tell(cell)
+
+    def record(self, cell: Cell, answer: Mapping[str, Any]) -> None:
+        """Record the answer of a cell."""
         record = {
             "cell": cell.identity,
             "result": None,
@@ -139,6 +144,12 @@ class WorldCells:
             "hardware": hardware(),
         }
         self.records.write("cells", cell.address, record)
+
+    def tell(self, cell: Cell) -> None:
+        """Tell plugins and the user of a cell that is recorded."""
+        record = self.records.read("cells", cell.address)
+        if record is None:
+            return
         row = record["result"] or {"error": record["error"]}
         default_registry().emit(
             "cell_finished",

@@ -16,6 +16,7 @@ from dattri_parts.measuring.threads import threads
 
 from dattri_bench.answers import Alone, Answers, Attributing
 from dattri_bench.cells import Cell
+from dattri_bench.counted import counted
 from dattri_bench.ensembles import NAMESPACE, ensemble_task, members, train_members
 from dattri_bench.records import Records, address_of
 from dattri_bench.request import Entrant, Measure, Request
@@ -96,7 +97,7 @@ class Work:
     def _measured(self, cell: Cell, answers: Answers) -> dict[str, Any]:
         """Return the answer of a cell: a result, or the error."""
         try:
-            evidence = self._evidence(cell.measure, answers, self.seed)
+            evidence, models = counted(self._evidence(cell.measure, answers, self.seed))
             started = time.perf_counter()
             result = checked(cell.measure.metric.measure(evidence))
             seconds = time.perf_counter() - started
@@ -105,6 +106,7 @@ class Work:
         return {
             "result": plain_result(result),
             "metric_seconds": seconds,
+            "models": models(),
             "attribution": answers.facts,
         }
 

@@ -104,9 +104,7 @@ def attribute(made: Any, task: Task, world: Any) -> Attribution:
     if fitted is not None:
         count = fitted.train.reads / len(fitted.train)
         passes = Passes(count, count)
-    return Attribution(
-        named(scores, world), seconds, peak.bytes, tuple(notes), fitted, passes
-    )
+    return Attribution(named(scores, world), seconds, peak.bytes, tuple(notes), fitted, passes)
 
 
 def named(scores: Scores, world: Any) -> Scores:
