@@ -17,7 +17,7 @@ from dattri_bench.studies.engine import RETRAINED, dry_run, out_of, run_study
 from dattri_bench.studies.figures import draw_all
 from dattri_bench.studies.results import DONE, Results
 from dattri_bench.studies.statistics import Mean, comparisons, effects, means
-from dattri_bench.studies.tables import as_csv, as_latex, as_markdown, as_text, tables_of
+from dattri_bench.studies.tables import TESTS, as_csv, as_latex, as_markdown, as_text, tables_of
 from dattri_bench.summary import ONE_SEED, SEVERAL_SEEDS
 from dattri_core import InputError, Study, write_text
 
@@ -116,7 +116,8 @@ def write(
     tests = comparisons(results, against)
     tables = tables_of(found, parts, tests)
     for table in tables:
-        print(f"\n{as_text(table)}")
+        if table[1] != TESTS:  # one line for each point: in the files
+            print(f"\n{as_text(table)}")
     print()
     for line in results.saved:
         print(line)
@@ -129,11 +130,11 @@ def write(
             "one metric and setting. Over test examples they speak of the models of these seeds."
         ),
         (
-            "Seconds and peak memory: of the method by itself, to fit and to attribute, as if nothing "
-            "had been shared; not to train models."
+            "Seconds and peak memory: of the method by itself, to fit and to attribute, as if "
+            "nothing had been shared; not to train models."
         ),
     ]
-    title = f"{study.name}: {study.setting}, {len(study.seeds)} seed{'s' if several else ''}"
+    title = f"Study {study.name}, {len(study.seeds)} seed{'s' if several else ''}"
     base = out / NAME
     data = {
         "format": FORMAT,
@@ -173,7 +174,8 @@ def write(
 
 def _plain(mean: Mean) -> dict[str, Any]:
     found = attrs.asdict(mean)
-    return {**found, "seeds": list(mean.seeds), "levels": dict(mean.levels)}
+    del found["places"]
+    return {**found, "seeds": list(mean.seeds)}
 
 
 def _pair(text: str | None) -> tuple[str, str] | None:

@@ -86,16 +86,9 @@ def _varies(found: Sequence[Mean], factor: str) -> bool:
 
 
 def _levels(found: Sequence[Mean], factor: str) -> list[str]:
-    """Return the levels in the order of the study: means are sorted by value, labels are not."""
-    return sorted({mean.levels[factor] for mean in found}, key=lambda level: _place(level))
-
-
-def _place(level: str) -> tuple[bool, float, str]:
-    """Sort numbers by size, and words by letter, 'identity' and 'dot' first."""
-    try:
-        return False, float(level), ""
-    except ValueError:
-        return True, 0.0 if level in ("identity", "dot", "mean", "per-example") else 1.0, level
+    """Return the levels in the order of the study."""
+    places = {mean.levels[factor]: mean.places[factor] for mean in found}
+    return sorted(places, key=places.__getitem__)
 
 
 def _largest(found: Sequence[Mean], factors: Sequence[str]) -> tuple[str, str] | None:
@@ -131,7 +124,10 @@ def _effects(figure: Any, done: Sequence[Mean], panels: Any, factors: Sequence[s
 
 
 def _strip(axis: Any, own: Sequence[Mean], factor: str, levels: Sequence[str]) -> None:
-    """Draw every point faintly, and the mean of each level; lines join what else is equal."""
+    """Draw every point, lines between those that else are equal, and the mean of each level.
+
+    The mean is over what all levels go with.
+    """
     place = {level: at for at, level in enumerate(levels)}
     joined: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for mean in own:
@@ -141,17 +137,17 @@ def _strip(axis: Any, own: Sequence[Mean], factor: str, levels: Sequence[str]) -
     for line in joined.values():
         x, y = zip(*sorted(line), strict=True)
         axis.plot(x, y, color=FAINT, linewidth=0.6, marker="o", markersize=2.5, zorder=1)
-    for level, at in place.items():
-        values = [m.value for m in own if m.levels[factor] == level and m.value is not None]
-        if values:
-            axis.plot(
-                [at - 0.28, at + 0.28],
-                [np.mean(values)] * 2,
-                color=COLORS[0],
-                linewidth=3,
-                solid_capstyle="butt",
-                zorder=3,
-            )
+    # a level that only some of the others go with is not to look better for that
+    whole = [dict(line) for line in joined.values() if len(line) == len(levels)]
+    for at in place.values() if whole else ():
+        axis.plot(
+            [at - 0.28, at + 0.28],
+            [np.mean([line[at] for line in whole])] * 2,
+            color=COLORS[0],
+            linewidth=3,
+            solid_capstyle="butt",
+            zorder=3,
+        )
     _chance(axis, own)
     axis.set_xticks(range(len(levels)), levels, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_xlim(-0.6, len(levels) - 0.4)
@@ -191,7 +187,7 @@ def _heat(figure: Any, done: Sequence[Mean], panels: Any, pair: tuple[str, str])
             axis.text(
                 j,
                 i,
-                f"{value:.3f}" if np.isfinite(value) else "none",
+                f"{value:.3f}" if np.isfinite(value) else "-",
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -250,7 +246,8 @@ def _look(styles: _Styles, mean: Mean, default: str) -> str:
 def _legend(styles: _Styles, shape: str | None) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    return [
+    title = [Line2D([], [], linestyle="", label=styles.factor)] if styles.factor else []
+    return title + [
         Line2D(
             [],
             [],

@@ -49,17 +49,18 @@ class Forecast:
             )
         ]
         step = len(study.seeds) * len(study.metrics)
+        width = max(len(row.label) for row in rows)
         for row in rows[::step]:
             same = [r.status for r in rows if r.levels is row.levels]
             told = row.error if row.status == INVALID else _spell(same)
-            found.append(f"  {row.label:<44} {told}")
+            found.append(f"  {row.label:<{width}}  {told}")
         alone, shared = self.passes
         found += [
             f"to make: {self.worlds} worlds, each with a trained model",
             f"to train: up to {self.retrained} models on other train sets",
             (
-                f"to compute: about {shared:g} passes over the train set; {alone:g} if each cell were "
-                "alone"
+                f"to compute: about {shared:g} passes over the train set; {alone:g} if each cell "
+                "were alone"
             ),
             f"to share: {self.parts} jobs at most run at once",
             "estimate: "
@@ -108,16 +109,17 @@ def _passes(missing: list[Cell]) -> tuple[float, float]:
     """Return passes over the train set, each cell alone and with what is shared, about.
 
     A fit that asks something of the train set counts one, an attribution one; of sketched rows from
-    a store both together one.
+    a store both together one. Of several models one is fitted at a time, so their fits are not
+    shared.
     """
     alone = 0.0
     shared: dict[Any, float] = {}
     for cell in missing:
         made = cell.entrant.made(None)
-        models = max(1, cell.entrant.models)
         front = front_of(made)
         if not isinstance(made, Method):
             continue
+        models = max(1, cell.entrant.models) * getattr(made.source, "members", 1)
         if front is not None:
             alone += models
             shared[front, models] = models
@@ -126,5 +128,5 @@ def _passes(missing: list[Cell]) -> tuple[float, float]:
         alone += models * (1 + fits)
         shared[id(cell.entrant), "scores"] = models
         if fits:
-            shared[fit_of(made), models] = models
+            shared[fit_of(made) if models == 1 else id(cell.entrant), "fit"] = models
     return alone, sum(shared.values())

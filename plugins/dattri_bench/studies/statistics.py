@@ -29,6 +29,7 @@ class Mean:
         metric: As tables call it.
         label: Of the point.
         levels: Label of the level of each factor.
+        places: Place of the level among those of its factor, in the order of the study.
         seeds: That gave a number.
         value: Mean over seeds; None without one.
         low: Of the metric's own interval with one seed, else of Student's t of the mean.
@@ -45,6 +46,7 @@ class Mean:
     metric: str
     label: str
     levels: Mapping[str, str]
+    places: Mapping[str, int]
     seeds: tuple[int, ...]
     value: float | None = None
     low: float | None = None
@@ -102,9 +104,16 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
 def means(results: Results) -> list[Mean]:
     """Return each point by each metric over seeds: the best first, those without a number last."""
     found: list[Mean] = []
-    for (setting, metric), points in groups(results.rows).items():
+    order = {
+        factor: list(dict.fromkeys(row.levels[factor] for row in results.rows))
+        for factor in results.factors
+    }
+    for points in groups(results.rows).values():
         ranks = mean_ranks(points)
-        own = [_mean(setting, metric, label, rows, ranks) for label, rows in points.items()]
+        own = []
+        for rows in points.values():
+            places = {k: order[k].index(level) for k, level in rows[0].levels.items()}
+            own.append(_mean(rows, places, ranks))
         found += sorted(own, key=_order)
     return found
 
@@ -114,12 +123,12 @@ def _order(mean: Mean) -> tuple[bool, float]:
     return mean.value is None, -value if mean.higher_is_better else value
 
 
-def _mean(
-    setting: str, metric: str, label: str, rows: Sequence[Row], ranks: Mapping[str, float]
-) -> Mean:
+def _mean(rows: Sequence[Row], places: Mapping[str, int], ranks: Mapping[str, float]) -> Mean:
+    one = rows[0]
     done = [row for row in rows if row.result is not None]
     error = next((row.error for row in rows if row.error), None)
-    place = (setting, metric, label, rows[0].levels, tuple(row.seed for row in done))
+    seeds = tuple(row.seed for row in done)
+    place = (one.setting, one.metric, one.label, one.levels, places, seeds)
     if not done:
         return Mean(*place, error=error)
     answers = [row.result for row in done if row.result is not None]
@@ -132,7 +141,7 @@ def _mean(
         high=high,
         chance=float(np.mean([a["chance"] for a in answers])),
         higher_is_better=answers[0]["higher_is_better"],
-        rank=ranks.get(label),
+        rank=ranks.get(one.label),
         seconds=float(np.mean(times)) if times else None,
         peak_bytes=max((r.peak_bytes for r in done if r.peak_bytes is not None), default=None),
         error=error,
