@@ -7,10 +7,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import toy_study
 from dattri_bench import studies
 from dattri_bench.records import Records
 from dattri_bench.studies import dry_run, run_study
@@ -28,7 +28,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module", autouse=True)
 def toy():
-    with using(registry()) as made:
+    # each collection of rubbish takes longer than all else here
+    with using(registry()) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dattri_parts.measuring.peak.gc", SimpleNamespace(collect=lambda: 0))
         yield made
 
 
@@ -71,11 +73,11 @@ def test_a_study_gives_what_fresh_methods_give_by_hand(whole, tmp_path):
     points = {point.label: point for point in results.study.points()}
     for (label, metric, seed), value in numbers(results).items():
         assert value == pytest.approx(by_hand(points[label], metric, seed, tmp_path), abs=1e-5)
-    assert len({round(v, 6) for v in numbers(results).values()}) > 20
+    assert len({round(v, 6) for v in numbers(results).values()}) > 15
 
 
 def test_one_point_alone_gives_the_same_to_the_last_bit(whole, tmp_path):
-    out, results, _ = whole
+    _, results, _ = whole
     levels = {"projector": {"sketch": SKETCH}, "inverse_hessian": {"datainf": DATAINF}}
     alone, _ = run(study(factors={**levels, "scorer": ["cosine"]}), tmp_path)
     found = numbers(results)
@@ -90,7 +92,7 @@ def test_worlds_and_outcomes_are_made_once(whole):
     assert calls.count("train") == 4 + 2 * 6  # the worlds' models, and the subsets of each seed
     saved = {one.what: one for one in results.saved}
     cells = sum(r.status == "done" for r in results.rows)
-    assert cells == 14 * 2 * 2
+    assert cells == 10 * 2 * 2
     assert saved["worlds, each with a trained model"].done == 4
     assert saved["worlds, each with a trained model"].alone == cells
 
@@ -99,7 +101,7 @@ def test_passes_over_the_train_set_are_saved_and_counted(whole):
     _, results, _ = whole
     saved = {one.what: one for one in results.saved}
     passes = saved["passes of the train set through the model"]
-    assert 0 < passes.done < 0.65 * passes.alone
+    assert 0 < passes.done < 0.7 * passes.alone
     assert "if each cell had been alone" in str(passes)
 
 
@@ -188,7 +190,7 @@ def test_a_fit_that_fails_at_the_first_damping_is_tried_at_its_own(tmp_path, mon
 
 # --- cells that give no number --------------------------------------------------------------------
 def test_combinations_that_are_no_method_are_rows_with_the_reason(whole):
-    out, results, _ = whole
+    _, results, _ = whole
     invalid = [r for r in results.rows if r.status == "invalid"]
     assert {r.label for r in invalid} == {"sketch / ekfac / dot", "sketch / ekfac / cosine"}
     assert len(invalid) == 2 * 2 * 2
@@ -198,7 +200,7 @@ def test_combinations_that_are_no_method_are_rows_with_the_reason(whole):
 
 def test_a_method_that_fails_is_a_row_and_the_others_go_on(tmp_path):
     made = study(factors={"method": ["broken", "counted", "grad-dot"]}, seeds=[0])
-    results, calls = run(made, tmp_path)
+    results, _ = run(made, tmp_path)
     failed = [r for r in results.rows if r.status == "failed"]
     assert {(r.label, r.error) for r in failed} == {("broken", "ValueError: no luck | at all")}
     assert sum(r.status == "done" for r in results.rows) == 4
@@ -225,7 +227,9 @@ def test_a_world_that_cannot_be_made_is_rows_of_errors(tmp_path, monkeypatch):
 
 
 def test_when_no_point_is_a_method_nothing_is_run(tmp_path):
-    with pytest.raises(SpecError, match="none of its 2 points.*no slot and no part's field 'scorr"):
+    with pytest.raises(
+        SpecError, match=r"none of its 2 points.*no part's field 'scorr"
+    ):
         run(study(factors={"scorr": ["dot", "cosine"]}), tmp_path)
     assert CALLS == []
 
@@ -236,7 +240,7 @@ def test_settings_and_ensembles_are_factors(tmp_path):
         seeds=[0],
         base="if-ekfac",
     )
-    results, calls = run(made, tmp_path)
+    results, _ = run(made, tmp_path)
     found = {(r.setting, r.checkpoints, r.metric): r.status for r in results.rows}
     assert found.pop(("no-classes", 1, "flips")) == found.pop(("no-classes", 2, "flips"))
     assert set(found.values()) == {"done"}
@@ -250,7 +254,7 @@ def test_a_rerun_runs_nothing_and_a_further_level_costs_itself_alone(whole):
     assert calls == []
     assert numbers(again) == numbers(results)
     more = study(factors={"scorer": ["dot", "relatif"]}, metrics=["agreement"], seeds=[0])
-    found, calls = run(more, out)
+    _, calls = run(more, out)
     assert calls.count("metric") == 1  # grad-dot is there
     assert calls.count("train") == 1
 
@@ -272,9 +276,12 @@ def test_a_cell_is_an_event(tmp_path, toy, monkeypatch):
 def test_an_executor_gives_the_same_numbers(whole, tmp_path):
     _, results, _ = whole
     with ThreadPoolExecutor(1) as pool:
-        again, calls = run(study(), tmp_path, executor=pool)
-    assert numbers(again) == numbers(results)
-    assert calls.count("load") == 4
+        again, calls = run(study(seeds=[3]), tmp_path, executor=pool)
+    found = numbers(results)
+    assert numbers(again) == {key: value for key, value in found.items() if key[2] == 3}
+    # of each world one part first, then the rest: a worker keeps one world
+    assert calls.count("load") <= 4
+    assert calls.count("train") == calls.count("load") + 6
 
 
 def test_a_job_that_dies_takes_no_other_with_it(tmp_path, monkeypatch):
@@ -292,6 +299,35 @@ def test_a_job_that_dies_takes_no_other_with_it(tmp_path, monkeypatch):
     results, calls = run(made, tmp_path)
     assert calls.count("load") == 1
     assert {r.status for r in results.rows} == {"done"}
+
+
+DIGITS = """
+setting = "digits"
+size = [60, 20]
+metrics = ["lds", "mislabel-auroc"]
+subsets = 4
+[factors]
+scorer = ["dot", "cosine"]
+projector.none = "identity"
+projector.sketch = {name = "block-count-sketch", dim = 64}
+"""
+
+
+def test_processes_give_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(DIGITS)
+    with using(Registry.discovered()):
+        for workers in ("1", "2"):
+            words = ["--out", workers, "--retrained", f"models-{workers}", "--workers", workers]
+            assert main(["ablate", "tiny.toml", *words]) == 0
+    one, two = values_in(Path("1")), values_in(Path("2"))
+    assert one == two
+    assert {row[-2] for row in two} == {"done"}
+    found = json.loads(Path("2", "study.json").read_text())
+    (models,) = [one for one in found["saved"] if one["what"].startswith("models")]
+    assert (models["alone"], models["done"]) == (16, 4)  # one job went first
+    over = [c["count"] for c in found["comparisons"] if c["over"] == "test examples"]
+    assert over == [20, 20, 20]
 
 
 SMALL = """
@@ -320,13 +356,14 @@ def ablate(out, *words, dies_at=""):
 def values_in(out):
     with (out / "study.csv").open() as handle:
         rows = list(csv.DictReader(handle))
-    keys = ("projector", "inverse_hessian", "scorer", "metric", "seed", "status", "value")
+    keys = ("projector", "scorer", "metric", "seed", "error", "status", "value")
     return [[row[key] for key in keys] for row in rows]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
-    whole = ablate(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "toy.toml").write_text(SMALL)
+    words = ["--out", str(tmp_path / "whole"), "--retrained", str(tmp_path / "whole-models")]
+    assert main(["ablate", str(tmp_path / "toy.toml"), *words]) == 0
     killed = ablate(tmp_path / "killed", dies_at="14")
     assert killed.returncode == 9
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / "cells").iterdir()}
@@ -400,8 +437,8 @@ def test_results_are_a_tidy_table(whole):
     assert len(frame) == len(results.rows) == len(results.study.cells())
     done = frame[frame.status == "done"]
     one = done.set_index(["projector", "inverse_hessian", "scorer", "metric", "seed"]).value
-    key = ("sketch", "cholesky", "cosine", "agreement", 3)
-    assert one[key] == numbers(results)["sketch / cholesky / cosine", "agreement", 3]
+    key = ("sketch", "datainf", "cosine", "agreement", 3)
+    assert one[key] == numbers(results)["sketch / datainf / cosine", "agreement", 3]
 
 
 def test_a_forecast_reads_records_alone(whole, tmp_path):
