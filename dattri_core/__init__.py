@@ -133,6 +133,9 @@ if TYPE_CHECKING:
     from dattri_core.stages import CurvatureInverse as CurvatureInverse
     from dattri_core.store import Store as Store
     from dattri_core.stream import Examples as Examples
+    from dattri_core.study import Point as Point
+    from dattri_core.study import Study as Study
+    from dattri_core.study import StudyCell as StudyCell
     from dattri_core.task import Task as Task
     from dattri_core.top import Extreme as Extreme
     from dattri_core.top import Extremes as Extremes
@@ -185,6 +188,7 @@ _EXPORTS = {
     "Outlook": "capabilities",
     "ParameterView": "space",
     "Plan": "plans",
+    "Point": "study",
     "PluginError": "errors",
     "PreconditionedSolver": "capabilities",
     "Problem": "protocols",
@@ -219,6 +223,8 @@ _EXPORTS = {
     "SplitInverse": "capabilities",
     "Store": "store",
     "StoreError": "errors",
+    "Study": "study",
+    "StudyCell": "study",
     "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",

@@ -87,6 +87,8 @@ ORDER = [
     "fitted",
     "methods",
     "spec",
+    "factors",
+    "study",
     "cli.table",
     "cli.names",
     "cli.listing",

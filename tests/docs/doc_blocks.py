@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from attrs import define, field, frozen
 
-from dattri_core import DattriError, spec
+from dattri_core import DattriError, Study, spec
 from dattri_core.cli import main
 from dattri_core.registry import Registry, default_registry, using
 from dattri_core.toml import read_toml
@@ -200,7 +200,7 @@ class Reader:
                     test(**{argument: value})
 
     def toml(self, block: BlockOfCode) -> None:
-        """Load TOML as the run or the method that it spells; save it when it names a file."""
+        """Load TOML as the run, study or method that it spells; save it when it names a file."""
         data = read_toml(block.code)
         if block.file_name is not None:
             path = self.folder / block.file_name
@@ -208,6 +208,8 @@ class Reader:
             path.write_text(block.code, encoding="utf-8")
         if path_name(block) == "pyproject.toml":
             assert data["project"]["entry-points"]["dattri"], f"{block}: no entry point"
+        elif "metrics" in data:
+            assert Study.of({"name": "page", **data}).cells()
         elif "setting" in data:
             run = spec.run_of(data)
             assert spec.method_of(run.method) is not None
