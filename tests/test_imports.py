@@ -65,6 +65,7 @@ ORDER = [
     "lift",
     "batched",
     "second_order",
+    "recording",
     "products",
     "projected",
     "problem",

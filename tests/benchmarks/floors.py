@@ -179,14 +179,17 @@ def floor_of(
         classes = sizes[-1][1]
         dual = n * (classes - 1)
         if method == "if-explicit" and entries <= dual:
-            floor.products(n * classes * (classes + 1) / 2 * sum(i * i for i, _ in sizes))
+            matrix = n * classes * (classes + 1) / 2 * sum(i * i for i, _ in sizes)
+            floor.products(matrix + pairs)
             floor.decompositions("cholesky", [entries])
         else:
             floor.products(dual * dual / 2 * widths + dual * m * widths)
             floor.decompositions("cholesky", [dual])
     elif method == "if-cg":
+        floor.products(pairs)
         floor.products(product * n * m * steps, f"{m * steps} Hessian products")
     elif method == "if-lissa":
+        floor.products(pairs)
         floor.products(product * m * steps, f"{m * steps} Hessian products of one example")
         floor.updates(m, steps)
     elif method == "if-arnoldi":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dattri_core import (
@@ -22,7 +22,10 @@ from dattri_core import (
     SpectralOperator,
     as_damping,
 )
+from dattri_parts.curvatures.spectrum import KroneckerSpectrum
 
+ROUNDED = 1e-2
+"""Relative rounding up to which 1 / damping - L / (damping (L + damping)) stays positive."""
 ROUNDING = 1e4
 """Squared rounding errors of a rotation by a few thousand columns, in units of precision^2."""
 
@@ -133,6 +136,24 @@ class _SpectralInverse:
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping."""
         return _inverse(self.operator, damping, root=self.root)
+
+    def leading(self, share: float) -> Inverse:
+        """Return an inverse near to this one, at a part of its work where H is a Kronecker product.
+
+        Eigenvectors of a side are left out where all eigenvalues are at most ``share`` of the
+        damping, as if these were zero: M_this <= M_near <= (1 + share) M_this as quadratic forms.
+        An inverse that would lose its sign to rounding stays as it is.
+        """
+        rounding = torch.finfo(self.operator.dtype).eps * self.stats["condition"]
+        if self.root or not isinstance(self.operator, KroneckerSpectrum) or rounding > ROUNDED:
+            return self
+        operator = self.operator.leading({n: share * value for n, value in self.dampings.items()})
+        weights = {
+            name: _weights(values.double(), self.dampings[name], root=False, complete=False)
+            for name, values in operator.eigenvalues.items()
+        }
+        outside = {name: 1 / value for name, value in self.dampings.items()}
+        return evolve(self, operator=operator, weights=weights, outside=outside)
 
     def _apply(self, rows: Rows) -> Rows:
         basis = self.operator.basis
