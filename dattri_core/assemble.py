@@ -314,9 +314,12 @@ def _override(parts: dict[str, Any], overrides: Mapping[str, Any], label: str) -
 def _nearest(parts: Mapping[str, Any], key: str) -> list[tuple[Path, bool]]:
     """Return the fields of a name; those of a stage inside a stage only where no other has it.
 
-    ``damping`` means ``solver.damping``, not ``preconditioner.solver.damping``.
+    ``damping`` means ``solver.damping``, not ``preconditioner.solver.damping``. Where no path ends
+    with a name of several words, words in between may be missing: ``inverse_hessian.damping``.
     """
     found = [(p, holds, nested) for p, holds, nested in _paths(parts) if _ends_with(p, key)]
+    if not found:
+        found = [(p, holds, nested) for p, holds, nested in _paths(parts) if _leads_to(p, key)]
     least = min((nested for *_, nested in found), default=0)
     return [(path, holds) for path, holds, nested in found if nested == least]
 
@@ -368,6 +371,14 @@ def _replaced(part: Any, path: Path, value: Any) -> Any:
 def _ends_with(path: Path, key: str) -> bool:
     words = tuple(key.split("."))
     return path[-len(words) :] == words
+
+
+def _leads_to(path: Path, key: str) -> bool:
+    """Return whether the words of a key are in a path in order, first and last at its ends."""
+    words = key.split(".")
+    rest = iter(path)
+    ends = len(words) > 1 and (path[0], path[-1]) == (words[0], words[-1])
+    return ends and all(word in rest for word in words)
 
 
 def _dotted(path: Path) -> str:

@@ -236,6 +236,8 @@ class MetricResult:
         confidence: How often such intervals are to hold what larger samples would give.
         ceiling: What the best scores could give, where noise bounds it; None where nothing does.
         higher_is_better: Which way is good.
+        per_test: The metric of each test example, where ``value`` is their mean: what a paired test
+            over test examples needs. The same examples for all scores of a world.
     """
 
     value: float
@@ -245,6 +247,7 @@ class MetricResult:
     confidence: float
     ceiling: float | None = None
     higher_is_better: bool = True
+    per_test: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

@@ -40,6 +40,8 @@ class Examples:
     _order: Sequence[int] | None = None
     _collate: Callable[[list[Any]], Batch] = default_collate
     _workers: int = 0
+    reads: int = field(default=0, init=False)
+    """Examples read so far: what passes over the data cost."""
     _seen: dict[int, str] = field(factory=dict, init=False)
 
     @staticmethod
@@ -103,15 +105,18 @@ class Examples:
         """
         stop = self.n if stop is None else min(stop, self.n)
         if self.kind == "batches":
+            self.reads += stop - start
             yield from self._rebatched(size, start, stop)
             return
         for first in range(start, stop, size):
             last = min(first + size, stop)
+            self.reads += last - first
             yield torch.arange(first, last), self._read(first, last)
 
     def take(self, index: Tensor) -> Batch:
         """Return the examples at the given positions, in that order."""
         positions = [int(i) for i in index]
+        self.reads += len(positions)
         if self.kind == "tensors":
             return take(self._data, index)
         if self.kind == "items":

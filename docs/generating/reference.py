@@ -24,6 +24,7 @@ GROUPS = {
     "capabilities": ("What a part may offer beyond its protocol.", "capabilities"),
     "rows": ("Rows, blocks and spaces.", "rows blocks space moments"),
     "experiments": ("Settings, metrics, training again.", "experiment"),
+    "studies": ("Ablations: factors, plans and points.", "study factors"),
     "errors": ("Errors and warnings.", "errors"),
     "plugins": (
         "What plugins are written with.",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from attrs import evolve
+from attrs import asdict, evolve, frozen
 from dattri_parts.measuring.attribution import (
     Attribution,
     attribute,
@@ -17,9 +17,36 @@ from dattri_parts.measuring.attribution import (
 )
 
 from dattri_bench.records import Records
-from dattri_core import Method, Task
+from dattri_core import FittedMethod, Method, Task, World
 
 Array = np.ndarray[Any, Any]
+
+
+class Attributing(Protocol):
+    """How a method is asked in a world: by itself, or sharing what others have computed."""
+
+    def attribute(self, made: Any, task: Task) -> Attribution:
+        """Return its scores and what they took."""
+        ...
+
+    def fit(self, made: Method, task: Task) -> FittedMethod:
+        """Return it on the train set."""
+        ...
+
+
+@frozen(eq=False)
+class Alone:
+    """Every method by itself, so that its seconds are its own."""
+
+    world: World
+
+    def attribute(self, made: Any, task: Task) -> Attribution:
+        """Return its scores and what they took."""
+        return attribute(made, task, self.world)
+
+    def fit(self, made: Method, task: Task) -> FittedMethod:
+        """Return it on the train set."""
+        return made.fit(task, self.world.train, progress=False)
 
 
 class Answers:
@@ -31,6 +58,7 @@ class Answers:
         task: Gives the trained models; called when scores have to be computed.
         records: Where they are kept.
         address: Under which.
+        attributing: How the method is asked.
     """
 
     def __init__(
@@ -40,7 +68,9 @@ class Answers:
         task: Callable[[], Task],
         records: Records,
         address: str,
+        attributing: Attributing,
     ) -> None:
+        self._attributing = attributing
         self._made, self._world, self._records, self._address = made, world, records, address
         self._ask = task
         self._task: Task | None = None
@@ -77,11 +107,18 @@ class Answers:
             return kept, known["note"]
         fitted = None if self._run is None else self._run.fitted
         if fitted is None and isinstance(self._made, Method):
-            fitted = self._made.fit(self.task(), self._world.train, progress=False)
+            fitted = self._attributing.fit(self._made, self.task())
+        before = 0 if fitted is None else fitted.train.reads
         found = self_influence(self._made, fitted, self.task(), self._world)
+        passes = None if fitted is None else (fitted.train.reads - before) / len(fitted.train)
         if found.values is not None:
             self._records.keep_self_influence(self._address, found.values)
-        added = {"seconds": found.seconds, "note": found.note, "notes": list(found.notes)}
+        added = {
+            "seconds": found.seconds,
+            "passes": passes,
+            "note": found.note,
+            "notes": list(found.notes),
+        }
         self._records.write("attributions", self._address, {**facts, "self_influence": added})
         return found.values, found.note
 
@@ -105,13 +142,14 @@ class Answers:
         return None if scores is None else _plain(scores.values)
 
     def _computed(self) -> Array:
-        run = attribute(self._made, self.task(), self._world)
+        run = self._attributing.attribute(self._made, self.task())
         self._run = run
         self._records.keep_scores(self._address, run.scores)
         known = self.facts.get("self_influence")  # of scores too large to be kept
         facts: dict[str, Any] = {
             "seconds": run.seconds,
             "peak_bytes": run.peak,
+            "passes": None if run.passes is None else asdict(run.passes),
             "notes": list(run.notes),
             **({} if known is None else {"self_influence": known}),
         }

@@ -16,14 +16,23 @@ EVERY = "all"
 
 @frozen
 class Choice:
-    """A registered name, and fields that are set: ``trak:size=4096:damping=1e-3``."""
+    """A registered name, and fields that are set: ``trak:size=4096:damping=1e-3``.
+
+    Args:
+        name: Of a method or metric.
+        fields: That are set.
+        title: What tables call it instead.
+    """
 
     name: str
     fields: Mapping[str, Any] = field(factory=dict)
+    title: str | None = None
 
     @property
     def label(self) -> str:
         """Return how tables call it: ``trak (size=4096, damping=0.001)``."""
+        if self.title is not None:
+            return self.title
         return f"{self.name} ({self.setters})" if self.fields else self.name
 
     @property

@@ -31,7 +31,7 @@ def run(request: Request, say: Say) -> list[Finished]:
         for wrong in (0.0, request.wrong):
             measures = [m for m in request.measures if m.needs_wrong_labels == (wrong > 0)]
             if measures:
-                found += _World(request, records, seed, wrong, measures, say).cells()
+                found += WorldCells(request, records, seed, wrong, measures, say).cells()
     return found
 
 
@@ -47,8 +47,17 @@ def worlds(request: Request) -> Iterator[dict[str, Any]]:
 
 
 @frozen(eq=False)
-class _World:
-    """The cells of one world."""
+class WorldCells:
+    """The cells of one world.
+
+    Args:
+        request: What is asked.
+        records: Where answers are kept.
+        seed: Of the world.
+        wrong: Share of its wrong labels.
+        measures: Metrics that ask for this world.
+        say: Told of each step, in one line.
+    """
 
     request: Request
     records: Records
@@ -59,29 +68,19 @@ class _World:
 
     def cells(self) -> list[Finished]:
         """Return the cells of this world; it is made only when one is missing."""
+        missing = self.missing(self.planned())
+        if missing:
+            world = self.load(missing)
+            if world is not None:
+                Work(self.request, self.records, self.seed, self.wrong, world, self.write).do(
+                    self.missing(self.planned())  # by what the world turned out to be
+                )
+        return self.read(self.planned())
+
+    def planned(self) -> list[Cell]:
+        """Return the cells, each with its address as far as the world is known."""
         identity = self.request.world(self.seed, self.wrong)
         known = self.records.read("worlds", address_of(identity))
-        cells = self._planned(identity, known)
-        missing = self._missing(cells)
-        if missing:
-            try:
-                world = self._load()
-            except DattriError as error:
-                if self.wrong == 0:
-                    raise
-                # without classes no label can be wrong: that says something of these metrics alone
-                for cell in missing:
-                    self._write(cell, {"error": spell_error(error)})
-                return self._read(cells)
-            known = _facts(world)
-            self.records.write("worlds", address_of(identity), known)
-            cells = self._planned(identity, known)  # by what the world turned out to be
-            Work(self.request, self.records, self.seed, self.wrong, world, self._write).do(
-                self._missing(cells)
-            )
-        return self._read(cells)
-
-    def _planned(self, identity: Mapping[str, Any], known: Mapping[str, Any] | None) -> list[Cell]:
         fingerprint = None if known is None else known["fingerprint"]
         damping = None if known is None else known["damping"]
         world = {**identity, "fingerprint": fingerprint}
@@ -94,7 +93,8 @@ class _World:
             ]
         return found
 
-    def _missing(self, cells: list[Cell]) -> list[Cell]:
+    def missing(self, cells: list[Cell]) -> list[Cell]:
+        """Return those that have no record, or are to be tried again."""
         found = []
         for cell in cells:
             record = self.records.read("cells", cell.address)
@@ -102,17 +102,39 @@ class _World:
                 found.append(cell)
         return found
 
-    def _read(self, cells: list[Cell]) -> list[Finished]:
+    def read(self, cells: list[Cell]) -> list[Finished]:
+        """Return those that have a record."""
         found = [(cell, self.records.read("cells", cell.address)) for cell in cells]
         return [Finished(cell, record) for cell, record in found if record is not None]
 
-    def _load(self) -> World:
+    def load(self, missing: list[Cell]) -> World | None:
+        """Return the world, noted in the records; None where it has no labels to be wrong.
+
+        Then each missing cell is recorded as failed.
+        """
         n_train, n_test = self.request.size
         wrong = f", {100 * self.wrong:g} % wrong labels" if self.wrong else ""
         self.say(f"training: {self.request.name} {n_train} x {n_test}, seed {self.seed}{wrong} ...")
-        return self.request.setting.load(self.request.size, seed=self.seed, wrong=self.wrong)
+        try:
+            world = self.request.setting.load(self.request.size, seed=self.seed, wrong=self.wrong)
+        except DattriError as error:
+            if self.wrong == 0:
+                raise
+            # without classes no label can be wrong: that says something of these metrics alone
+            for cell in missing:
+                self.write(cell, {"error": spell_error(error)})
+            return None
+        address = address_of(self.request.world(self.seed, self.wrong))
+        self.records.write("worlds", address, _facts(world))
+        return world
 
-    def _write(self, cell: Cell, answer: Mapping[str, Any]) -> None:
+    def write(self, cell: Cell, answer: Mapping[str, Any]) -> None:
+        """Record the answer of a cell, and tell plugins and the user."""
+        self.record(cell, answer)
+        self.tell(cell)
+
+    def record(self, cell: Cell, answer: Mapping[str, Any]) -> None:
+        """Record the answer of a cell."""
         record = {
             "cell": cell.identity,
             "result": None,
@@ -122,6 +144,12 @@ class _World:
             "hardware": hardware(),
         }
         self.records.write("cells", cell.address, record)
+
+    def tell(self, cell: Cell) -> None:
+        """Tell plugins and the user of a cell that is recorded."""
+        record = self.records.read("cells", cell.address)
+        if record is None:
+            return
         row = record["result"] or {"error": record["error"]}
         default_registry().emit(
             "cell_finished",

@@ -1,4 +1,4 @@
-"""Benchmarks: every method by every metric in one setting."""
+"""Benchmarks and ablation studies: methods by metrics in settings."""
 
 from __future__ import annotations
 
@@ -13,4 +13,10 @@ def register(registry: dattri.Registry) -> None:
         "bench",
         "dattri_bench.command:command",
         "Measure methods by metrics over seeds; prints a table, writes it and its figure",
+    )
+    registry.part(
+        "command",
+        "ablate",
+        "dattri_bench.studies.command:command",
+        "Run an ablation study: a plan over parts, fields, settings, metrics and seeds",
     )

@@ -9,7 +9,13 @@ from typing import Any, Literal
 import attrs
 import torch
 from attrs import frozen
-from dattri_parts.measuring.attribution import damped, follows_run, retrains, takes_damping
+from dattri_parts.measuring.attribution import (
+    damped,
+    follows_run,
+    retrains,
+    sets_damping,
+    takes_damping,
+)
 
 from dattri_bench.choices import Choice
 from dattri_core import (
@@ -60,8 +66,7 @@ class Entrant:
     @property
     def tunable(self) -> bool:
         """Return whether it has a damping that the choice leaves open."""
-        given = any(key.split(".")[-1] == "damping" for key in self.choice.fields)
-        return not given and takes_damping(self.made(None))
+        return not sets_damping(self.choice.fields) and takes_damping(self.made(None))
 
 
 @frozen(eq=False)
@@ -256,9 +261,14 @@ def entrants_of(choices: Sequence[Choice], counts: Sequence[int]) -> list[Entran
     Raises:
         SpecError: A field is unknown.
     """
-    found = []
-    for choice in choices:
-        made = Entrant(choice, 1).made(None)
-        own = [0] if follows_run(made) else [1] if retrains(made) else counts
-        found += [Entrant(choice, count) for count in own]
-    return found
+    return [Entrant(choice, count) for choice in choices for count in models_of(choice, counts)]
+
+
+def models_of(choice: Choice, counts: Sequence[int]) -> Sequence[int]:
+    """Return on how many models a method is asked: 0, its run, or 1 where it trains its own.
+
+    Raises:
+        SpecError: A field is unknown.
+    """
+    made = Entrant(choice, 1).made(None)
+    return [0] if follows_run(made) else [1] if retrains(made) else counts

@@ -14,8 +14,9 @@ from attrs import field, frozen
 from dattri_parts.measuring.attribution import spell_error, task_of
 from dattri_parts.measuring.threads import threads
 
-from dattri_bench.answers import Answers
+from dattri_bench.answers import Alone, Answers, Attributing
 from dattri_bench.cells import Cell
+from dattri_bench.counted import counted
 from dattri_bench.ensembles import NAMESPACE, ensemble_task, members, train_members
 from dattri_bench.records import Records, address_of
 from dattri_bench.request import Entrant, Measure, Request
@@ -49,6 +50,7 @@ class Work:
         wrong: Share of its wrong labels.
         world: The world.
         write: Records the answer of a cell.
+        attributing: How methods are asked; by default each by itself.
     """
 
     request: Request
@@ -57,6 +59,9 @@ class Work:
     wrong: float
     world: World
     write: Callable[[Cell, Mapping[str, Any]], None]
+    attributing: Attributing = field(
+        default=attrs.Factory(lambda self: Alone(self.world), takes_self=True)
+    )
     _found: dict[str, Any] = field(factory=dict, init=False)  # outcomes and ensembles, made once
 
     def do(self, cells: list[Cell]) -> None:
@@ -84,6 +89,7 @@ class Work:
             lambda: self._task(first.entrant, made),
             self.records,
             address_of(first.attribution),
+            self.attributing,
         )
         for cell in cells:
             self.write(cell, {"tuning": tuning, **self._measured(cell, answers)})
@@ -91,7 +97,7 @@ class Work:
     def _measured(self, cell: Cell, answers: Answers) -> dict[str, Any]:
         """Return the answer of a cell: a result, or the error."""
         try:
-            evidence = self._evidence(cell.measure, answers, self.seed)
+            evidence, models = counted(self._evidence(cell.measure, answers, self.seed))
             started = time.perf_counter()
             result = checked(cell.measure.metric.measure(evidence))
             seconds = time.perf_counter() - started
@@ -100,6 +106,7 @@ class Work:
         return {
             "result": plain_result(result),
             "metric_seconds": seconds,
+            "models": models(),
             "attribution": answers.facts,
         }
 
@@ -241,4 +248,5 @@ def plain_result(result: MetricResult) -> dict[str, Any]:
         "ceiling": None if ceiling is None or not math.isfinite(ceiling) else float(ceiling),
         "confidence": float(result.confidence),
         "higher_is_better": bool(result.higher_is_better),
+        "per_test": None if result.per_test is None else list(result.per_test),
     }

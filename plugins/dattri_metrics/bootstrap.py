@@ -67,6 +67,7 @@ def summary(
     bounds: tuple[float, float] = UNBOUNDED,
     ceiling: float | None = None,
     higher_is_better: bool = True,
+    per_test: bool = False,
 ) -> MetricResult:
     """Return the mean over tests with its interval.
 
@@ -97,6 +98,7 @@ def summary(
         bounds: Values that the metric cannot leave.
         ceiling: What the best scores could give.
         higher_is_better: Which way is good.
+        per_test: Whether ``values`` are of the same test examples for all scores of a world.
     """
     value = float(np.sort(estimate.values).mean())  # sorted: the order of tests cannot matter
     spread = _spread(estimate, value, bootstrap)
@@ -109,6 +111,7 @@ def summary(
         confidence=bootstrap.confidence,
         ceiling=ceiling,
         higher_is_better=higher_is_better,
+        per_test=tuple(map(float, estimate.values)) if per_test else None,
     )
 
 

@@ -65,6 +65,7 @@ def _detection(
         bootstrap,
         bounds=(0.0, 1.0),
         ceiling=float(np.minimum(counts, k).mean() / k),
+        per_test=True,
     )
 
 

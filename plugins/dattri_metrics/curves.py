@@ -68,6 +68,7 @@ class Curve:
             float(_areas(self.shares, self.control).mean()),
             bootstrap,
             higher_is_better=self.kind == "insertion",
+            per_test=True,
         )
 
 

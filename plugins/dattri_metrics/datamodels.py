@@ -75,7 +75,7 @@ def lds(
         same_shape(NAME, outcomes=truth, again=second)
         best = ceiling(NAME, "spearman", truth, second)
     found = correlate(NAME, "spearman", _sums(tau, sets), truth if higher_is_better else -truth)
-    return summary(found, 0.0, bootstrap, bounds=(-1.0, 1.0), ceiling=best)
+    return summary(found, 0.0, bootstrap, bounds=(-1.0, 1.0), ceiling=best, per_test=True)
 
 
 def _sums(scores: Array, masks: Array) -> Array:

@@ -64,7 +64,7 @@ def loo_correlation(
         same_shape(name, outcomes=truth, again=second)
         best = ceiling(name, correlation, truth, second)
     found = correlate(name, correlation, tau, -truth if higher_is_better else truth)
-    return summary(found, 0.0, bootstrap, bounds=(-1.0, 1.0), ceiling=best)
+    return summary(found, 0.0, bootstrap, bounds=(-1.0, 1.0), ceiling=best, per_test=True)
 
 
 def _measure(

@@ -7,8 +7,10 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 from attrs import define, field, frozen
 
-from dattri_core import DattriError, spec
+from dattri_core import DattriError, Study, spec
 from dattri_core.cli import main
 from dattri_core.registry import Registry, default_registry, using
 from dattri_core.toml import read_toml
@@ -198,7 +200,7 @@ class Reader:
                     test(**{argument: value})
 
     def toml(self, block: BlockOfCode) -> None:
-        """Load TOML as the run or the method that it spells; save it when it names a file."""
+        """Load TOML as the run, study or method that it spells; save it when it names a file."""
         data = read_toml(block.code)
         if block.file_name is not None:
             path = self.folder / block.file_name
@@ -206,6 +208,8 @@ class Reader:
             path.write_text(block.code, encoding="utf-8")
         if path_name(block) == "pyproject.toml":
             assert data["project"]["entry-points"]["dattri"], f"{block}: no entry point"
+        elif "metrics" in data:
+            assert Study.of({"name": "page", **data}).cells()
         elif "setting" in data:
             run = spec.run_of(data)
             assert spec.method_of(run.method) is not None
@@ -222,6 +226,9 @@ class Reader:
                 assert status == 0, f"{block}: {command!r} ended with {status}: {printed}"
                 if shown.strip():
                     assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
+            elif command.startswith("pytest "):
+                printed = self.pytest(shlex.split(command)[1:])
+                assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
             elif command.startswith("make "):
                 target = command.split()[1]
                 makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -237,6 +244,17 @@ class Reader:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = main(arguments)
         return status, output.getvalue()
+
+    def pytest(self, arguments: list[str]) -> str:
+        """Run tests of the page in a process of their own and return what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        return done.stdout + done.stderr
 
     def install(self, project: Path) -> None:
         """Make a plugin findable as pip does: its metadata on the path, entry points included."""

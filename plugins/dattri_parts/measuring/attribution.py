@@ -33,6 +33,19 @@ TRAJECTORY = "trajectory"
 """What an attributor's ``reads`` says where it follows a training run."""
 
 
+@frozen
+class Passes:
+    """How often train examples went through the model, in passes over the whole train set.
+
+    Args:
+        alone: Of the method by itself.
+        done: That were made for it; fewer where it used what others had computed.
+    """
+
+    alone: float
+    done: float
+
+
 @frozen(eq=False)
 class Attribution:
     """The scores of a method and what they took.
@@ -43,6 +56,7 @@ class Attribution:
         peak: Bytes, see `PeakMemory`; None where it cannot be measured.
         notes: Warnings, such as a solver that did not converge.
         fitted: The method on its train set; None for those that are not made of parts.
+        passes: None for methods that are not made of parts.
     """
 
     scores: Scores
@@ -50,6 +64,7 @@ class Attribution:
     peak: int | None
     notes: tuple[str, ...]
     fitted: FittedMethod | None
+    passes: Passes | None = None
 
 
 @frozen(eq=False)
@@ -77,7 +92,7 @@ def attribute(made: Any, task: Task, world: Any) -> Attribution:
         task: Of the world; see `task_of`.
         world: A `dattri_core.World`.
     """
-    fitted = None
+    fitted = passes = None
     with heard() as notes, PeakMemory(task.device) as peak:
         started = time.perf_counter()
         if isinstance(made, Method):
@@ -86,10 +101,17 @@ def attribute(made: Any, task: Task, world: Any) -> Attribution:
         else:
             scores = made.attribute(task, world.train, world.test, progress=False)
         seconds = time.perf_counter() - started
-    named = Scores(
+    if fitted is not None:
+        count = fitted.train.reads / len(fitted.train)
+        passes = Passes(count, count)
+    return Attribution(named(scores, world), seconds, peak.bytes, tuple(notes), fitted, passes)
+
+
+def named(scores: Scores, world: Any) -> Scores:
+    """Return scores with the ids of the world."""
+    return Scores(
         scores.values, world.train_ids, world.test_ids, scores.provenance, known_finite=True
     )
-    return Attribution(named, seconds, peak.bytes, tuple(notes), fitted)
 
 
 def self_influence(made: Any, fitted: FittedMethod | None, task: Task, world: Any) -> SelfInfluence:
@@ -158,8 +180,22 @@ def damped(name: str, damping: float, fields: Mapping[str, Any]) -> Any:
         fields: As `dattri_core.method` takes them.
     """
     made = method(name, **fields)
-    given = any(key.split(".")[-1] == "damping" for key in fields)
-    return method(name, **fields, damping=damping) if takes_damping(made) and not given else made
+    if sets_damping(fields) or not takes_damping(made):
+        return made
+    return method(name, **fields, damping=damping)
+
+
+def sets_damping(fields: Mapping[str, Any]) -> bool:
+    """Return whether fields of a method, or of parts that they spell, set a damping.
+
+    A part that is given as a value has its own.
+    """
+    return any(
+        str(key).split(".")[-1] == "damping"
+        or (isinstance(value, Mapping) and sets_damping(value))
+        or _has_damping(value)
+        for key, value in fields.items()
+    )
 
 
 def takes_damping(made: Any) -> bool:
