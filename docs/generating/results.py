@@ -152,3 +152,4 @@ def choosing_lines() -> Iterator[str]:
             seconds = max((row["seconds"] or 0 for row in own), default=0)
             lines.append((f"`{method}`", *values, f"{seconds:.2f}"))
         yield from table(("method", *metrics, "seconds"), lines)
+        yield ""

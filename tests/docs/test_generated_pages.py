@@ -158,7 +158,7 @@ def test_results_are_read_from_their_files(folder: Path) -> None:
         ("[Speed](../results/speed.md)", "a, LR", "2 s", "3 MiB")
     ]
     lines = list(results.choosing_lines())
-    assert "| `b` | 0.500 [0.400, 0.600] | 1.00 |" in lines
+    assert "| `b` | 0.500 [0.400, 0.600] | 1.00 |" in lines and lines[-1] == ""
     assert not any("`c`" in line for line in lines)
     page = results.results_page()
     assert "| [Digits](bench_digits.md) | Real images. |" in page
