@@ -18,6 +18,7 @@ from dattri_core import (
     NumericsError,
     Rows,
     SpecError,
+    SpectralInverse,
     SpectralOperator,
 )
 from dattri_core.space import BlockSpec, Space
@@ -285,7 +286,9 @@ def test_the_leading_inverse_is_near_and_of_less_work(share, seed):
         eigenvalues[spec.name] = 2 * falling
     spectrum = KroneckerSpectrum(KroneckerBasis(space, sides), eigenvalues, torch.float64, 2**20)
     whole = Spectral(damping=damping).solve_for(spectrum, CPU)
+    _divides_by_what_it_says(whole, eigenvalues, damping)
     part = whole.leading(share)
+    assert part.spectrum is None  # it has holes
     assert part.operator.basis.out_space.dim < space.dim / 2
     units = Rows.from_flat(space, torch.eye(space.dim).double(), torch.arange(space.dim))
     exact, found = whole.apply(units).flat(), part.apply(units).flat()
@@ -296,3 +299,17 @@ def test_the_leading_inverse_is_near_and_of_less_work(share, seed):
     assert float(ratios.min()) > 1 - 1e-10
     assert 1 + share / 100 < float(ratios.max()) < 1 + share + 1e-10
     assert torch.equal(whole.apply(units).flat(), exact)
+
+
+def _divides_by_what_it_says(inverse, eigenvalues, damping):
+    """In the basis an inverse with a spectrum is 1 / (L + damping), entry by entry."""
+    assert isinstance(inverse, SpectralInverse)
+    space = inverse.basis.out_space
+    within = Rows.from_flat(space, normal(2, space.dim), torch.arange(2))
+    answer = inverse.in_basis(within)
+    assert set(inverse.spectrum) == set(space.names)
+    for name, (values, told) in inverse.spectrum.items():
+        assert told == damping
+        assert torch.equal(values, eigenvalues[name])
+        want = within.blocks[name].dense().values / (values + damping)
+        torch.testing.assert_close(answer.blocks[name].dense().values, want)

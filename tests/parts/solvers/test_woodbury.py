@@ -168,6 +168,7 @@ def test_a_sweep_of_dampings_equals_fresh_solves(dampings, block, eigenvectors):
     try:
         woodbury.SMALL = small if eigenvectors else 0
         first = Woodbury(0.05).solve_for(operator, CPU)
+        assert isinstance(first, dattri.SharingInverse)
         before = first.apply(rows).flat()
         inverses = [first.with_damping(Damping(d)) for d in dampings]
         matrix = dense_second_moment(task, problem.space, train)
