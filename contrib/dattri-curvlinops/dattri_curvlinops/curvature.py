@@ -119,15 +119,17 @@ class Curvlinops:
         return module(reduction="sum"), factor**2 if self.operator == "empirical-fisher" else factor
 
 
-@frozen(eq=False)
-class _Summed:
-    """The loss as curvlinops calls it: a sum over the batch."""
+class _Summed(nn.Module):
+    """The loss as curvlinops calls it: a module that gives the sum over the batch."""
 
-    loss: Loss
-    reduction: ClassVar[str] = "sum"
+    reduction = "sum"
 
-    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self.loss.criterion(outputs, (labels,)).sum()
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.loss.criterion(outputs, (outputs, labels)).sum()
 
 
 @frozen(eq=False)
