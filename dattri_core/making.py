@@ -192,7 +192,7 @@ class Making:
     def finish(self, scorer: Scorer) -> Branch:
         """Return the branch; a scorer says which numbers of its queries it reads."""
         made: list[Queries] = []
-        stats = []
+        stats: list[tuple[int, Any]] = []
         resident = not self.route.deferred and not self.route.offloaded
         if self.route.swept:
             queries, stats = self._swept(join_rows(self._pieces.pop()))

@@ -133,8 +133,8 @@ def parts_of(world: WorldCells) -> list[list[Cell]]:
         fit = (fit_of(made) or id(cell.entrant), cell.entrant.models)
         fronts.setdefault(front, {}).setdefault(fit, []).append(cell)
     parts = []
-    for (front, _), fits in fronts.items():
-        if front is not None:
+    for (shared, _), fits in fronts.items():
+        if shared is not None:
             parts.append([cell for cells in fits.values() for cell in cells])
         else:
             parts += _cut(list(fits.values()))
