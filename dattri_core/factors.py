@@ -222,10 +222,11 @@ def _drawn(factors: Sequence[Factor | Range], samples: int, draw: int) -> list[d
         raise SpecError(f"study: samples={samples}; give 1 or more")
     sizes = [len(f.levels) if isinstance(f, Factor) else 0 for f in factors]
     if all(sizes):
+        discrete = [f for f in factors if isinstance(f, Factor)]
         order = np.random.default_rng(draw).permutation(math.prod(sizes))[:samples]
         chosen = [tuple(map(int, np.unravel_index(k, sizes))) for k in order]
         return [
-            {f.name: f.levels[k] for f, k in zip(factors, choice, strict=True) if _has_levels(f)}
+            {f.name: f.levels[k] for f, k in zip(discrete, choice, strict=True)}
             for choice in chosen
         ]
     found: dict[tuple[str, ...], dict[str, Level]] = {}
@@ -238,10 +239,6 @@ def _drawn(factors: Sequence[Factor | Range], samples: int, draw: int) -> list[d
         }
         found.setdefault(tuple(level.label for level in point.values()), point)
     return list(found.values())
-
-
-def _has_levels(factor: Factor | Range) -> bool:
-    return isinstance(factor, Factor)
 
 
 def _any(factor: Factor, random: np.random.Generator) -> Level:

@@ -111,6 +111,10 @@ def _metrics(given: Any) -> tuple[Named, ...]:
     return found
 
 
+def _base(given: Any) -> Named:
+    return Named.of(given, "base")
+
+
 def _seeds(given: Any) -> tuple[int, ...]:
     seeds = (given,) if isinstance(given, int) else tuple(given)
     whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
@@ -163,7 +167,7 @@ class Study:
     metrics: tuple[Named, ...] = field(converter=_metrics)
     factors: tuple[Factor | Range, ...] = field(converter=factors_of, default=())
     plan: PlanName = "grid"
-    base: Named = field(default="grad-dot", converter=lambda given: Named.of(given, "base"))
+    base: Named = field(default=Named("grad-dot"), converter=_base)
     seeds: tuple[int, ...] = field(default=(0,), converter=_seeds)
     size: str | tuple[int, int] = field(default="full", converter=_size)
     checkpoints: int = 1

@@ -227,9 +227,7 @@ def test_a_world_that_cannot_be_made_is_rows_of_errors(tmp_path, monkeypatch):
 
 
 def test_when_no_point_is_a_method_nothing_is_run(tmp_path):
-    with pytest.raises(
-        SpecError, match=r"none of its 2 points.*no part's field 'scorr"
-    ):
+    with pytest.raises(SpecError, match=r"none of its 2 points.*no part's field 'scorr"):
         run(study(factors={"scorr": ["dot", "cosine"]}), tmp_path)
     assert CALLS == []
 

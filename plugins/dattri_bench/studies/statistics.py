@@ -164,7 +164,8 @@ def mean_ranks(points: Mapping[str, Sequence[Row]]) -> dict[str, float]:
 def _better(row: Row) -> float:
     """Return the value, turned so that more is better."""
     assert row.result is not None
-    return row.result["value"] if row.result["higher_is_better"] else -row.result["value"]
+    value = float(row.result["value"])
+    return value if row.result["higher_is_better"] else -value
 
 
 # --- paired comparisons ---------------------------------------------------------------------------
