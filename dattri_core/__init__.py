@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import ModelProblem as ModelProblem
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SharingInverse as SharingInverse
+    from dattri_core.capabilities import SpectralInverse as SpectralInverse
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
@@ -118,6 +121,7 @@ if TYPE_CHECKING:
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
+    from dattri_core.protocols import as_damping as as_damping
     from dattri_core.registry import Registry as Registry
     from dattri_core.registry import default_registry as default_registry
     from dattri_core.rows import Rows as Rows
@@ -175,6 +179,7 @@ _EXPORTS = {
     "Loss": "losses",
     "MemoryBudgetError": "errors",
     "Method": "methods",
+    "ModelProblem": "capabilities",
     "NumericsError": "errors",
     "OneHot": "blocks",
     "Operator": "protocols",
@@ -212,6 +217,8 @@ _EXPORTS = {
     "Space": "space",
     "SpanBlock": "blocks",
     "SpecError": "errors",
+    "SharingInverse": "capabilities",
+    "SpectralInverse": "capabilities",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
     "Store": "store",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -190,6 +190,28 @@ class SplitInverse(Inverse, Protocol):
 
 
 @runtime_checkable
+class SpectralInverse(SplitInverse, Protocol):
+    """A `SplitInverse` with M = 1 / (L + damping), entry by entry.
+
+    A sweep of dampings then has L in common, and takes a few products in place of one each.
+    """
+
+    @property
+    def spectrum(self) -> Mapping[str, tuple[Tensor, float]] | None:
+        """Return L, of the shape of a row, and damping of each block; None where M is another."""
+        ...
+
+
+@runtime_checkable
+class SharingInverse(Inverse, Protocol):
+    """An inverse that answers for several dampings with less work than for one after another."""
+
+    def apply_each(self, rows: Rows, inverses: Sequence[Inverse]) -> list[Rows]:
+        """Return the rows after each of some inverses, which are this one at several dampings."""
+        ...
+
+
+@runtime_checkable
 class PreconditionedSolver(Solver, Protocol):
     """An iterative solver that another inverse can speed up, without a change of its answer."""
 
@@ -304,6 +326,28 @@ class WeighingScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class ModelProblem(Problem, Protocol):
+    """A problem that shows its model and its data, for adapters to libraries of curvature.
+
+    What is read here has passed no stage: rows after a projector are no gradients of this model.
+    """
+
+    @property
+    def task(self) -> Any:
+        """Return the task; its model is the user's, to be copied and never changed."""
+        ...
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the weights and buffers of the checkpoint, as a state dict."""
+        ...
+
+    def batches(self) -> Iterator[Any]:
+        """Read the whole train set in order, batch by batch, on the device of the rows."""
+        ...
+
+
+@runtime_checkable
 class ReferencedProblem(Problem, Protocol):
     """A problem whose task has reference examples."""
 
@@ -337,9 +381,12 @@ class Outlook:
             fitted inverse says so by an attribute ``row_rank``.
         splits: Whether it is a `SplitInverse` that can be split, and rows keep their kind in its
             basis: factors stay factors.
+        spectral: Whether it splits as a `SpectralInverse`.
         reduced: The space of rows after it, where it leaves a few numbers of each.
         two_sided: Whether train rows pass it too, as its root.
         base: Rows of the curvature that an answer is a combination of, beside the row itself.
+        beside: Formed rows that are alive beside an answer while it is made; a fitted inverse says
+            so by an attribute of this name.
         note: One line of what the part decides by the train set, ``stage.foresee(problem)``, for
             the plan of a dry run.
     """
@@ -349,7 +396,9 @@ class Outlook:
     forms: bool = True
     rank: int | None = None
     splits: bool = False
+    spectral: bool = False
     reduced: Space | None = None
     two_sided: bool = False
     base: int = 0
+    beside: int = 3
     note: str = ""

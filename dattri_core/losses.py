@@ -99,11 +99,16 @@ def labels_of(batch: Batch) -> Tensor:
         for key in LABEL_KEYS:
             if key in batch:
                 return torch.as_tensor(batch[key])
-        raise InputError(f"labels: the batch has keys {sorted(batch)}, none of {LABEL_KEYS}")
+        raise InputError(
+            f"labels: the batch has keys {sorted(batch)}, and the labels are sought under "
+            f"{' or '.join(map(repr, LABEL_KEYS))}; rename the key, or give a loss that knows "
+            "yours: dattri.Loss(forward=..., criterion=...)"
+        )
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return torch.as_tensor(batch[-1])
     raise InputError(
-        f"labels: a {type(batch).__name__} has no labels; expected (inputs, ..., labels) or a dict"
+        f"labels: a {type(batch).__name__} has no labels; give data as (inputs, ..., labels) or a "
+        "dict with 'labels', or a loss that needs none"
     )
 
 

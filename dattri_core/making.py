@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, move
-from dattri_core.blocks import Block, DenseBlock, concatenate, joins
+from dattri_core.blocks import Block, DenseBlock, SweptBlock, compact, concatenate, joins
+from dattri_core.capabilities import SharingInverse, SpectralInverse
 from dattri_core.contract import limit_now
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
@@ -163,21 +165,38 @@ class Making:
         self._common = self._late if len(self.group) == 1 else min(self.variants.shared, self._late)
         if self.route.deferred or self._common < self._late or len(self.group) == 1:
             self._chains = {k: self.variants.chain(k) for k in self.group}
-        self._pieces = [[] for _ in self.group[: 1 if self.route.deferred else None]]
+        together = self.route.deferred or self.route.swept
+        self._pieces = [[] for _ in self.group[: 1 if together else None]]
 
     def take(self, rows: Rows) -> None:
         """Take a batch of rows as the source gives them."""
         first = self._chains.get(self.group[0], self.variants.base)
         rows = pass_in_slabs(first.test_steps[: self._common], rows, self.slab)
-        for k, pieces in zip(self.group, self._pieces, strict=False):
-            own = self._chains.get(k, self.variants.base).test_steps[self._common : self._late]
-            pieces.append(self._stored(pass_in_slabs(own, rows, self.slab)))
+        for pieces, passed in zip(self._pieces, self._each(rows), strict=False):
+            if self.route.swept:
+                passed = passed.map_blocks(lambda _, block: compact(block))
+            pieces.append(self._stored(passed))
+
+    def _each(self, rows: Rows) -> Iterator[Rows]:
+        """Yield rows that have passed the common steps after those of each variant."""
+        chains = [self._chains.get(k, self.variants.base) for k in self.group]
+        steps = [chain.test_steps[self._common : self._late] for chain in chains]
+        firsts = [own[0] for own in steps if own]
+        if len(firsts) > 1 and len(self._pieces) > 1 and isinstance(firsts[0], SharingInverse):
+            for own, passed in zip(steps, invert_each(firsts, rows, self.slab), strict=True):
+                yield pass_in_slabs(own[1:], passed, self.slab)
+            return
+        for own in steps:
+            yield pass_in_slabs(own, rows, self.slab)
 
     def finish(self, scorer: Scorer) -> Branch:
         """Return the branch; a scorer says which numbers of its queries it reads."""
         made: list[Queries] = []
         stats = []
         resident = not self.route.deferred and not self.route.offloaded
+        if self.route.swept:
+            queries, stats = self._swept(join_rows(self._pieces.pop()))
+            made.append(queries)
         for k, pieces in zip(self.group, self._pieces, strict=False):
             chain = self._chains.get(k) or self.variants.chain(k)
             late = chain.test_steps[self._late : self.route.cut]
@@ -208,6 +227,42 @@ class Making:
         measured = self.group if needs_inverse(scorer) else ()
         behind = {k: self._chains.get(k) or self.variants.chain(k) for k in measured}
         return Branch(train_side, tuple(made), dict(stats), behind)
+
+    def _swept(self, rows: Rows) -> tuple[Queries, list[tuple[int, Any]]]:
+        """Return the queries of all dampings, in the basis of the inverse, and the reports."""
+        dampings: dict[str, list[float]] = {name: [] for name in rows.space.names}
+        eigenvalues: dict[str, Tensor] = {}
+        stats = []
+        for k in self.group:
+            chain = self._chains.get(k) or self.variants.chain(k)
+            inverse = chain.steps[-1]
+            assert isinstance(inverse, SpectralInverse)
+            assert inverse.spectrum is not None
+            for name, (values, damping) in inverse.spectrum.items():
+                eigenvalues[name] = values
+                dampings[name].append(damping)
+            stats.append((k, _stats(chain)))
+        require_finite_queries(rows.blocks, rows.index, self.place)
+        count = len(self.group)
+        blocks: dict[str, Block] = {
+            name: SweptBlock(
+                block,
+                eigenvalues[name].to(self.device),
+                torch.tensor(dampings[name], dtype=torch.float64, device=self.device),
+            )
+            for name, block in rows.blocks.items()
+        }
+        aux = {key: torch.cat([values] * count) for key, values in rows.aux.items()}
+        queries = Queries(
+            pieces=(Rows(rows.space, blocks, rows.index.repeat(count), aux),),
+            tails=((),) * count,
+            sides=(),
+            variants=self.group,
+            device=self.device,
+            slab=0,
+            place=self.place,
+        )
+        return queries, stats
 
     def _tail(self, chain: Chain) -> tuple[Step, ...]:
         return chain.test_steps[self.route.cut :]
@@ -294,12 +349,31 @@ def pass_in_slabs(steps: Sequence[Step], rows: Rows, slab: int) -> Rows:
     return rows
 
 
+def invert_each(inverses: Sequence[Step], rows: Rows, slab: int) -> list[Rows]:
+    """Return rows after each of several inverses that share their work, as `pass_in_slabs` does."""
+    first = inverses[0]
+    assert isinstance(first, SharingInverse)
+    several = [step for step in inverses if is_inverse(step)]
+    if not first.blockwise:
+        return first.apply_each(rows, several)
+    done: list[dict[str, Block]] = [{} for _ in inverses]
+    for name in rows.space.names:
+        parts = [first.apply_each(part, several) for part in _slabs(rows.select([name]), slab)]
+        for blocks, found in zip(done, zip(*parts, strict=True), strict=True):
+            blocks[name] = concatenate([some.blocks[name] for some in found])
+    return [Rows(rows.space, blocks, rows.index, rows.aux) for blocks in done]
+
+
+def _slabs(part: Rows, slab: int) -> list[Rows]:
+    """Return rows of one block, as many at a time as fit the slab; 0: all."""
+    size = rows_in(slab, part) if slab else max(1, len(part))
+    return [part.take(slice(k, k + size)) for k in range(0, max(1, len(part)), size)]
+
+
 def _by_blocks(act: Callable[[Rows], Rows], rows: Rows, slab: int) -> Rows:
     """Return rows after a blockwise inverse, as many of one block at once as fit the slab."""
     done: dict[str, Block] = {}
     for name in rows.space.names:
-        part = rows.select([name])
-        size = rows_in(slab, part) if slab else max(1, len(part))
-        starts = range(0, max(1, len(part)), size)
-        done[name] = concatenate([act(part.take(slice(k, k + size))).blocks[name] for k in starts])
+        parts = _slabs(rows.select([name]), slab)
+        done[name] = concatenate([act(part).blocks[name] for part in parts])
     return Rows(rows.space, done, rows.index, rows.aux)

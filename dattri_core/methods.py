@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from dattri_core import assemble
 from dattri_core.capabilities import WeighingScorer
-from dattri_core.errors import SpecError
+from dattri_core.errors import InputError, SpecError
 from dattri_core.fitted import FittedMethod
 from dattri_core.loop import By
 from dattri_core.plans import Plan
@@ -147,7 +147,12 @@ class Method:
             "would drop; use the fold 'trak', or another scorer such as 'dot'"
         )
 
-    def _check_task(self, task: Task) -> None:
+    def _check_task(self, task: Any) -> None:
+        if not isinstance(task, Task):
+            raise InputError(
+                f"method: the first argument is a {type(task).__name__}, expected a dattri.Task; "
+                "give dattri.Task(model, loss=..., checkpoints=...)"
+            )
         if "learning-rate" in self.fold.needs:
             lacking = [c.name for c in task.checkpoints if c.learning_rate is None]
             if lacking:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from dattri_core.capabilities import InverseRoot, Outlook, SplitInverse
+from dattri_core.capabilities import InverseRoot, Outlook, SpectralInverse, SplitInverse
 from dattri_core.protocols import Inverse, InverseHessian, LinearMap, Problem
 from dattri_core.space import Space
 from dattri_core.stages import Stage, Step, is_inverse, is_two_sided, space_after
@@ -28,9 +28,11 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         forms=bool(stage.needs) and getattr(step, "forms", True),
         rank=getattr(step, "row_rank", None),
         splits=_splits(step, space),
+        spectral=isinstance(step, SpectralInverse) and step.spectrum is not None,
         reduced=_reduced(stage, space),
         two_sided=isinstance(step, InverseRoot),
         base=getattr(step, "base", 0),
+        beside=getattr(step, "beside", 3),
     )
 
 

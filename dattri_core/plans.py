@@ -28,6 +28,8 @@ DEFERRED_SHARE = 0.6
 What is left holds a train batch and, with one slab, the intermediates of a contraction: a quarter
 of the budget.
 """
+SWEPT_TERMS = 3
+"""Multiply-adds of a pair that all dampings of a sweep take together, for each number of a row."""
 TRANSFER = 1000
 """Multiply-adds that a device does while one byte comes from the host."""
 HOST_SHARE = 2
@@ -54,6 +56,8 @@ class Route:
         train: Multiply-adds of the train side, for every train row.
         split: Whether the train side carries its half of the inverse.
         offloaded: Whether queries wait in the memory of the host.
+        swept: Whether the queries of all dampings of a sweep wait as one, without their dampings.
+        pair: Multiply-adds of one query, at one damping, and one train row.
     """
 
     deferred: bool
@@ -68,11 +72,15 @@ class Route:
     train: int = 0
     split: bool = False
     offloaded: bool = False
+    swept: bool = False
+    pair: int = 0
 
     def __str__(self) -> str:
         way = "deferred, expanded a block at a time" if self.deferred else "resident"
         if self.split:
             way += ", both sides in the basis of the inverse"
+        if self.swept:
+            way += ", dampings interpolated"
         return way + (", kept on the host" if self.offloaded else "")
 
 
@@ -101,6 +109,7 @@ class Costs:
                 each=route.each + TRANSFER * route.kept,
             )
             for route in self.routes
+            if not route.swept
         )
 
 
@@ -210,7 +219,11 @@ def multiply_adds(plan: Plan, costs: Costs, work: Work) -> int:
     route, batches = plan.route, -(-work.n_train // plan.train_batch)
     passes = plan.groups * work.n_train * (costs.gradient + route.train)
     repeats = batches * route.each * (work.variants if route.deferred else 1)
-    return passes + work.n_test * (route.once + repeats)
+    done = passes + work.n_test * (route.once + repeats)
+    if work.variants > 1:  # one damping is met in the same way on every route
+        products = min(SWEPT_TERMS, work.variants) if route.swept else work.variants
+        done += work.n_train * work.n_test * route.pair * products
+    return done
 
 
 @frozen
@@ -311,7 +324,7 @@ def _column(work: Work) -> int:
 
 
 def _held(route: Route, work: Work) -> int:
-    return route.kept * (1 if route.deferred else work.variants)
+    return route.kept * (1 if route.deferred or route.swept else work.variants)
 
 
 def _too_little(budget: int, costs: Costs, work: Work) -> MemoryBudgetError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, move
@@ -18,10 +18,12 @@ from dattri_core.memory import is_out_of_memory
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
 from dattri_core.projected import pass_blocks, require_complete
 from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, Role, RowKind
+from dattri_core.recording import Named, Recording, record, recording_bytes
 from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
 from dattri_core.stream import Examples
+from dattri_core.task import Task
 
 
 @define(eq=False)
@@ -49,6 +51,7 @@ class TrainProblem:
     advance: Callable[[int], None] | None = None
     role: Role = "train"
     reference: TrainProblem | None = None
+    _recordings: dict[CurvatureKind, tuple[Recording, ...]] = field(init=False, factory=dict)
 
     @property
     def space(self) -> Space:
@@ -81,6 +84,21 @@ class TrainProblem:
                 "'functional'"
             )
         return evaluator
+
+    @property
+    def task(self) -> Task:
+        """Return the task."""
+        return self._any_evaluator.task
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the weights and buffers of the checkpoint."""
+        return self._any_evaluator.state
+
+    def batches(self) -> Iterator[Batch]:
+        """Read the whole train set in order; no stage applies."""
+        for _, batch in self.examples.batches(self.batch):
+            yield move(batch, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -216,6 +234,57 @@ class TrainProblem:
         directions = to_parameters(lowered)
         lifted = empty_rows(self.source.space, directions, vectors.index)
         total = to_parameters(lifted)  # views: what is added to them lands in the rows
+        if index is not None or len(vectors) != 1 or not self._replay(kind, directions, total):
+            self._stream_product(directions, kind, index, total)
+        if count > 1:
+            for block in lifted.blocks.values():
+                block.dense().values.div_(count)
+        return self._map(lifted)
+
+    def _replay(self, kind: CurvatureKind, vector: Named, out: Named) -> bool:
+        """Write the sum over the train set from its recorded graphs; return False without them."""
+        try:
+            if kind not in self._recordings:
+                self._recordings[kind] = self._record(kind, vector)
+            recordings = self._recordings[kind]
+            single = {name: value[0] for name, value in vector.items()}
+            for position, recording in enumerate(recordings):
+                found = recording.product(single)
+                for name, value in found.items():
+                    if position == 0:
+                        out[name][0] = value
+                    else:
+                        out[name][0] += value
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            recordings = self._recordings[kind] = ()
+        if recordings and self.advance is not None:
+            self.advance(self.n_train)
+        return bool(recordings)
+
+    def _record(self, kind: CurvatureKind, names: Iterable[str]) -> tuple[Recording, ...]:
+        """Record the train set; nothing where its graphs are too large to be kept.
+
+        They are kept because a Krylov space takes its products one vector after another.
+        """
+        limit = min(WORK_LIMIT, self.memory // 8)
+        sample = move(self.examples.sample(1), self.device)
+        if self.n_train * recording_bytes(self.evaluator, sample) > limit:
+            return ()
+        return tuple(
+            record(self.evaluator, move(batch, self.device), names, kind)
+            for _, batch in self._batches(self.batch, None)
+        )
+
+    def _stream_product(
+        self,
+        directions: Named,
+        kind: CurvatureKind,
+        index: Tensor | None,
+        total: Named,
+    ) -> None:
+        """Write the sum over examples to ``total``, a batch at a time."""
         first = True
         with self.evaluator.session():
             for _, batch in self._batches(self.batch, index):
@@ -228,17 +297,14 @@ class TrainProblem:
                 first = False
                 if self.advance is not None:
                     self.advance(batch_size(batch))
-        for block in lifted.blocks.values():
-            block.dense().values.div_(count)
-        return self._map(lifted)
 
     def _batch_product(
         self,
         batch: Batch,
-        directions: dict[str, Tensor],
+        directions: Named,
         kind: CurvatureKind,
-        out: dict[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
+        out: Named | None,
+    ) -> Named:
         limit = min(WORK_LIMIT, self.memory // 4)
         while True:
             failed: BaseException
@@ -256,7 +322,7 @@ class TrainProblem:
                     "smaller memory= so that fewer test examples are taken at once"
                 ) from failed
 
-    def _smaller(self, limit: int, batch: Batch, directions: dict[str, Tensor]) -> int:
+    def _smaller(self, limit: int, batch: Batch, directions: Named) -> int:
         """Return a limit at which less is taken at once, or 0 where it cannot be less."""
         try:
             size = plan_slices(self.evaluator, batch, directions, limit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -20,27 +20,16 @@ from torch.func import grad, vjp, vmap
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, batch_size, take
 from dattri_core.batched import shared_operands
-from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator, leaves
-from dattri_core.losses import Loss
 from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import CurvatureKind
-from dattri_core.second_order import (
-    differentiable_kernels,
-    gradient_of,
-    no_second_derivative,
-    require_second_derivative,
-)
-
-Named: TypeAlias = dict[str, Tensor]
-Product: TypeAlias = Callable[[Named], Named]
+from dattri_core.recording import TANGENTS, Named, Product, graph_of, in_call, require_finite
+from dattri_core.second_order import differentiable_kernels, require_second_derivative
 
 WORK_LIMIT = 32 * 2**20
 """Bytes of tangents at once: about what a processor's cache and allocator keep warm."""
 FEW = 8
 """Vectors that make matrix products large enough to run near the machine's rate."""
-TANGENTS = 3
-"""Tangents of one activation that are alive at once: forward, backward, and a result being made."""
 
 _log = logging.getLogger("dattri")
 _refusing: WeakSet[Evaluator] = WeakSet()
@@ -142,16 +131,10 @@ class _Work:
     def primals(self) -> Named:
         return {name: self.evaluator.parameters[name] for name in self.vectors}
 
-    def add(self, products: Mapping[str, Tensor], where: slice) -> None:
+    def add(self, products: Named, where: slice) -> None:
         """Add the products of some vectors to the total."""
+        require_finite(products, self.kind, self.evaluator, batch_size(self.batch))
         for name, value in products.items():
-            if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
-                raise NumericsError(
-                    f"{self.kind} product at checkpoint {self.evaluator.checkpoint.name!r}: not "
-                    f"finite in {name!r} on a batch of {batch_size(self.batch)} examples; look for "
-                    "a diverged checkpoint, a division by zero or a square root at zero in the "
-                    "second derivative, or a half precision that overflows"
-                )
             if self.fresh:
                 self.total[name][where] = value
             else:
@@ -166,7 +149,10 @@ def _run_vectorised(work: _Work) -> bool:
         product = vmap(_hessian(work) if work.kind == "hessian" else _ggn(work))
         for first in range(0, work.count, work.chunk):
             where = slice(first, first + work.chunk)
-            result = product({k: v[where] for k, v in work.vectors.items()})
+            with (
+                torch.no_grad()
+            ):  # else the pass records a graph of its own, for a third derivative
+                result = product({k: v[where] for k, v in work.vectors.items()})
             started = True
             work.add(result, where)
     except (RuntimeError, NotImplementedError) as error:
@@ -214,64 +200,14 @@ def _reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[An
 def _run_looped(work: _Work) -> None:
     """Add the products by plain double backward: any model with second derivatives."""
     variables = leaves(work.primals)
+    product = graph_of(work.evaluator, work.batch, work.kind, variables)
 
-    def run(model: nn.Module) -> None:
-        make = _hessian_graph if work.kind == "hessian" else _ggn_graph
-        product = make(work, model, variables)
+    def run(_: nn.Module) -> None:
         for row in range(work.count):
             result = product({k: v[row] for k, v in work.vectors.items()})
             work.add({k: v.unsqueeze(0) for k, v in result.items()}, slice(row, row + 1))
 
-    try:
-        # Inside of `call`: a checkpointed model recomputes its activations with these weights.
-        work.evaluator.call(run, variables)
-    except (RuntimeError, NotImplementedError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise no_second_derivative(work.evaluator, error) from error
-
-
-def _hessian_graph(work: _Work, model: nn.Module, variables: Named) -> Product:
-    total = work.evaluator.total_of(model, work.batch, "train", variables)
-    gradient = gradient_of(total, variables, torch.ones_like(total), create_graph=True)
-    return lambda vector: _transpose(gradient, variables, vector)
-
-
-def _ggn_graph(work: _Work, model: nn.Module, variables: Named) -> Product:
-    loss = work.evaluator.task.loss
-    if not isinstance(loss, Loss):
-        work.evaluator.outputs(variables, work.batch)  # raises, with the cure
-    assert isinstance(loss, Loss)
-    outputs = loss.forward(model, work.batch)
-    u = {"u": torch.zeros_like(outputs, requires_grad=True)}
-    pulled = gradient_of(outputs, variables, u["u"], create_graph=True)
-    fixed = leaves({"out": outputs})
-    slope = gradient_of(
-        work.evaluator.criterion(fixed["out"], work.batch).sum(), fixed, None, create_graph=True
-    )
-
-    def product(vector: Named) -> Named:
-        tangent = _transpose(pulled, u, vector)["u"]
-        curved = _transpose(slope, fixed, {"out": tangent})["out"]
-        return gradient_of(outputs, variables, curved, create_graph=False)
-
-    return product
-
-
-def _transpose(values: Named, at: Named, vector: Named) -> Named:
-    """Return the gradient of ``sum <values, vector>``."""
-    names = [name for name in values if values[name].requires_grad]
-    if not names:
-        return {name: torch.zeros_like(tensor) for name, tensor in at.items()}
-    found = torch.autograd.grad(
-        [values[name] for name in names],
-        list(at.values()),
-        [vector[name] for name in names],
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(at, found, strict=True))
+    in_call(work.evaluator, variables, run)
 
 
 def _even(count: int, most: int) -> int:

@@ -120,10 +120,26 @@ def _routes(
         once=sum(stop.work for stop in stops),
         train=stops[-2].work if split else 0,
         split=split,
+        pair=stops[-1].row.space.dim,
     )
+    swept: list[Route] = []
+    mapped = all(isinstance(step, LinearMap) for step in steps[:-1])
+    if variants and split and mapped and _spectral(steps[-1]):
+        swept.append(
+            evolve(
+                resident,
+                swept=True,
+                cut=end - 1,
+                kept=_compact_bytes(stops[end - 1].row),
+                making=0,
+                expanded=0,
+                once=sum(stop.work for stop in stops[:end]),
+                each=_forming(stops[end - 1].row),
+            )
+        )
     cut = _cut(stops, shared_steps(steps, split=split) if variants else end)
     if cut is None or stops[cut].row.nbytes >= resident.kept:
-        return [resident]
+        return [*swept, resident]
     deferred = evolve(
         resident,
         deferred=True,
@@ -134,7 +150,7 @@ def _routes(
         once=sum(stop.work for stop in stops[: cut + 1]),
         each=sum(stop.work for stop in stops[cut + 1 :]) + _forming(stops[-1].row),
     )
-    return [resident, deferred]
+    return [*swept, resident, deferred]
 
 
 def streams_through(step: LinearMap | Outlook) -> bool:
@@ -198,7 +214,7 @@ def _mapped(before: Stop, step: LinearMap) -> Stop:
             of, into = shape_of(before.row.blocks[name]), shape_of(block)
             turn = of.outputs * into.outputs + of.inputs * into.inputs
             work += turn * (into.positions or max(1, of.outputs))
-    making = 0 if before.lead else _three_of(before.row, row)
+    making = 0 if before.lead else _formed_bytes(before.row, row, count=3)
     return Stop(row, before.lead, step.blockwise, work, making)
 
 
@@ -217,13 +233,13 @@ def _inverted(before: Stop, step: Outlook, work: int) -> Stop:
         row = _formed(row)
     if step.rank is not None:
         row = _of_rank(row, step.rank)
-    making = _three_of(before.row, row)
+    making = _formed_bytes(before.row, row, count=step.beside)
     return Stop(row, lead=False, blockwise=step.blockwise, work=work, making=making)
 
 
-def _three_of(*rows: Rows) -> int:
-    """Return the bytes of three formed rows of the larger space."""
-    return 3 * max(row.space.dim for row in rows) * max(4, rows[0].dtype.itemsize)
+def _formed_bytes(*rows: Rows, count: int) -> int:
+    """Return the bytes of so many formed rows of the larger space."""
+    return count * max(row.space.dim for row in rows) * max(4, rows[0].dtype.itemsize)
 
 
 def _combined(row: Rows, count: int) -> tuple[Rows, int]:
@@ -279,6 +295,16 @@ def _forming(row: Rows) -> int:
 def _order(block: Block) -> str:
     shape = with_rows(shape_of(block), NOMINAL)
     return plan_inner(shape, shape).order
+
+
+def _spectral(step: LinearMap | Outlook) -> bool:
+    return isinstance(step, Outlook) and step.spectral
+
+
+def _compact_bytes(row: Rows) -> int:
+    """Return the bytes of a query as factors or formed, whichever is less, block by block."""
+    item = max(4, row.dtype.itemsize)
+    return sum(min(row.blocks[spec.name].nbytes, spec.size * item) for spec in row.space)
 
 
 def _resident_bytes(row: Rows) -> int:

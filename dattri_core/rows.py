@@ -63,6 +63,8 @@ class Rows:
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """Join rows of one space."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         for part in parts[1:]:
             first.space.require_same(part.space, "concatenate rows")
         return Rows(

@@ -98,7 +98,8 @@ class CurvatureInverse:
         if asked <= {"spectral", "rows"} and hasattr(self.curvature, "outlook"):
             told = self.curvature.outlook(space, asked)
         forms = getattr(self.solver, "forms", True)
-        return attrs.evolve(told, splits=told.splits and "spectral" in asked, forms=forms)
+        splits = told.splits and "spectral" in asked
+        return attrs.evolve(told, splits=splits, spectral=splits, forms=forms)
 
     def foresee(self, problem: Problem) -> Outlook:
         """Return what is known of the inverse before the fit, some train rows read.

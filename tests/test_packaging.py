@@ -57,7 +57,9 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> N
 def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
-    assert not [name for name in wheel.namelist() if "test_" in name or "/tests/" in name]
+    # the templates of `dattri new-plugin` hold the tests of another distribution
+    own = [name for name in wheel.namelist() if "/templates/" not in name]
+    assert not [name for name in own if "test_" in name or "/tests/" in name]
     size = sum(info.compress_size for info in wheel.infolist())
     assert size < 2 * 2**20
 

@@ -26,6 +26,7 @@ from dattri_core.blocks.inputs import (
 from dattri_core.blocks.outer import OuterBlock, join_outer, low_rank
 from dattri_core.blocks.pick import pick_entries
 from dattri_core.blocks.span import SpanBlock, SumBlock
+from dattri_core.blocks.swept import SweptBlock
 from dattri_core.contract import Shape
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Shared",
     "SpanBlock",
     "SumBlock",
+    "SweptBlock",
     "accumulate",
     "compact",
     "concatenate",

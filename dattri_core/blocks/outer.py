@@ -279,16 +279,18 @@ def _pair_ghost(left: OuterBlock, right: OuterBlock) -> Tensor:
 
 def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) -> Tensor:
     if isinstance(right, DenseBlock) and left.positions == 1 and not is_one_hot(left.inputs):
-        many = len(right) > left.shape[1]  # a formed row is less than its inputs met with all
-        return (_left_formed if many else _one_position)(left, right, limit)
+        # a formed row is less than its inputs met with many
+        by_rows = len(right) > left.shape[1]
+        return (_left_formed if by_rows else _one_position)(left, right, limit)
     size = max(1, math.prod(left.shape)) * item_of(left)
-    # The left is formed once for each slice of the right: few slices, of one size.
-    many = max(1, limit * 3 // (4 * size))
-    many = max(1, -(-len(right) // max(1, -(-len(right) // many))))
-    step = max(1, limit // size - many)
+    # The left is formed once for each slice of the right: few of one size, one that is there.
+    there = isinstance(right, DenseBlock) and right.dtype.itemsize >= item_of(right)
+    slices = 1 if there else max(1, -(-len(right) // max(1, limit * 3 // (4 * size))))
+    width = max(1, -(-len(right) // slices))
+    step = max(1, limit // size - (0 if there else width))
     columns = []
-    for start in range(0, len(right), many):
-        formed = accumulate(right.take(slice(start, start + many)).flat())  # [c, d]
+    for start in range(0, len(right), width):
+        formed = accumulate(right.take(slice(start, start + width)).flat())  # [c, d]
         rows = [
             accumulate(left.take(slice(first, first + step)).flat()) @ formed.T
             for first in range(0, len(left), step)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from attrs import frozen
 
 from dattri_core.cli.table import table
+from dattri_core.discovery import Plugin
 from dattri_core.entries import KINDS, Entry, Recipe
 from dattri_core.errors import SpecError, nearest
 from dattri_core.registry import Registry, default_registry
@@ -56,6 +57,8 @@ def _plugins(registry: Registry, args: argparse.Namespace) -> str:
         owned = registry.entries(origin)
         methods = sum(entry.kind == "method" for entry in owned)
         said = f"{len(owned) - methods} parts, {methods} methods"
+        if plugin.listeners:
+            said += f", hears {', '.join(plugin.listeners)}"
         rows.append(
             (
                 origin.plugin,
@@ -65,8 +68,18 @@ def _plugins(registry: Registry, args: argparse.Namespace) -> str:
             )
         )
     text = table(("PLUGIN", "DISTRIBUTION", "STATUS", ""), rows)
+    names = [_names(registry, plugin) for plugin in registry.plugins] if args.names else []
     traces = [p.traceback for p in registry.plugins if p.traceback and args.tracebacks]
-    return "\n\n".join([text, *traces])
+    return "\n\n".join([text, *filter(None, names), *traces])
+
+
+def _names(registry: Registry, plugin: Plugin) -> str:
+    """Return what a plugin registered, a line for each kind."""
+    found: dict[str, list[str]] = {}
+    for entry in registry.entries(plugin.origin):
+        found.setdefault(entry.kind, []).append(entry.name)
+    lines = [f"  {kind}: {', '.join(names)}" for kind, names in found.items()]
+    return "\n".join([f"{plugin.origin}:", *lines]) if lines else ""
 
 
 def _owner(entry: Entry | Recipe) -> str:
@@ -77,7 +90,10 @@ def _kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", nargs="?", help=f"one kind only: {', '.join(KINDS)}")
 
 
-def _tracebacks(parser: argparse.ArgumentParser) -> None:
+def _details(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v", "--names", action="store_true", help="list the names that each plugin registered"
+    )
     parser.add_argument(
         "--tracebacks", action="store_true", help="show where each broken plugin failed"
     )
@@ -85,4 +101,4 @@ def _tracebacks(parser: argparse.ArgumentParser) -> None:
 
 methods = Listing("List the methods, each with its plugin and what it is.", _methods)
 parts = Listing("List the parts, by kind.", _parts, _kind)
-plugins = Listing("List the plugins: loaded, off or broken.", _plugins, _tracebacks)
+plugins = Listing("List the plugins: loaded, off or broken.", _plugins, _details)

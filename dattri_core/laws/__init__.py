@@ -2,16 +2,28 @@
 
 from dattri_core.laws.law import Law, LawBroken, NotApplicable
 from dattri_core.laws.report import Finding, Report
-from dattri_core.laws.run import KINDS, bench_of, check, check_plugin, find, laws_of, part_of
+from dattri_core.laws.run import (
+    KINDS,
+    Case,
+    bench_of,
+    cases,
+    check,
+    check_plugin,
+    find,
+    laws_of,
+    part_of,
+)
 
 __all__ = [
     "KINDS",
+    "Case",
     "Finding",
     "Law",
     "LawBroken",
     "NotApplicable",
     "Report",
     "bench_of",
+    "cases",
     "check",
     "check_plugin",
     "find",

@@ -9,7 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.capabilities import InverseRoot, SplitInverse
+from dattri_core.capabilities import InverseRoot, SpectralInverse, SplitInverse
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -154,6 +154,15 @@ def require_split(inverse: SplitInverse, left: Rows, right: Rows, what: str) -> 
         require_close(part.flat(), behind.blocks[name].flat(), f"{what}: M of {name!r} alone", 1e-7)
     moved: Any = inverse.with_damping(Damping(0.7))
     require_identical(moved.basis.map(left).flat(), ahead.flat(), f"{what}, at another damping")
+    for one in (inverse, moved):
+        if isinstance(one, SpectralInverse) and one.spectrum is not None:
+            behind = one.in_basis(turned)
+            for name, (values, damping) in one.spectrum.items():
+                want = turned.blocks[name].dense().values / (values + damping)
+                found = behind.blocks[name].dense().values
+                require_close(
+                    found, want.to(found), f"{what}: M of {name!r} from its spectrum", 1e-7
+                )
 
 
 def _two_sided(bench: InverseBench) -> str | None:

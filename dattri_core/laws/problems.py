@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -89,6 +89,16 @@ class DenseProblem:
     def memory(self) -> int:
         """Return 256 MiB."""
         return 2**28
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the weights of the world's model."""
+        return self.task.model.state_dict()
+
+    def batches(self) -> Iterator[Batch]:
+        """Read the train set in order."""
+        for start in range(0, self.n_train, self.batch):
+            yield take(self.train, slice(start, start + self.batch))
 
     def rows(
         self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+from attrs import field, frozen
 
-from dattri_core.errors import SpecError, nearest
+from dattri_core.entries import Entry, Recipe
+from dattri_core.errors import PluginError, SpecError, nearest
 from dattri_core.laws import (
     curvatures,
     folds,
@@ -91,37 +93,84 @@ def part_of(kind: str, name_or_part: Any) -> Any:
     return registry.make(kind, name_or_part)
 
 
+@frozen(eq=False)
+class Case:
+    """One law of one part or method, as a test: ``pytest.mark.parametrize("case", cases(name))``.
+
+    Args:
+        kind: Of part, or ``"method"``.
+        name: As registered.
+        law: The law.
+        bench: The part amid toy worlds, shared by all of its laws.
+    """
+
+    kind: str
+    name: str
+    law: Law
+    bench: Any = field(repr=False)
+
+    def run(self) -> Finding:
+        """Return what became of the law; nothing that the part raises escapes."""
+        return find(self.law, self.bench)
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.name}-{self.law.name}"
+
+
+def cases(name: str, *, registry: Registry | None = None) -> tuple[Case, ...]:
+    """Return every law of every part and method that a plugin, or a distribution, brings.
+
+    Raises:
+        PluginError: It failed to load.
+        SpecError: No such plugin, or it brings nothing that has laws.
+    """
+    registry = registry or default_registry()
+    found: list[Case] = []
+    with using(registry):
+        for kind, part in _checkable(name, registry):
+            bench = bench_of(kind, part_of(kind, part))
+            found += [Case(kind, part, law, bench) for law in laws_of(kind)]
+    return tuple(found)
+
+
 def check_plugin(name: str, *, registry: Registry | None = None) -> tuple[Report, ...]:
     """Check every part and method that one plugin, or one distribution, brings.
 
     Parts whose fields have no default are left to the methods that use them.
 
     Raises:
+        PluginError: It failed to load.
         SpecError: No such plugin, or it brings nothing that has laws.
     """
     registry = registry or default_registry()
-    reports = tuple(_plugin_reports(name, registry))
-    if not reports:
-        known = {e.origin.plugin for e in registry.entries()}
-        raise SpecError(
-            f"check plugin {name!r}: it brings nothing that has laws; {nearest(name, known)}"
-        )
-    return reports
+    return tuple(check(kind, part, registry=registry) for kind, part in _checkable(name, registry))
 
 
-def _plugin_reports(name: str, registry: Registry) -> Iterator[Report]:
-    for entry in registry.entries():
-        if name not in (entry.origin.plugin, entry.origin.distribution):
-            continue
-        if entry.kind not in (*KINDS, "attributor"):
-            continue
-        if entry.kind != "method":
-            cls = registry.resolve(entry.kind, entry.name)
-            if attrs.has(cls) and any(
-                a.default is attrs.NOTHING and a.init for a in attrs.fields(cls)
-            ):
-                continue
-        yield check(entry.kind, entry.name, registry=registry)
+def _checkable(name: str, registry: Registry) -> list[tuple[str, str]]:
+    found = [
+        (entry.kind, entry.name)
+        for entry in registry.entries()
+        if name in (entry.origin.plugin, entry.origin.distribution)
+        and entry.kind in (*KINDS, "attributor")
+        and _has_defaults(entry, registry)
+    ]
+    if found:
+        return found
+    for plugin in registry.plugins:
+        if name in (plugin.origin.plugin, plugin.origin.distribution) and plugin.error:
+            raise PluginError(f"check plugin {name!r}: it is {plugin.status}: {plugin.error}")
+    known = {e.origin.plugin for e in registry.entries()}
+    raise SpecError(
+        f"check plugin {name!r}: it brings nothing that has laws; {nearest(name, known)}"
+    )
+
+
+def _has_defaults(entry: Entry | Recipe, registry: Registry) -> bool:
+    if isinstance(entry, Recipe):
+        return True
+    cls = registry.resolve(entry.kind, entry.name)
+    bare = attrs.has(cls) and any(a.default is attrs.NOTHING and a.init for a in attrs.fields(cls))
+    return not bare
 
 
 def _known(kind: str) -> str:

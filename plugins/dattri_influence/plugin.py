@@ -52,7 +52,8 @@ def register(registry: dattri.Registry) -> None:
             "fold": "mean",
         },
         summary="Influence function with the exact inverse of the Hessian, or, above 16384 "
-        "parameters, of the Gauss-Newton or else the empirical Fisher matrix, whose rows fit",
+        "parameters, of the Gauss-Newton matrix, or of the empirical Fisher where that has too "
+        "many rows",
         formula="S_ij = <g_i, (H + damping I)^-1 h_j>, H the Hessian of the mean train loss, "
         "written down and factorised, or the Gauss-Newton or the empirical Fisher matrix from "
         "inner products of its rows",
@@ -174,7 +175,7 @@ def register(registry: dattri.Registry) -> None:
         "relatif-explicit",
         relative({"name": "exact", "curvature": "ggn", "damping": 1e-3}),
         summary="Relative influence with the exact inverse of the Gauss-Newton matrix, or, where "
-        "its rows do not fit, of the empirical Fisher matrix",
+        "its rows are too many, of the empirical Fisher matrix",
         formula="S_ij = <g_i, (G + damping I)^-1 h_j> / sqrt(g_i^T (G + damping I)^-1 g_i)",
         citation=BARSHAN,
     )

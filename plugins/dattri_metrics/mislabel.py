@@ -163,11 +163,11 @@ def _checked(metric: str, suspicion: Any, is_mislabelled: Any) -> tuple[Array, A
 def _suspicion(metric: str, evidence: Evidence, by: By) -> Array:
     """Return self-influence, or minus the mean score; ``[n_train]``.
 
-    Self-influence that differs by rounding only, as the cosine of a row with itself does, is made
-    equal: the order of rounding errors is not a ranking.
+    Self-influence that differs by rounding only, as the cosine of a row with itself does, is none:
+    the order of rounding errors is not a ranking.
     """
     own = evidence.self_influence
-    if by == "scores" or (by == "either" and own is None):
+    if by == "scores" or (by == "either" and (own is None or _is_constant(metric, own))):
         return np.asarray(-scores_of(metric, evidence).mean(axis=1))
     if own is None:
         raise InputError(
@@ -175,9 +175,12 @@ def _suspicion(metric: str, evidence: Evidence, by: By) -> Array:
             "take by='scores', minus the mean score for the test set"
         )
     found = numbers(metric, "self_influence", own, ("n_train",))
-    if np.ptp(found) <= CONSTANT * np.abs(found).max():
-        return np.ones_like(found)
-    return found
+    return np.ones_like(found) if _is_constant(metric, found) else found
+
+
+def _is_constant(metric: str, values: Array) -> bool:
+    found = numbers(metric, "self_influence", values, ("n_train",))
+    return bool(np.ptp(found) <= CONSTANT * np.abs(found).max())
 
 
 def _needs(by: By) -> frozenset[str]:
@@ -190,7 +193,8 @@ class MislabelAuroc:
 
     Args:
         by: The suspicion. ``"self-influence"``; ``"scores"``: minus the mean score for the test
-            set; ``"either"``: self-influence where the method has it, else minus the mean score.
+            set; ``"either"``: self-influence where the method has it and it tells examples apart,
+            else minus the mean score.
     """
 
     by: By = "either"

@@ -6,10 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dattri_trak.ensemble import subset as subset
     from dattri_trak.ensemble import train_ensemble as train_ensemble
 
-_EXPORTS = {"subset": "ensemble", "train_ensemble": "ensemble"}
+_EXPORTS = {"train_ensemble": "ensemble"}
 
 __all__ = sorted(_EXPORTS)
 

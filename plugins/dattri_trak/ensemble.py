@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from dattri_parts.training import random_subsets
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dattri_core import InputError, RandomStream, StoreError, atomic_file
+from dattri_core import InputError, StoreError, atomic_file
 
 Train = Callable[[Tensor, int], Mapping[str, Tensor]]
 SETTINGS = "dattri_ensemble"
 """Key in the header of a member's file of what it was made with."""
-SEEDS = 2**32  # NumPy takes no larger one
 
 
 def train_ensemble(
@@ -31,11 +32,10 @@ def train_ensemble(
 ) -> list[Path]:
     """Train the members of an ensemble that are not in the folder yet, and return their files.
 
-    Member m is trained on ``subset(n, m, fraction, seed)``: round(fraction n) examples drawn
-    without replacement, its subset and its seed functions of (seed, m) alone, so that an ensemble
-    can grow. Each file appears whole, so that a run that was stopped goes on with the first member
-    that is missing. Use them as ``Task(model, checkpoints=train_ensemble(...))``, or by the name of
-    the folder.
+    Member m is trained on the m-th of ``random_subsets(n, members, fraction=..., seed=...)``, a
+    function of (n, fraction, seed, m) alone, so that an ensemble can grow. Each file appears whole,
+    so that a run that was stopped goes on with the first member that is missing. Use them as
+    ``Task(model, checkpoints=train_ensemble(...))``, or by the name of the folder.
 
     Source: Park et al. 2023, TRAK, section 3.2 (arXiv 2303.14186), with fraction 0.5; fraction 1
     trains all members on all examples by independent seeds.
@@ -62,52 +62,18 @@ def train_ensemble(
     wanted = [
         {"n": n, "fraction": fraction, "seed": seed, "member": member} for member in range(members)
     ]
-    _subset_size(n, fraction)
+    subsets = random_subsets(n, members, fraction=fraction, seed=seed)
     for path, settings in zip(paths, wanted, strict=True):
         if path.exists():
             _require_same(path, settings)
     for member, (path, settings) in enumerate(zip(paths, wanted, strict=True)):
         if path.exists():
             continue
-        indices = subset(n, member, fraction=fraction, seed=seed)
-        state = _tensors(train(indices, _stream(seed, member).key("training") % SEEDS), member)
+        indices = torch.from_numpy(np.flatnonzero(subsets[member].mask))
+        state = _tensors(train(indices, subsets[member].seed), member)
         with atomic_file(path) as handle:
             handle.write(save(state, metadata={SETTINGS: json.dumps(settings)}))
     return paths
-
-
-def subset(n: int, member: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
-    """Return the positions of the examples that one member is trained on, rising.
-
-    Args:
-        n: Examples of the whole train set.
-        member: Its number, from 0.
-        fraction: Of the examples, in (0, 1].
-        seed: Of the ensemble.
-
-    Returns:
-        ``[round(fraction n)]``.
-
-    Raises:
-        InputError: The fraction leaves no example, or is above 1.
-    """
-    size = _subset_size(n, fraction)
-    drawn = torch.randperm(n, generator=_stream(seed, member).generator("subset"))
-    return drawn[:size].sort().values
-
-
-def _stream(seed: int, member: int) -> RandomStream:
-    return RandomStream(seed, "ensemble", member)
-
-
-def _subset_size(n: int, fraction: float) -> int:
-    size = round(fraction * n)
-    if not (0 < fraction <= 1 and size >= 1):
-        raise InputError(
-            f"ensemble: fraction {fraction} of {n} examples; give a fraction in (0, 1] that leaves "
-            "at least one"
-        )
-    return size
 
 
 def _tensors(state: Any, member: int) -> dict[str, Tensor]:

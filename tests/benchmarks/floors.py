@@ -70,6 +70,33 @@ def hessian_product_multiply_adds(model: nn.Module) -> int:
     return 2 * sizes[0] + 6 * sum(sizes[1:])
 
 
+def queries_multiply_adds(
+    model: nn.Module, positions: int, n_train: int, n_test: int, rank: int | None = None
+) -> int:
+    """Return the multiply-adds of scores where every row is computed once, and kept.
+
+    A row takes a forward and a backward pass without weight gradients, whichever side it is on. For
+    EK-FAC it is turned into the eigenvectors of both sides of each layer and formed, and a pair
+    takes one product for each weight; in a Kronecker sketch it is multiplied by two thin matrices.
+
+    Args:
+        model: A network of linear layers, apart from what is small.
+        positions: Of an example.
+        n_train: Train rows.
+        n_test: Queries.
+        rank: Of the sketch, on either side; None: EK-FAC.
+    """
+    sizes = sizes_of(model)
+    weights = sum(inputs * outputs for inputs, outputs in sizes)
+    if rank is None:
+        turning = sum(inputs**2 + outputs**2 for inputs, outputs in sizes)
+        row, pair = 3 * weights + turning, weights
+    else:
+        width = sum(inputs + outputs for inputs, outputs in sizes)
+        row, pair = 2 * weights + rank * width, rank**2 * len(sizes)
+    return (n_train + n_test) * positions * row + n_train * n_test * pair
+
+
 @dataclass
 class Floor:
     """The least time of a method: the sum of its parts.
@@ -152,14 +179,17 @@ def floor_of(
         classes = sizes[-1][1]
         dual = n * (classes - 1)
         if method == "if-explicit" and entries <= dual:
-            floor.products(n * classes * (classes + 1) / 2 * sum(i * i for i, _ in sizes))
+            matrix = n * classes * (classes + 1) / 2 * sum(i * i for i, _ in sizes)
+            floor.products(matrix + pairs)
             floor.decompositions("cholesky", [entries])
         else:
             floor.products(dual * dual / 2 * widths + dual * m * widths)
             floor.decompositions("cholesky", [dual])
     elif method == "if-cg":
+        floor.products(pairs)
         floor.products(product * n * m * steps, f"{m * steps} Hessian products")
     elif method == "if-lissa":
+        floor.products(pairs)
         floor.products(product * m * steps, f"{m * steps} Hessian products of one example")
         floor.updates(m, steps)
     elif method == "if-arnoldi":

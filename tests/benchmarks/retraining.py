@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import worlds
 from dattri_benchmarks import models
-from dattri_trak.ensemble import subset, train_ensemble
-from scipy.stats import spearmanr
+from dattri_parts.training import random_subsets
+from dattri_trak.ensemble import train_ensemble
 from torch import Tensor, nn
 
 FRACTION = 0.5
@@ -42,32 +42,18 @@ def truth(world: Path, halves: int) -> tuple[np.ndarray, np.ndarray]:
         n = len(held.train[0])
         masks = np.zeros((halves, n), dtype=bool)
         margins = []
-        for half in range(halves):
-            indices = subset(n, half, fraction=FRACTION, seed=TRUTH_SEED)
-            masks[half, indices.numpy()] = True
-            margins.append(_margins(_trained(held, indices, 10_000 + half), held.test))
+        for half, subset in enumerate(
+            random_subsets(n, halves, fraction=FRACTION, seed=TRUTH_SEED)
+        ):
+            masks[half] = subset.mask
+            indices = torch.from_numpy(np.flatnonzero(subset.mask))
+            margins.append(_margins(_trained(held, indices, subset.seed), held.test))
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
         np.savez(part, masks=masks, margins=np.stack(margins))
         part.rename(path)
     with np.load(path, allow_pickle=False) as found:
         return found["masks"], found["margins"]
-
-
-def linear_datamodelling_score(
-    scores: np.ndarray, masks: np.ndarray, margins: np.ndarray
-) -> tuple[float, float, float]:
-    """Return the mean over test examples of a rank correlation, and its 95 % interval.
-
-    Spearman's, between the sum of a half's scores and the margin of the model trained on it (Park
-    et al. 2023, definition 2.1, arXiv 2303.14186). The interval is a bootstrap over test examples.
-    """
-    sums = masks.astype(np.float64) @ scores  # [halves, n_test]
-    each = np.array([spearmanr(sums[:, j], margins[:, j]).statistic for j in range(sums.shape[1])])
-    each = np.nan_to_num(each)
-    drawn = np.random.default_rng(0).integers(len(each), size=(2000, len(each)))
-    low, high = np.quantile(each[drawn].mean(1), (0.025, 0.975))
-    return float(each.mean()), float(low), float(high)
 
 
 def _trained(world: worlds.World, indices: Tensor, seed: int) -> nn.Module:

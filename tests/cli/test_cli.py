@@ -14,7 +14,7 @@ import pytest
 from attrs import frozen
 
 from dattri_core import cli
-from dattri_core.discovery import Origin
+from dattri_core.discovery import Origin, Plugin
 from dattri_core.entries import KINDS
 from dattri_core.registry import Registry, default_registry, using
 
@@ -96,6 +96,24 @@ def test_plugins_lists_each_with_distribution_and_counts(capsys: Any) -> None:
         assert plugin.origin.distribution in lines[plugin.origin.plugin]
         assert plugin.status in lines[plugin.origin.plugin]
     assert err == ""
+
+
+def test_plugins_names_what_each_registered_and_hears(capsys: Any) -> None:
+    registry = Registry.discovered()
+    registry._plugins.append(
+        Plugin(Origin("ears", "dattri-ears", "2"), "ears", "loaded", listeners={"run_finished": id})
+    )
+    with using(registry):
+        _, out, _ = run(capsys, "plugins", "-v")
+    assert "0 parts, 0 methods, hears run_finished" in out
+    below = out.split("\n\n")[1:]
+    told = {
+        (block.split("'")[1], kind, name)
+        for block in below
+        for kind, names in (line.strip().split(": ") for line in block.splitlines()[1:])
+        for name in names.split(", ")
+    }
+    assert told == {(e.origin.plugin, e.kind, e.name) for e in registry.entries()}
 
 
 def test_show_prints_formula_citation_fields_and_a_spec_that_reads_back(capsys: Any) -> None:

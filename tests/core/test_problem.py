@@ -339,6 +339,22 @@ def test_products_are_those_of_the_mean_curvature_however_the_work_is_cut(
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize(("memory", "reads"), [(2**28, 1), (2**10, 3)])
+def test_products_with_one_vector_read_the_data_once_where_their_graphs_fit(
+    monkeypatch, kind, memory, reads
+):
+    task, train, _ = world(n_train=N)
+    seen = problem(task, train, batch=5, memory=memory)
+    dense = {"hessian": hessian, "ggn": ggn}[kind](task, seen.space, train)
+    read, whole = [], Examples.batches
+    monkeypatch.setattr(Examples, "batches", lambda *given: read.append(1) or whole(*given))
+    for seed in range(3):
+        vector = vectors(seen.space, 1, seed)
+        assert close(seen.product(vector, kind).flat(), vector.flat() @ dense, 1e-10)
+    assert len(read) == 1 + reads  # the first reads an example, to see its size
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("sizes", [[5], [9, 5], [20, 11, 4]])
 def test_after_projectors_the_curvature_is_lifted_through_their_adjoints(kind, sizes):
     task, train, _ = world(n_train=N)
@@ -393,14 +409,15 @@ class Hungry:
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("most", [3, 1])
-def test_a_batch_that_runs_out_of_memory_is_halved(kind, most):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_batch_that_runs_out_of_memory_is_halved(kind, most, count):
     plain, train, _ = world(n_train=N)
     hungry = Hungry(100)
     task = hungry.task(plain.model)
     seen = problem(task, train, batch=N)
     hungry.most = most
-    want = problem(plain, train).product(vectors(seen.space, 2), kind).flat()
-    got = seen.product(vectors(seen.space, 2), kind).flat()
+    want = problem(plain, train).product(vectors(seen.space, count), kind).flat()
+    got = seen.product(vectors(seen.space, count), kind).flat()
     assert close(got, want, 1e-12)
     assert N in hungry.sizes
 

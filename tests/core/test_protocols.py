@@ -81,6 +81,7 @@ def fitted() -> dict[str, Any]:
         "SampledOperator": operator,
         "SpectralOperator": spectral,
         "RowsOperator": build_part("curvature", "gauss-newton").fit(problem),
+        "IndexedRows": build_part("curvature", "gauss-newton").fit(problem),
         "ByUse": build_part("curvature", "ggn"),
         "SplitInverse": build_part("solver", "spectral").solve_for(spectral, device),
     }
@@ -116,6 +117,7 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
         "SampledOperator",
         "SpectralOperator",
         "RowsOperator",
+        "IndexedRows",
         "ByUse",
         "SplitInverse",
     ],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
+import importlib.util
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -22,7 +26,17 @@ from dattri_core.registry import Registry, default_registry, using
 from dattri_core.toml import read_toml
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+WRITTEN_ELSEWHERE = ("results", "notebooks")
+"""Folders of tables and of notebooks, which other tests hold to what they say."""
+PAGES = [
+    ROOT / "README.md",
+    *(
+        page
+        for page in sorted(DOCS.rglob("*.md"))
+        if page.relative_to(DOCS).parts[0] not in WRITTEN_ELSEWHERE
+    ),
+]
 
 RUN = ("python", "toml", "console", "sh")
 SHOWN = ("text", "mermaid")
@@ -31,6 +45,7 @@ SKIPPED_COMMANDS = ("git clone", "cd ", "python -m venv", ". .venv", "pip instal
 ``pip install -e .`` is played by writing the metadata that pip would write."""
 
 FILE_NAME = re.compile(r"#\s*([\w\-./]+\.(?:py|toml))\s*$")
+NEEDS = re.compile(r"#\s*needs ([\w.]+)\s*$")
 RAISED = re.compile(r"(\w+(?:Error|Warning)): ")
 
 
@@ -44,7 +59,13 @@ class BlockOfCode:
     code: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{name_of(self.page)}:{self.line}"
+
+    @property
+    def missing(self) -> str | None:
+        """Return the package that the first line says is needed, where it is not installed."""
+        found = NEEDS.fullmatch(self.code.partition("\n")[0].strip())
+        return found[1] if found and importlib.util.find_spec(found[1]) is None else None
 
     @property
     def file_name(self) -> str | None:
@@ -52,6 +73,11 @@ class BlockOfCode:
         first = self.code.splitlines()[0] if self.code.strip() else ""
         found = FILE_NAME.fullmatch(first.strip())
         return found[1] if found else None
+
+
+def name_of(page: Path) -> str:
+    """Return how a page is called: its path from the docs, or its name."""
+    return page.relative_to(DOCS).as_posix() if page.is_relative_to(DOCS) else page.name
 
 
 def blocks_of(page: Path) -> list[BlockOfCode]:
@@ -95,6 +121,7 @@ class Reader:
     folder: Path
     stack: contextlib.ExitStack
     ran: list[str] = field(factory=list)  # languages of the blocks that were run
+    left_out: list[BlockOfCode] = field(factory=list)  # what they need is not installed
     module: types.ModuleType = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -110,6 +137,9 @@ class Reader:
         blocks = blocks_of(self.page)
         for block, after in zip(blocks, [*blocks, None][1:], strict=True):
             shown = after.code if after is not None and after.language == "text" else None
+            if block.language == "python" and block.missing is not None:
+                self.leave_out(block)
+                continue
             if block.language == "python":
                 self.python(block, shown)
             elif block.language == "toml":
@@ -122,6 +152,15 @@ class Reader:
                 )
             if block.language in RUN:
                 self.ran.append(block.language)
+
+    def leave_out(self, block: BlockOfCode) -> None:
+        """Check what can be checked of Python that does not run: syntax, and names of our own."""
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dattri_"):
+                module = importlib.import_module(str(node.module))
+                gone = [one.name for one in node.names if not hasattr(module, one.name)]
+                assert not gone, f"{block}: {node.module} has no {gone}"
+        self.left_out.append(block)
 
     def python(self, block: BlockOfCode, shown: str | None) -> None:
         """Run Python, or save it when it names a file; compare what it gives with what is shown."""
@@ -187,6 +226,9 @@ class Reader:
                 assert status == 0, f"{block}: {command!r} ended with {status}: {printed}"
                 if shown.strip():
                     assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
+            elif command.startswith("pytest "):
+                printed = self.pytest(shlex.split(command)[1:])
+                assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
             elif command.startswith("make "):
                 target = command.split()[1]
                 makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -202,6 +244,17 @@ class Reader:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = main(arguments)
         return status, output.getvalue()
+
+    def pytest(self, arguments: list[str]) -> str:
+        """Run tests of the page in a process of their own and return what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        return done.stdout + done.stderr
 
     def install(self, project: Path) -> None:
         """Make a plugin findable as pip does: its metadata on the path, entry points included."""

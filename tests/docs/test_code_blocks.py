@@ -7,25 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from doc_blocks import PAGES, RUN, BlockOfCode, Reader, alike, blocks_of
+from doc_blocks import PAGES, RUN, BlockOfCode, Reader, alike, blocks_of, name_of
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wanted = [block.language for block in blocks_of(page) if block.language in RUN]
+    blocks = [block for block in blocks_of(page) if block.language in RUN]
     with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]):
         reader = Reader(page, tmp_path, stack)
         reader.follow()
-    assert reader.ran == wanted
+    assert reader.left_out == [block for block in blocks if block.missing is not None]
+    assert reader.ran == [block.language for block in blocks if block.missing is None]
 
 
 def test_the_readme_and_the_guides_have_blocks() -> None:
-    counts = {page.name: sum(b.language in RUN for b in blocks_of(page)) for page in PAGES}
-    for name, least in {"README.md": 10, "composing.md": 5, "plugins.md": 4}.items():
+    counts = {name_of(p): sum(b.language in RUN for b in blocks_of(p)) for p in PAGES}
+    least_of = {"README.md": 10, "composing.md": 5, "plugins.md": 4, "recipes.md": 8}
+    for name, least in {**least_of, "methods/if-cg.md": 1}.items():
         assert counts[name] >= least, counts
 
 
@@ -45,13 +47,40 @@ def _reader_of(text: str, folder: Path, stack: contextlib.ExitStack) -> Reader:
         "```console\n$ dattri no-such-command\n```\n",
         "```sh\nrm file\n```\n",
         "```yaml\na: 1\n```\n",
+        "```python\n# needs no_such_package\nfrom dattri_core import NoSuchName\n```\n",
+        "```python\n# needs no_such_package\nif\n```\n",
     ],
-    ids=["output", "no error", "other error", "toml", "exit status", "unknown", "language"],
+    ids=[
+        "output",
+        "no error",
+        "other error",
+        "toml",
+        "exit status",
+        "unknown",
+        "language",
+        "left out, wrong name",
+        "left out, no Python",
+    ],
 )
 def test_a_wrong_page_fails(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with contextlib.ExitStack() as stack, pytest.raises((AssertionError, ValueError)):
+    with contextlib.ExitStack() as stack, pytest.raises((AssertionError, ValueError, SyntaxError)):
         _reader_of(text, tmp_path, stack).follow()
+
+
+def test_what_needs_an_absent_package_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "```python\n# needs {}\nfrom dattri_core import Task\nprint(1)\n```\n"
+    readers = {}
+    for package in ("no_such_package", "torch"):
+        with contextlib.ExitStack() as stack:
+            readers[package] = _reader_of(text.format(package), tmp_path, stack)
+            readers[package].follow()
+    absent, there = readers.values()
+    assert [str(block) for block in absent.left_out] == ["page.md:2"] and absent.ran == []
+    assert there.left_out == [] and there.ran == ["python"]
 
 
 def test_blocks_keep_their_line_and_indentation(tmp_path: Path) -> None:

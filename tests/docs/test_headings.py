@@ -63,8 +63,12 @@ def test_laws_have_headings() -> None:
     assert headings("laws.md") == set(LAWS)
 
 
-def test_methods_have_headings() -> None:
-    assert headings("methods.md") >= set(METHODS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_a_page(name: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"\n# `{name}`\n" in page
+    assert all(f"| **{note}** |" in page for note in ("Cost", "Memory", "When to use"))
+    assert "\nSource: " in page
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from doc_blocks import PAGES, ROOT
+from doc_blocks import DOCS, PAGES, ROOT, name_of
 
 EVERY = [
-    *PAGES,
+    ROOT / "README.md",
+    *sorted(DOCS.rglob("*.md")),
     *(p for name in ("CHANGELOG.md", "CONTRIBUTING.md") if (p := ROOT / name).exists()),
 ]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -28,7 +29,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", EVERY, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", EVERY, ids=name_of)
 def test_relative_links_resolve(page: Path) -> None:
     broken = []
     for link in LINK.findall(prose_of(page)):
@@ -55,7 +56,8 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
             for link in links
             if link.endswith(".md") and not re.match(r"\w+:", link)
         ]
-    assert {page.name for page in PAGES} - {page.name for page in reached} == set()
+    everything = {*PAGES, *DOCS.rglob("*.md")}
+    assert sorted(name_of(page) for page in everything - reached) == []
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles.routes import SMALL, costs_seen, taking
 from oracles.toy_parts import ColumnRank, CountingSource, FlatSketch, Gram, ResidualDot, inverse
 from oracles.toy_tasks import (
@@ -94,6 +96,43 @@ def test_no_route_shows_in_a_sweep(name):
                 got = sweep()
             for left, right in zip(got, want, strict=True):
                 assert close(left, right, 1e-8), taken
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    exponents=st.lists(st.floats(-4, 3), min_size=4, max_size=20, unique=True),
+    relative=st.booleans(),
+    double=st.booleans(),
+    name=st.sampled_from(["ekfac", "ekfac, cosine", "diagonal", "logra"]),
+    memory=st.sampled_from(["64MiB", "4MiB"]),
+)
+def test_many_dampings_share_their_products_and_no_number_changes(
+    exponents, relative, double, name, memory
+):
+    """Any dampings, of any number: within a few roundings of the largest score."""
+    dtype = torch.float64 if double else torch.float32
+    train, test = (examples(n, inputs=20, seed=100 + n, dtype=dtype) for n in (N, M))
+    method = dattri.method("logra", rank=4) if name == "logra" else SWEPT[name]()
+    fitted = method.fit(Task(mlp((20, 24, 3), dtype=dtype)), train, memory=memory, progress=False)
+    dampings = [Damping(10**exponent, relative=relative) for exponent in exponents]
+    swept = fitted.sweep(test, damping=dampings)
+    for damping, got in swept.items():
+        want = fitted.with_(damping=damping).attribute(test)
+        assert close(got.values, want.values, 2e3 * torch.finfo(dtype).eps)
+
+
+def test_a_sweep_in_a_basis_holds_its_queries_once_and_says_that_it_interpolates():
+    train, test = examples(N), examples(M, seed=300)
+    fitted = dattri.method("if-ekfac").fit(Task(mlp()), train, progress=False)
+    dampings = [0.1 * k for k in range(1, 21)]
+    one, all_of_them = dampings[:1], dampings
+    plans = [
+        costs_seen(lambda chosen=chosen: fitted.sweep(test, damping=chosen))
+        for chosen in (one, all_of_them)
+    ]
+    assert [any(route.swept for route in plan.routes) for plan in plans] == [False, True]
+    (swept,) = (route for route in plans[1].routes if route.swept)
+    assert "dampings interpolated" in str(swept)
 
 
 def test_a_sweep_takes_the_map_of_a_reduced_inverse_once_on_either_side(monkeypatch):

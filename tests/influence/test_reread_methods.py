@@ -52,9 +52,12 @@ def test_scores_are_those_of_a_dense_solve_at_any_memory(setting, name, caplog):
     method = dattri.method(name, damping=0.05, **settings)
     want = left @ solved(curvatures["ggn"], 0.05, right).T
     for memory, held in ((SMALL, 0.0), (LARGE, 1.0)):
-        plan = str(method.attribute(task, train, test, memory=memory, dry_run=True))
-        assert ("read again: " in plan) == (not held)
-        assert ("rows are held" in plan) == bool(held)
+        plan = method.attribute(task, train, test, memory=memory, dry_run=True)
+        assert ("read again: " in str(plan)) == (not held)
+        assert ("rows are held" in str(plan)) == bool(held)
+        size = 8 * left.shape[1] * plan.query_group  # answers are formed, one more beside each
+        if not held:
+            assert plan.bytes["queries"] == plan.bytes["query work"] == size
         caplog.clear()
         with caplog.at_level(logging.WARNING, "dattri"):
             scores = method.attribute(task, train, test, memory=memory)

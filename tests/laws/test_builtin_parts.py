@@ -4,9 +4,10 @@ import attrs
 import pytest
 
 import dattri_core as dattri
-from dattri_core.laws import KINDS, check, check_plugin, laws_of
+from dattri_core.discovery import Origin, Plugin
+from dattri_core.laws import KINDS, cases, check, check_plugin, laws_of
 from dattri_core.laws.law import LAWS
-from dattri_core.registry import default_registry
+from dattri_core.registry import Registry, default_registry
 
 BUILT_IN = (
     "dattri_parts",
@@ -163,3 +164,22 @@ def test_every_law_states_itself_in_one_line():
         for law in laws.values():
             text = (law.run.__doc__ or "").strip()
             assert text == law.statement, f"{law.kind} {law.name}"
+
+
+def test_cases_are_the_laws_of_all_that_a_plugin_brings():
+    found = cases("dattri_tracin")
+    names = default_registry().entries()
+    brought = {(e.kind, e.name) for e in names if e.origin.plugin == "dattri_tracin"}
+    assert {(case.kind, case.name) for case in found} == brought
+    for kind, name in brought:
+        laws = [case.law for case in found if (case.kind, case.name) == (kind, name)]
+        assert laws == list(laws_of(kind))
+    assert len({str(case) for case in found}) == len(found)
+    assert found[0].run().status in ("passed", "skipped")
+
+
+def test_a_case_of_a_broken_plugin_says_what_broke_it():
+    registry = Registry()
+    registry._plugins.append(Plugin(Origin("lost"), "lost", "broken", "ImportError: no such"))
+    with pytest.raises(dattri.PluginError, match=r"'lost': it is broken: ImportError: no such"):
+        cases("lost", registry=registry)

@@ -213,5 +213,10 @@ def test_a_part_takes_self_influence_or_minus_the_mean_score(part, function):
 @pytest.mark.parametrize(("part", "function"), PARTS)
 def test_self_influence_that_differs_by_rounding_only_is_a_tie(part, function):
     own = 1 + 1e-7 * np.random.default_rng(0).normal(size=24)
-    evidence = evidence_of(effects(), Additive(effects()), self_influence=own)
-    assert part().measure(evidence).value == function(np.ones(24), evidence.world.flipped).value
+    scores = effects()
+    evidence = evidence_of(scores, Additive(scores), self_influence=own)
+    wrong = evidence.world.flipped
+    tied = function(np.ones(24), wrong).value
+    assert part(by="self-influence").measure(evidence).value == tied
+    by_scores = function(-scores.mean(1), wrong).value
+    assert part().measure(evidence).value == by_scores != tied

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from dattri_trak import subset, train_ensemble
+from dattri_parts.training import random_subsets
+from dattri_trak import train_ensemble
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,8 +53,9 @@ def test_members_are_trained_on_their_subsets_by_their_seeds(tmp_path):
     recipe = Recipe()
     paths = train_ensemble(recipe, tmp_path / "e", n=N, members=3)
     assert [path.name for path in paths] == [f"member-0000{m}.safetensors" for m in range(3)]
-    for member, (indices, _) in enumerate(recipe.asked):
-        assert torch.equal(indices, subset(N, member))
+    for subset, (indices, seed) in zip(random_subsets(N, 3), recipe.asked, strict=True):
+        assert indices.tolist() == np.flatnonzero(subset.mask).tolist()
+        assert seed == subset.seed
         assert len(indices) == N // 2 == len(set(indices.tolist()))
         assert torch.equal(indices, indices.sort().values)
     assert len({seed for _, seed in recipe.asked}) == 3
@@ -102,20 +105,19 @@ def test_all_data_with_independent_seeds(tmp_path):
     assert not equal(first, second)
 
 
+def masks(seed):
+    return torch.tensor(np.stack([s.mask for s in random_subsets(N, 400, seed=seed)])).float()
+
+
 def test_subsets_are_independent_draws():
     """Of 400 subsets of half, an example is in half of them, a pair in just under a quarter."""
-    inside = torch.zeros(400, N)
-    for member in range(400):
-        inside[member, subset(N, member)] = 1
+    inside = masks(0)
     assert (inside.sum(1) == N // 2).all()
     assert (inside.mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(400)
     pairs = (inside.T @ inside / 400)[~torch.eye(N, dtype=torch.bool)]
     expected = 0.5 * (N / 2 - 1) / (N - 1)
     assert (pairs - expected).abs().max() < 5 * 0.44 / math.sqrt(400)
-    other = torch.zeros(400, N)
-    for member in range(400):
-        other[member, subset(N, member, seed=1)] = 1
-    both = float((inside * other).mean())
+    both = float((inside * masks(1)).mean())
     assert abs(both - 0.25) < 5 * 0.5 / math.sqrt(400 * N)
 
 
@@ -135,7 +137,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         ({"members": 0}, "members is 0"),
         ({"fraction": 0.0}, "fraction 0.0 of 40"),
         ({"fraction": 1.5}, "fraction 1.5 of 40"),
-        ({"fraction": 0.001}, "leaves at least one"),
+        ({"fraction": 0.001}, "keeps at least one"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message, tmp_path):

@@ -86,6 +86,10 @@ class GGNOperator:
         """Return G in float64, ``[d, d]``, by products."""
         return self.products.dense()
 
+    def live_dense(self) -> tuple[Tensor, Tensor]:
+        """Return the coordinates whose row of G is not zero, and G among them, by products."""
+        return self.products.live_dense()
+
     @property
     def weight(self) -> float:
         """Return 1 / n."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dattri_core import CurvatureKind, NumericsError, Problem, RandomStream, Rows, Space
 
-SLICE_LIMIT = 64 * 2**20
+SLICE_LIMIT = 16 * 2**20
 """Bytes of the unit vectors that one pass over the train set takes."""
 TILE = 1024
 """Rows and columns that are symmetrised at once."""
@@ -65,19 +65,42 @@ class ProductOperator:
         Raises:
             NumericsError: The products are not symmetric up to rounding.
         """
+        live, part = self.live_dense()
+        size = self.space.dim
+        if len(live) == size:
+            return part
+        matrix = torch.zeros(size, size, dtype=part.dtype, device=part.device)
+        matrix[live[:, None], live] = part
+        return matrix
+
+    def live_dense(self) -> tuple[Tensor, Tensor]:
+        """Return the coordinates ``[k]`` whose row of H is not zero, and H among them, ``[k, k]``.
+
+        Raises:
+            NumericsError: The products are not symmetric up to rounding.
+        """
         size, device = self.space.dim, self.problem.device
         item = torch.empty((), dtype=self.dtype).element_size()
         budget = max(1, min(SLICE_LIMIT, self.memory // 8))
         step = max(1, min(size, budget // (size * item)))
         live = self._live()
-        matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
-        for chosen in torch.split(live, step):
+        idle = torch.ones(size, dtype=torch.bool, device=device)
+        idle[live] = False
+        matrix = torch.empty(len(live), len(live), dtype=torch.float64, device=device)
+        stray = torch.zeros((), dtype=self.dtype, device=device)
+        for first in range(0, len(live), step):
+            chosen = live[first : first + step]
             units = torch.zeros(len(chosen), size, dtype=self.dtype, device=device)
             units[torch.arange(len(chosen), device=device), chosen] = 1
             rows = Rows.from_flat(self.space, units, torch.arange(len(chosen)))
-            matrix[chosen] = self.apply(rows).flat().double()
-        symmetrise(matrix, torch.finfo(self.dtype).eps, f"curvature {self.kind!r}")
-        return matrix
+            found = self.apply(rows).flat()
+            if len(live) < size:
+                stray = torch.maximum(stray, found[:, idle].abs().max())
+                found = found[:, live]
+            matrix[first : first + step] = found
+        precision = torch.finfo(self.dtype).eps
+        symmetrise(matrix, precision, f"curvature {self.kind!r}", float(stray))
+        return live, matrix
 
     def _live(self) -> Tensor:
         """Return the coordinates whose row of H is not zero.
@@ -93,13 +116,14 @@ class ProductOperator:
         return torch.nonzero((product != 0).any(0))[:, 0]
 
 
-def symmetrise(matrix: Tensor, precision: float, name: str) -> None:
+def symmetrise(matrix: Tensor, precision: float, name: str, stray: float = 0.0) -> None:
     """Replace A by (A + A^T) / 2 in place, tile by tile.
 
     Args:
         matrix: ``[d, d]``.
         precision: Relative rounding of one entry.
         name: What the matrix is.
+        stray: The largest entry of A whose mirror was left out, since it is zero.
 
     Raises:
         NumericsError: |A - A^T| is more than rounding of the largest entry explains.
@@ -107,7 +131,7 @@ def symmetrise(matrix: Tensor, precision: float, name: str) -> None:
     size = len(matrix)
     if size == 0:
         return
-    worst = torch.zeros((), dtype=matrix.dtype, device=matrix.device)
+    worst = torch.full((), stray, dtype=matrix.dtype, device=matrix.device)
     largest = torch.maximum(matrix.max(), -matrix.min())
     for top in range(0, size, TILE):
         rows = slice(top, top + TILE)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core import Block, BlockSpec, DenseBlock, Rows, Space
@@ -36,6 +36,17 @@ class Kronecker:
     def on_outputs(self) -> Callable[[Tensor], Tensor] | None:
         """Return e -> Q_O^T e."""
         return times(self.outputs)
+
+    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a row in these coordinates; no groups."""
+        pairs = zip((self.outputs, self.inputs), shape, strict=True)
+        return tuple(size if q is None else q.shape[1] for q, size in pairs)
+
+    def leading(self, rows: Tensor, columns: Tensor) -> Kronecker:
+        """Return some of the eigenvectors: those that are marked, of sides that have any."""
+        outputs = self.outputs if self.outputs is None else self.outputs[:, rows]
+        inputs = self.inputs if self.inputs is None else self.inputs[:, columns]
+        return Kronecker(outputs, inputs)
 
     def turn(self, block: Block) -> Block:
         """Return Q_O^T G Q_I for every row G."""
@@ -124,7 +135,10 @@ class KroneckerBasis:
     def _turned(self, spec: BlockSpec) -> BlockSpec:
         if spec.name in self.dropped:
             return BlockSpec(spec.name, "dense", (0,))
-        return BlockSpec(spec.name, "outer" if spec.kind == "outer" else "dense", spec.shape)
+        shape = spec.shape
+        if spec.name in self.sides and not self.sides[spec.name].grouped:
+            shape = self.sides[spec.name].turned(shape)
+        return BlockSpec(spec.name, "outer" if spec.kind == "outer" else "dense", shape)
 
 
 @frozen(eq=False)
@@ -136,13 +150,14 @@ class KroneckerSpectrum:
         eigenvalues: L by block, each of the shape of one row.
         dtype: In which it was computed.
         memory: Bytes that work with it may use.
+        complete: Whether Q has every eigenvector; the eigenvalues of the others are zero.
     """
 
     basis: KroneckerBasis
     eigenvalues: Mapping[str, Tensor]
     dtype: torch.dtype
     memory: int
-    complete: ClassVar[bool] = True
+    complete: bool = True
 
     @property
     def space(self) -> Space:
@@ -158,6 +173,26 @@ class KroneckerSpectrum:
             blocks[name] = DenseBlock(values * self.eigenvalues[name].to(values))
         answer = self.basis.adjoint(Rows(turned.space, blocks, rows.index, rows.aux))
         return answer.to(dtype=rows.dtype)
+
+    def leading(self, least: Mapping[str, float]) -> KroneckerSpectrum:
+        """Return H without eigenvectors of a side all of whose eigenvalues are at most ``least``.
+
+        A rotation then takes a part of its work. No entry of H changes by more than ``least`` of
+        its block, as no eigenvalue does.
+        """
+        sides, eigenvalues = dict(self.basis.sides), dict(self.eigenvalues)
+        for name, each in self.basis.sides.items():
+            if each.grouped:
+                continue
+            large = self.eigenvalues[name] > least[name]
+            every = torch.ones_like(large)
+            rows = (every if each.outputs is None else large).any(1)
+            columns = (every if each.inputs is None else large).any(0)
+            sides[name] = each.leading(rows, columns)
+            eigenvalues[name] = self.eigenvalues[name][rows][:, columns]
+        return evolve(
+            self, basis=evolve(self.basis, sides=sides), eigenvalues=eigenvalues, complete=False
+        )
 
     def dense(self) -> Tensor:
         """Return H in float64, ``[d, d]``."""

@@ -70,7 +70,7 @@ class Exact:
     """
 
     curvature: Curvature = field(factory=Hessian)
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     substitute: Curvature = field(factory=GGN)
     fallback: Curvature = field(factory=lambda: Fisher(kind="empirical"))
     largest: int = field(default=16384, validator=validators.ge(0))

@@ -74,7 +74,8 @@ class LowRank:
         """Return the same with what the inner part decides by the train set."""
         if not hasattr(self.inner, "foresee"):
             return self.outlook(problem.space)
-        return evolve(self.inner.foresee(problem), rank=self.rank)
+        foreseen: Outlook = self.inner.foresee(problem)
+        return evolve(foreseen, rank=self.rank, spectral=False)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""

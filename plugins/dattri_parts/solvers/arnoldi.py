@@ -57,7 +57,7 @@ class Arnoldi:
         reduced: Whether rows become their k coordinates.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     rank: int = field(default=100, validator=validators.ge(1))
     iterations: int = field(default=200, validator=validators.ge(1))
     complement: Complement = "drop"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from attrs import define, evolve, field, frozen, validators
@@ -21,6 +21,18 @@ from dattri_core import (
 from dattri_parts.solvers.columns import Columns
 from dattri_parts.solvers.estimates import mean_eigenvalue
 
+NEGLIGIBLE = 0.1
+"""Eigenvalues of a preconditioner, in units of its damping, that are not worth their rotation."""
+
+
+@runtime_checkable
+class _Leading(Protocol):
+    """An inverse that has one near to it, of less work."""
+
+    def leading(self, share: float) -> Inverse:
+        """Return it; eigenvalues up to a share of the damping may count as zero."""
+        ...
+
 
 @frozen
 class CG:
@@ -36,7 +48,8 @@ class CG:
 
     With a preconditioner M, positive definite and near to (H + damping I)^-1, directions come from
     M r (Nocedal and Wright 2006, algorithm 5.3). Residual, tolerance and the answer stay those of
-    the system itself; at negative curvature in the first step the row keeps M g.
+    the system itself; at negative curvature in the first step the row keeps M g. Of a spectral M
+    the directions whose curvature is below a tenth of its damping are taken to have none.
 
     Peers stop after 10 iterations or so; that is far from the inverse when the curvature is
     ill-conditioned. The defaults go on to a relative residual of 1e-5, at most 100 products.
@@ -48,7 +61,7 @@ class CG:
         tolerance: Relative residual at which a row stops; 0 runs all iterations.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     maximum_iterations: int = field(default=100, validator=validators.ge(1))
     tolerance: float = field(default=1e-5, validator=validators.ge(0.0))
     needs: ClassVar[frozenset[str]] = frozenset({"apply"})
@@ -63,7 +76,8 @@ class CG:
 
     def precondition(self, operator: Operator, device: torch.device, inverse: Inverse) -> Inverse:
         """Return the inverse that goes along M r, M an inverse fitted on the same problem."""
-        return _CGInverse(self, operator, self.damping, inverse)
+        near = inverse.leading(NEGLIGIBLE) if isinstance(inverse, _Leading) else inverse
+        return _CGInverse(self, operator, self.damping, near)
 
 
 @define(eq=False)

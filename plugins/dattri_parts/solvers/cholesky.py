@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from attrs import define, field, frozen
@@ -46,7 +46,7 @@ class Cholesky:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     needs: ClassVar[frozenset[str]] = frozenset({"dense"})
     exact: ClassVar[bool] = True
 
@@ -85,6 +85,15 @@ def _require_fit(size: int, available: int, what: str) -> None:
         )
 
 
+@runtime_checkable
+class _LiveOperator(Protocol):
+    """An operator that writes itself down without its rows of zeros."""
+
+    def live_dense(self) -> tuple[Tensor, Tensor]:
+        """Return the coordinates ``[k]`` of the other rows, and H among them, ``[k, k]``."""
+        ...
+
+
 @define(eq=False)
 class _Matrix:
     """H without the coordinates of its zero rows; kept, so that a new damping costs no data."""
@@ -104,17 +113,20 @@ class _Matrix:
 
     @staticmethod
     def of(operator: DenseOperator, device: torch.device) -> _Matrix:
-        matrix = operator.dense().to(device)
+        if isinstance(operator, _LiveOperator):
+            live, matrix = (part.to(device) for part in operator.live_dense())
+        else:
+            matrix = operator.dense().to(device)
+            live = torch.arange(len(matrix), device=device)
         total = float(matrix.diagonal().sum())
         if not math.isfinite(total):
             raise NumericsError("solver 'cholesky': the diagonal of the curvature is not finite")
         # One read of the matrix: times a random vector only a row of zeros gives exactly zero.
-        probe = torch.randn(
-            len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)
-        )
-        live = (matrix @ probe.to(device)).nonzero().squeeze(1)
-        if len(live) < len(matrix):
-            matrix = matrix[live[:, None], live]
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(len(matrix), dtype=matrix.dtype, generator=generator)
+        kept = (matrix @ probe.to(device)).nonzero().squeeze(1)
+        if len(kept) < len(matrix):
+            live, matrix = live[kept], matrix[kept[:, None], kept]
         size = operator.space.dim
         precision = torch.finfo(operator.dtype).eps
         return _Matrix(operator.space, live, matrix, total / max(1, size), precision)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from attrs import define
 from torch import Tensor
 
 from dattri_core import DenseBlock, Inverse, NumericsError, Rows, Space
-
-SLICE_BYTES = 2 * 2**20
-"""Bytes of one tensor of a slice of systems: four of them stay in a processor's cache."""
+from dattri_parts.solvers.rowwise import column, lengths, row_slices, squares
 
 
 @define(eq=False)
@@ -42,14 +38,14 @@ class Columns:
         """
         formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
         wide = {n: v.float() if v.element_size() < 4 else v for n, v in formed.items()}
-        length = _lengths(wide)
+        length = lengths(wide)
         if not bool(torch.isfinite(length).all()):
             raise NumericsError("solver 'cg': a right-hand side is not finite")
         tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
         length = length.where(length >= tiny, 0.0)
         inverse = (1 / length).where(length > 0, 0.0)
         # Made anew, since the rows may share their tensors and the state changes in place.
-        units = {n: v * _column(inverse, v) for n, v in wide.items()}
+        units = {n: v * column(inverse, v) for n, v in wide.items()}
         columns = Columns(
             space=rows.space,
             solution={n: torch.zeros_like(v) for n, v in wide.items()},
@@ -98,7 +94,7 @@ class Columns:
             name: products.blocks[name].dense().values.to(self.direction[name].dtype)
             for name in self.space.names
         }
-        for where in self._slices():
+        for where in row_slices(self.direction):
             self._step_slice(where, {n: v[where] for n, v in formed.items()}, damping, first)
         self._drop()
         self._turn()
@@ -109,9 +105,9 @@ class Columns:
         live = self.live[where]
         direction = {name: value[where] for name, value in self.direction.items()}
         residual = {name: value[where] for name, value in self.residuals.items()}
-        length = _squares(direction)
+        length = squares(direction)
         bend = _dots(direction, product)
-        size = _squares(product)
+        size = squares(product)
         if not bool(torch.isfinite(bend + size).all()):
             raise NumericsError(
                 "solver 'cg': a curvature product is not finite; look for a diverged checkpoint"
@@ -126,13 +122,13 @@ class Columns:
         move = rate.where(~stop, 1.0 if first else 0.0)
         for name, value in direction.items():
             _add(self.solution[name], live, value, move)
-            residual[name].addcmul_(product[name], _column(-rate, value))
-            residual[name].addcmul_(value, _column(-damping * rate, value))
-        squared = _squares(residual)
+            residual[name].addcmul_(product[name], column(-rate, value))
+            residual[name].addcmul_(value, column(-damping * rate, value))
+        squared = squares(residual)
         if self.preconditioner is None:
             turn = squared / self.slope[live]
             for name, value in direction.items():
-                torch.addcmul(residual[name], value, _column(turn, value), out=value)
+                torch.addcmul(residual[name], value, column(turn, value), out=value)
             self.slope[live] = squared
         self.squared[live] = squared
         self.stopped[live] = stop
@@ -152,7 +148,7 @@ class Columns:
             )
         turn = slope * 0 if first else slope / self.slope[self.live]
         for name, value in self.direction.items():
-            torch.addcmul(moved[name], value, _column(turn, value), out=value)
+            torch.addcmul(moved[name], value, column(turn, value), out=value)
         self.slope[self.live] = slope
 
     def _rows(self, values: dict[str, Tensor]) -> Rows:
@@ -162,7 +158,7 @@ class Columns:
     def answer(self, rows: Rows) -> Rows:
         """Return the iterates as rows like those that were given."""
         blocks = {
-            name: DenseBlock(value.mul_(_column(self.length, value)).to(rows.dtype))
+            name: DenseBlock(value.mul_(column(self.length, value)).to(rows.dtype))
             for name, value in self.solution.items()
         }
         return Rows(rows.space, blocks, rows.index, rows.aux)
@@ -180,17 +176,10 @@ class Columns:
             for name in held:
                 held[name] = held[name][keep]
 
-    def _slices(self) -> Iterator[slice]:
-        each = max(v[0].numel() * v.element_size() for v in self.direction.values())
-        on_cpu = self.squared.device.type == "cpu"
-        step = max(1, SLICE_BYTES // max(1, each)) if on_cpu else max(1, self.working)
-        for first in range(0, self.working, step):
-            yield slice(first, first + step)
-
 
 def _add(solution: Tensor, live: Tensor, direction: Tensor, rate: Tensor) -> None:
     """Add rate times direction to the solutions of the live systems."""
-    step = _column(rate, direction)
+    step = column(rate, direction)
     first, last = int(live[0]), int(live[-1])
     if last - first + 1 == len(live):
         solution[first : last + 1].addcmul_(direction, step)
@@ -198,28 +187,6 @@ def _add(solution: Tensor, live: Tensor, direction: Tensor, rate: Tensor) -> Non
         solution.index_add_(0, live, direction * step)
 
 
-def _lengths(values: dict[str, Tensor]) -> Tensor:
-    """Return the length of each row over all blocks, ``[B]``, its squares taken in float64."""
-    parts = []
-    for value in values.values():
-        each = value.numel() * value.element_size() // max(1, len(value))
-        pieces = torch.split(value, max(1, SLICE_BYTES // max(1, each)))
-        norms = [torch.linalg.vector_norm(piece.flatten(1).double(), dim=1) for piece in pieces]
-        parts.append(torch.cat(norms))
-    length: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return length
-
-
-def _squares(values: dict[str, Tensor]) -> Tensor:
-    """Return the squared length of each row over all blocks, in float64: ``[B]``."""
-    norms = [torch.linalg.vector_norm(value.flatten(1), dim=1) for value in values.values()]
-    return torch.stack(norms).double().square().sum(0)
-
-
 def _dots(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
     """Return the inner product of each row with the same row over all blocks, ``[B]``."""
     return torch.stack([(left[n] * right[n]).flatten(1).sum(1) for n in left]).double().sum(0)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).reshape(-1, *([1] * (like.dim() - 1)))

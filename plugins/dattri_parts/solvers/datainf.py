@@ -56,7 +56,7 @@ class DataInf:
 
     damping: Damping = field(
         default=Damping(0.1, relative=True),
-        converter=as_damping,  # type: ignore[misc]
+        converter=as_damping,
     )
     needs: ClassVar[frozenset[str]] = frozenset({"rows"})
     exact: ClassVar[bool] = False

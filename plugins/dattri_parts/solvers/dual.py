@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, SpanBlock, SumBlock
@@ -36,6 +36,7 @@ class Dual:
     kernel: Kernel
     negligible: int
     kind: ClassVar[str] = "dual"
+    _turned: Mapping[str, SpanBlock] = field(factory=dict, init=False)  # Q^T G
 
     @staticmethod
     def of(blocks: Mapping[str, Block], size: int, weight: float, dtype: torch.dtype) -> Dual:
@@ -99,12 +100,7 @@ class Dual:
             damping: lambda.
             spectral: Solve with eigenvectors, which serve any damping.
         """
-        first = next(iter(self.blocks.values()))
-        met = torch.zeros(self.rows, len(rows), dtype=torch.float64, device=first.device)
-        for name in names:
-            base = self.blocks[name]
-            met += base.inner(rows.blocks[name].to(base.device, base.dtype))
-        solved = self.kernel.solve(met, damping, spectral=spectral)
+        solved = self.kernel.solve(self._met(rows, names), damping, spectral=spectral)
         coefficients = solved.mT.div(-damping).to(self.kernel.dtype)
         scale = torch.full((len(rows),), 1 / damping, dtype=torch.float64)
         found: dict[str, Block] = {}
@@ -113,6 +109,39 @@ class Dual:
             span = SpanBlock(coefficients, self.blocks[name]).to(own.device, own.dtype)
             found[name] = SumBlock((own.scale(scale), span))
         return found
+
+    def invert_each(
+        self, rows: Rows, names: Sequence[str], dampings: Sequence[float]
+    ) -> list[dict[str, Block]]:
+        """Return the same at several dampings, as combinations of the eigenvectors of G^T G.
+
+        Those are combinations of the rows of G, Q^T G, the same at every damping.
+        """
+        values, basis = self.kernel.spectrum
+        if not self._turned:
+            turn = basis.mT.to(self.kernel.dtype)
+            self._turned = {name: SpanBlock(turn, block) for name, block in self.blocks.items()}
+        turned = self._met(rows, names).mT @ basis  # [C, m]
+        found: list[dict[str, Block]] = []
+        for damping in dampings:
+            worth = turned / (-damping * (values + damping / self.kernel.weight))
+            scale = torch.full((len(rows),), 1 / damping, dtype=torch.float64)
+            blocks: dict[str, Block] = {}
+            for name in names:
+                own = rows.blocks[name]
+                span = SpanBlock(worth.to(self.kernel.dtype), self._turned[name])
+                blocks[name] = SumBlock((own.scale(scale), span.to(own.device, own.dtype)))
+            found.append(blocks)
+        return found
+
+    def _met(self, rows: Rows, names: Sequence[str]) -> Tensor:
+        """Return G h, ``[m, C]`` in float64."""
+        first = next(iter(self.blocks.values()))
+        met = torch.zeros(self.rows, len(rows), dtype=torch.float64, device=first.device)
+        for name in names:
+            base = self.blocks[name]
+            met += base.inner(rows.blocks[name].to(base.device, base.dtype))
+        return met
 
 
 def gram(blocks: Sequence[Block], limit: int | None = None) -> Tensor:

@@ -22,7 +22,7 @@ class Triangular:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return A^-1 v for every row v, ``[C, d]``."""
-        return torch.cholesky_solve(vectors.mT, self.lower).mT
+        return _solve(self.lower, vectors.mT).mT
 
 
 @frozen(eq=False)
@@ -69,10 +69,17 @@ def triangular(matrix: Tensor, damping: float) -> Triangular | None:
         if int(failed):
             return None
         greatest = power_iteration(lambda v: matrix @ v, matrix)
-        least = 1 / power_iteration(lambda v: torch.cholesky_solve(v, lower), matrix)
+        least = 1 / power_iteration(lambda v: _solve(lower, v), matrix)
     finally:
         matrix.diagonal().copy_(diagonal)
     return Triangular(lower, least, greatest)
+
+
+def _solve(lower: Tensor, columns: Tensor) -> Tensor:
+    """Return (L L^T)^-1 V; `torch.cholesky_solve` would copy L."""
+    half = torch.linalg.solve_triangular(lower, columns, upper=False)
+    answer: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return answer
 
 
 def spectrum(matrix: Tensor, damping: float) -> Spectrum:

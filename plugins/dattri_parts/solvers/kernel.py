@@ -56,6 +56,15 @@ class Kernel:
         require_regular(damping, greatest, precision, damping)
         return precision * greatest / damping
 
+    @property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues and eigenvectors of G G^T, computed once; no factor is held beside."""
+        if self._spectrum is None:
+            self._lower = self._shift = None
+            values, basis = torch.linalg.eigh(self.matrix())
+            self._spectrum = values.clamp_min(0), basis  # of a Gram matrix: below zero is rounding
+        return self._spectrum
+
     def solve(self, vectors: Tensor, damping: float, *, spectral: bool) -> Tensor:
         """Return (G G^T + damping/w I)^-1 v for every column v, ``[m, C]`` in float64.
 
@@ -67,11 +76,8 @@ class Kernel:
         if not self.rows:
             return vectors
         if spectral:
-            if self._spectrum is None:
-                self._lower = self._shift = None
-                self._spectrum = torch.linalg.eigh(self.matrix())
-            values, basis = self._spectrum  # of a Gram matrix: below zero is rounding
-            shifted = values.clamp_min(0) + damping / self.weight
+            values, basis = self.spectrum
+            shifted = values + damping / self.weight
             return basis @ ((basis.mT @ vectors) / shifted.unsqueeze(1))
         self.factorise(damping)
         assert self._lower is not None

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dattri_core import NumericsError, RandomStream
 
+KEPT = 0.7
+"""Share of its length that a vector keeps in a second pass where that leaves it orthogonal."""
+
 Apply = Callable[[Tensor], Tensor]
 """H v for vectors ``[C, d]``."""
 
@@ -39,9 +42,10 @@ def krylov(
     """Return an orthonormal basis of span(q, H q, H^2 q, ...) from a fixed normal vector q.
 
     Lanczos with full reorthogonalisation, the symmetric case of Arnoldi's method: each product is
-    made orthogonal to all vectors before it, twice. Where the span is invariant before ``steps``
-    vectors (fewer distinct eigenvalues, or a null space), a new normal vector goes on with it, so
-    that ``size`` steps span everything. Source: Golub and Van Loan 2013, section 10.3.
+    made orthogonal to all vectors before it, twice, and once more where the second time took much
+    of it. Where the span is invariant before ``steps`` vectors (fewer distinct eigenvalues, or a
+    null space), a new normal vector goes on with it, so that ``size`` steps span everything.
+    Source: Golub and Van Loan 2013, section 10.3.
 
     Args:
         apply: H, one vector at a time.
@@ -69,6 +73,7 @@ def krylov(
         reach = max(reach, length)
         inside = known @ product
         product = product - inside @ known
+        once = float(product.norm())
         again = known @ product
         product = product - again @ known
         # The column above the diagonal: below it stands its mirror.
@@ -77,7 +82,9 @@ def krylov(
         if step + 1 == steps:
             break
         if rest > 100 * precision * reach:
-            following = _unit(product / rest, known)
+            following = product / rest
+            if rest < KEPT * once:  # what is left is rounding in part
+                following = _unit(following, known)
         else:
             following = _start(step + 1, known)
     return Krylov(basis, matrix + matrix.triu(1).mT, rest)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dattri_core import (
     ConvergenceWarning,
     Damping,
+    DenseBlock,
     Inverse,
     NumericsError,
     Rows,
@@ -22,6 +23,7 @@ from dattri_core import (
 )
 from dattri_parts.solvers.estimates import mean_eigenvalue
 from dattri_parts.solvers.krylov import largest_eigenvalue
+from dattri_parts.solvers.rowwise import Named, column, lengths, row_slices, squares
 
 MARGIN = 1.1
 """Scale over the largest eigenvalue that is found; the series converges from 1/2 on."""
@@ -60,7 +62,7 @@ class LiSSA:
             estimated from short Krylov spaces.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     depth: int = field(default=1000, validator=validators.ge(1))
     repeats: int = field(default=1, validator=validators.ge(1))
     batch: int | None = field(default=32)
@@ -108,7 +110,7 @@ class _LiSSAInverse:
         """Return the series for every row g, in the rows' dtype."""
         self.operator.space.require_same(rows.space, "inverse Hessian")
         damping = self._damping()
-        series = _Series(self.solver, self.operator, damping, self._scale(damping))
+        series = _Series(self.solver, self.operator, self.device, damping, self._scale(damping))
         size = max(4, torch.empty((), dtype=rows.dtype).element_size())
         # The row, the sum, its product, and what the product needs beside itself.
         group = max(1, self.operator.memory // max(1, 6 * rows.space.dim * size))
@@ -144,10 +146,16 @@ class _LiSSAInverse:
 
     def _largest_of(self, step: int) -> float:
         """Return the largest eigenvalue of the sample of one step."""
-        series = _Series(self.solver, self.operator, 0.0, 1.0)
+        series = _Series(self.solver, self.operator, self.device, 0.0, 1.0)
+        space = self.operator.space
+
+        def apply(vectors: Tensor) -> Tensor:
+            rows = Rows.from_flat(space, vectors, torch.arange(len(vectors)))
+            return series.product(rows, 0, step).flat()
+
         return largest_eigenvalue(
-            lambda vectors: series.product(vectors, 0, step),
-            self.operator.space.dim,
+            apply,
+            space.dim,
             dtype=torch.promote_types(self.operator.dtype, torch.float32),
             device=self.device,
         )
@@ -159,6 +167,7 @@ class _Series:
 
     solver: LiSSA
     operator: Any
+    device: torch.device
     damping: float
     scale: float
     iterations: int = 0
@@ -177,46 +186,57 @@ class _Series:
 
     def sum(self, rows: Rows) -> Rows:
         """Return the mean over repeats of the series."""
-        flat = rows.flat()
-        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64)
+        formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
+        wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in formed.items()}
+        length = lengths(wide)
         if not bool(torch.isfinite(length).all()):
             raise NumericsError("solver 'lissa': a right-hand side is not finite")
         # At unit length no square underflows, however small the gradient of an example is.
-        length = length.where(length >= torch.finfo(wide.dtype).tiny, 0.0)
-        unit = wide * (1 / length).where(length > 0, 0.0).to(wide.dtype)
-        total = torch.zeros_like(wide)
-        for repeat in range(self.solver.repeats):
-            total += self._run(unit, repeat)
-        answer = total * (length / (self.solver.repeats * self.scale)).to(wide.dtype)
-        return Rows.from_flat(rows.space, answer.to(flat.dtype), rows.index, rows.aux)
+        tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
+        length = length.where(length >= tiny, 0.0)
+        inverse = (1 / length).where(length > 0, 0.0)
+        unit = {name: value * column(inverse, value) for name, value in wide.items()}
+        total = self._run(unit, rows, 0)
+        for repeat in range(1, self.solver.repeats):
+            for name, value in self._run(unit, rows, repeat).items():
+                total[name] += value
+        scale = length / (self.solver.repeats * self.scale)
+        blocks = {
+            name: DenseBlock(value.mul_(column(scale, value)).to(rows.dtype))
+            for name, value in total.items()
+        }
+        return Rows(rows.space, blocks, rows.index, rows.aux)
 
-    def product(self, vectors: Tensor, repeat: int, step: int) -> Tensor:
-        """Return H times vectors ``[C, d]``, H of the sample of one step or of the train set."""
+    def product(self, vectors: Rows, repeat: int, step: int) -> Rows:
+        """Return H times rows, H of the sample of one step or of the train set."""
         operator, solver = self.operator, self.solver
-        given = vectors.to(operator.dtype)
-        rows = Rows.from_flat(operator.space, given, torch.arange(len(given)))
+        given = vectors.to(dtype=operator.dtype)
+        answer: Rows
         if solver.batch is None:
-            found: Tensor = operator.apply(rows).flat()
+            answer = operator.apply(given)
         else:
             generator = operator.random.generator("lissa", repeat, step)
             index = torch.randint(operator.n_train, (solver.batch,), generator=generator)
-            found = operator.apply_on(rows, index).flat()
-        return found.to(vectors.dtype)
+            answer = operator.apply_on(given, index)
+        return answer
 
-    def _run(self, start: Tensor, repeat: int) -> Tensor:
+    def _run(self, start: Named, rows: Rows, repeat: int) -> Named:
         """Return v after the last step, from v = g, for rows g of length 1 or 0."""
         whole = self.solver.batch is None
-        precision = max(torch.finfo(dtype).eps for dtype in (start.dtype, self.operator.dtype))
-        current, before = start.clone(), start.new_full((len(start),), float("inf"))
+        dtypes = [*(value.dtype for value in start.values()), self.operator.dtype]
+        precision = max(torch.finfo(dtype).eps for dtype in dtypes)
+        current = {name: value.clone() for name, value in start.items()}
+        blocks = {name: DenseBlock(value) for name, value in current.items()}
+        vectors = Rows(rows.space, blocks, rows.index)  # follows what is written to ``current``
+        before = torch.full_like(lengths(start), float("inf"))
         for step in range(self.solver.depth):
-            move = self.product(current, repeat, step).add_(current, alpha=self.damping)
-            move = move.div_(-self.scale).add_(start)  # g - (H + damping I) v / s
-            current += move
             last = step + 1 == self.solver.depth
-            if not (whole or last or step % CHECK == 0):
+            looked = whole or last or step % CHECK == 0
+            # The product is not named, so that it is freed before the next one is made.
+            moved = self._advance(current, start, self.product(vectors, repeat, step), looked)
+            if moved is None:
                 continue
-            moved, reached = move.norm(dim=1), current.norm(dim=1)
+            reached = lengths(current)
             if whole:
                 self._require_shrinking(moved, before + 64 * precision * reached, step)
                 before = moved
@@ -226,6 +246,21 @@ class _Series:
                 self._report(step + 1, moved, reached)
                 break
         return current
+
+    def _advance(self, current: Named, start: Named, products: Rows, looked: bool) -> Tensor | None:
+        """Add g - (H + damping I) v / s to v, and return its lengths where they are asked for."""
+        moved = torch.zeros(len(products), dtype=torch.float64, device=self.device)
+        found = {name: products.blocks[name].dense().values for name in current}
+        for where in row_slices(current):
+            moves = {}
+            for name, value in current.items():
+                part = found[name][where].to(value.dtype)
+                move = torch.add(part, value[where], alpha=self.damping)
+                moves[name] = move.div_(-self.scale).add_(start[name][where])
+                value[where] += move
+            if looked:
+                moved[where] = squares(moves)
+        return moved.sqrt() if looked else None
 
     def _require_shrinking(self, moved: Tensor, most: Tensor, step: int) -> None:
         """Raise when a step is longer than the one before.

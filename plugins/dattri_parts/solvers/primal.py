@@ -88,15 +88,7 @@ class Primal:
         flat = part.flat()
         vectors = flat.to(self.matrix.device, torch.float64)
         if spectral:
-            if self._spectrum is None:
-                self._spectrum = torch.linalg.eigh(self.matrix)
-            values, basis = self._spectrum
-            shifted = values.clamp_min(0) + damping  # a second moment: below zero is rounding
-            if not float(shifted.min()) > 0:
-                raise NumericsError(
-                    f"solver 'woodbury': H + damping I is singular (damping {damping:.3g}); give "
-                    "more damping"
-                )
+            shifted, basis = self._shifted(damping)
             solved = (vectors @ basis / shifted) @ basis.mT
         else:
             self.factorise(damping)
@@ -104,3 +96,33 @@ class Primal:
             solved = torch.cholesky_solve(vectors.mT, self._lower).mT
         answer = Rows.from_flat(part.space, solved.to(flat), rows.index)
         return dict(answer.blocks)
+
+    def invert_each(
+        self, rows: Rows, names: Sequence[str], dampings: Sequence[float]
+    ) -> list[dict[str, Block]]:
+        """Return the same at several dampings: the rows are turned into the eigenvectors once."""
+        del names
+        part = rows.select(self.space.names)
+        flat = part.flat()
+        turned: Tensor | None = None
+        found: list[dict[str, Block]] = []
+        for damping in dampings:
+            shifted, basis = self._shifted(damping)
+            if turned is None:
+                turned = flat.to(basis) @ basis  # [C, d]
+            solved = (turned / shifted) @ basis.mT
+            found.append(dict(Rows.from_flat(part.space, solved.to(flat), rows.index).blocks))
+        return found
+
+    def _shifted(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of H + damping I and the eigenvectors, which are computed once."""
+        if self._spectrum is None:
+            self._spectrum = torch.linalg.eigh(self.matrix)
+        values, basis = self._spectrum
+        shifted = values.clamp_min(0) + damping  # a second moment: below zero is rounding
+        if not float(shifted.min()) > 0:
+            raise NumericsError(
+                f"solver 'woodbury': H + damping I is singular (damping {damping:.3g}); give "
+                "more damping"
+            )
+        return shifted, basis

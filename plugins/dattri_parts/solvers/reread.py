@@ -34,6 +34,9 @@ SLACK = 1.25
 CONTRACTION_SHARE = 4
 """One part in so many of the memory holds rows that are formed to meet others."""
 
+BESIDE = 1
+"""Formed rows beside an answer while it is made: what a block of it is about to gain."""
+
 
 @frozen(eq=False)
 class Reread:

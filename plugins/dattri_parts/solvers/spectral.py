@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dattri_core import (
@@ -22,7 +22,10 @@ from dattri_core import (
     SpectralOperator,
     as_damping,
 )
+from dattri_parts.curvatures.spectrum import KroneckerSpectrum
 
+ROUNDED = 1e-2
+"""Relative rounding up to which 1 / damping - L / (damping (L + damping)) stays positive."""
 ROUNDING = 1e4
 """Squared rounding errors of a rotation by a few thousand columns, in units of precision^2."""
 
@@ -44,7 +47,7 @@ class Spectral:
 
     damping: Damping = field(
         default=Damping(0.1, relative=True),
-        converter=as_damping,  # type: ignore[misc]
+        converter=as_damping,
     )
     needs: ClassVar[frozenset[str]] = frozenset({"spectral"})
     exact: ClassVar[bool] = True
@@ -77,6 +80,7 @@ class _SpectralInverse:
         operator: H.
         root: Whether the power is -1/2.
         outside: The power of damping alone, by block of the spectrum.
+        dampings: By block of the spectrum.
         weights: The powers of L + damping, by block of the spectrum and of the shape of one row;
             less those of damping alone where the spectrum is not complete.
         stats: Eigenvalues and dampings.
@@ -85,6 +89,7 @@ class _SpectralInverse:
     operator: SpectralOperator
     root: bool
     outside: Mapping[str, float]
+    dampings: Mapping[str, float]
     weights: Mapping[str, Tensor]
     stats: Mapping[str, float]
 
@@ -115,6 +120,14 @@ class _SpectralInverse:
         whole = self.operator.complete and basis.out_space.dim == self.operator.space.dim
         return basis if whole and self.blockwise else None
 
+    @property
+    def spectrum(self) -> Mapping[str, tuple[Tensor, float]] | None:
+        """Return L and damping of each block; None of a root, or of a spectrum with holes."""
+        if self.root or not self.operator.complete:
+            return None
+        eigenvalues = self.operator.eigenvalues
+        return {name: (eigenvalues[name], damping) for name, damping in self.dampings.items()}
+
     def in_basis(self, rows: Rows) -> Rows:
         """Return (L + damping)^-1 k for rows k = Q^T g, formed."""
         blocks = {name: self._weighted(name, block) for name, block in rows.blocks.items()}
@@ -123,6 +136,24 @@ class _SpectralInverse:
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping."""
         return _inverse(self.operator, damping, root=self.root)
+
+    def leading(self, share: float) -> Inverse:
+        """Return an inverse near to this one, at a part of its work where H is a Kronecker product.
+
+        Eigenvectors of a side are left out where all eigenvalues are at most ``share`` of the
+        damping, as if these were zero: M_this <= M_near <= (1 + share) M_this as quadratic forms.
+        An inverse that would lose its sign to rounding stays as it is.
+        """
+        rounding = torch.finfo(self.operator.dtype).eps * self.stats["condition"]
+        if self.root or not isinstance(self.operator, KroneckerSpectrum) or rounding > ROUNDED:
+            return self
+        operator = self.operator.leading({n: share * value for n, value in self.dampings.items()})
+        weights = {
+            name: _weights(values.double(), self.dampings[name], root=False, complete=False)
+            for name, values in operator.eigenvalues.items()
+        }
+        outside = {name: 1 / value for name, value in self.dampings.items()}
+        return evolve(self, operator=operator, weights=weights, outside=outside)
 
     def _apply(self, rows: Rows) -> Rows:
         basis = self.operator.basis
@@ -168,7 +199,7 @@ def _inverse(operator: SpectralOperator, damping: Damping, *, root: bool) -> _Sp
     }
     power = -0.5 if root else -1.0
     outside = {name: 0.0 if complete else value**power for name, value in dampings.items()}
-    return _SpectralInverse(operator, root, outside, weights, stats)
+    return _SpectralInverse(operator, root, outside, dampings, weights, stats)
 
 
 def _weights(values: Tensor, damping: float, *, root: bool, complete: bool) -> Tensor:

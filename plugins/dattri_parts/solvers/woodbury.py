@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from dattri_parts.solvers.forecast import Forecast, refusal
 from dattri_parts.solvers.held import absolute_dampings, damping_stats, groups_of
 from dattri_parts.solvers.primal import Primal
 from dattri_parts.solvers.reading import Reading
-from dattri_parts.solvers.reread import Reread
+from dattri_parts.solvers.reread import BESIDE, Reread
 
 _log = logging.getLogger("dattri")
 FACTORS = 8
@@ -71,7 +71,7 @@ class Woodbury:
             of each block where H is block diagonal. Not 0 where rows are fewer than parameters.
     """
 
-    damping: Damping = field(default=Damping(1e-3), converter=as_damping)  # type: ignore[misc]
+    damping: Damping = field(default=Damping(1e-3), converter=as_damping)
     needs: ClassVar[frozenset[str]] = frozenset({"rows"})
     exact: ClassVar[bool] = True
     forms: ClassVar[bool] = False
@@ -101,7 +101,7 @@ class Woodbury:
         note = f"woodbury          {forecast.way}"
         if forecast.fits:
             return evolve(told, forms=not forecast.base, base=forecast.base, note=note)
-        return evolve(told, forms=True, blockwise=False, note=note)
+        return evolve(told, forms=True, blockwise=False, beside=BESIDE, note=note)
 
 
 def _forecast(operator: IndexedRows) -> Forecast:
@@ -218,6 +218,11 @@ class _WoodburyInverse:
         """Return of how many rows of H an answer is a combination."""
         return self.state.base
 
+    @property
+    def beside(self) -> int:
+        """Return how many formed rows are alive beside an answer while it is made."""
+        return 3 if self.state.reread is None else BESIDE
+
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, unformed on the side of inner products.
 
@@ -235,6 +240,24 @@ class _WoodburyInverse:
                 side, damping = self.state.sides[group], self.dampings[group]
                 blocks |= side.invert(rows, names, damping, spectral=self.spectral)
         return Rows(rows.space, blocks, rows.index, rows.aux)
+
+    def apply_each(self, rows: Rows, inverses: Sequence[Inverse]) -> list[Rows]:
+        """Return what the inverse at several dampings makes of the rows.
+
+        Where eigenvectors are at hand the rows meet those of H once, and what comes out lies in the
+        span of the same eigenvectors for all dampings, so that train rows meet them once as well.
+        """
+        mine = [one for one in inverses if isinstance(one, _WoodburyInverse)]
+        if self.state.reread is not None or not any(one.spectral for one in mine):
+            return [one.apply(rows) for one in inverses]
+        blocks: list[dict[str, Block]] = [{} for _ in mine]
+        for group, names in groups_of(self.state.operator).items():
+            if names[0] in rows.space:
+                dampings = [one.dampings[group] for one in mine]
+                each = self.state.sides[group].invert_each(rows, names, dampings)
+                for found, of_group in zip(blocks, each, strict=True):
+                    found |= of_group
+        return [Rows(rows.space, found, rows.index, rows.aux) for found in blocks]
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping: a new factor, no pass over the data."""

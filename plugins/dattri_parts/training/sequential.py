@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.run import Run, copy_of
 
 Build = Callable[[], nn.Module]
+_seeding = threading.RLock()  # torch has one generator for all threads
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def with_threads(count: int | None) -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw the random numbers of a seed, and leave those of others alone."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _seeding, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -157,6 +157,9 @@ def test_rows_of_zeros_cost_no_pass(curvature):
     torch.testing.assert_close(matrix, expected(dark, curvature), rtol=0, atol=1e-11)
     assert (matrix == 0).all(1).sum() == 4
     assert dark.passes == 1 + dark.space.dim - 4
+    live, part = curvature.fit(dark).live_dense()
+    assert torch.equal(live, (matrix != 0).any(1).nonzero()[:, 0])
+    assert torch.equal(part, matrix[live[:, None], live])
 
 
 @pytest.mark.parametrize("curvature", CURVATURES, ids=["hessian", "ggn"])
@@ -198,6 +201,8 @@ def test_symmetrise_averages_every_pair_of_entries(tile, monkeypatch):
     expected_matrix = (matrix + matrix.mT) / 2
     symmetrise(matrix, 2e-16, "m")
     assert torch.equal(matrix, expected_matrix)
+    with pytest.raises(NumericsError, match="not symmetric"):
+        symmetrise(expected_matrix.clone(), 2e-16, "m", stray=1e-6)
     matrix[6, 0] += 1e-6
     with pytest.raises(NumericsError, match="not symmetric"):
         symmetrise(matrix, 2e-16, "m")

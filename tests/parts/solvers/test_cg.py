@@ -246,7 +246,7 @@ def test_slices_of_systems_do_not_change_the_answer(slice_bytes, monkeypatch):
     rows.flat()[2] = torch.linalg.eigh(matrix).eigenvectors[:, 0]
     solver = CG(damping=0.1, tolerance=1e-12)
     whole = solver.solve_for(MatrixOperator(matrix), CPU).apply(rows).flat()
-    monkeypatch.setattr("dattri_parts.solvers.columns.SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr("dattri_parts.solvers.rowwise.SLICE_BYTES", slice_bytes)
     sliced = solver.solve_for(MatrixOperator(matrix), CPU).apply(rows).flat()
     torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=1e-14)
 

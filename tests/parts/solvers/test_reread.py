@@ -104,6 +104,7 @@ def test_equals_a_dense_solve_of_the_named_curvature(name, tile):
         assert gap(answer.flat(), want) < 1e-8, curvature
         assert torch.equal(answer.index, rows.index)
         assert (inverse.forms, inverse.base, inverse.blockwise) == (True, 0, False)
+        assert inverse.beside == 1
 
 
 @pytest.mark.parametrize(("name", "n"), [("images", 8), ("reader", 8), ("images", 90)])
@@ -290,7 +291,7 @@ def test_the_peak_stays_by_the_memory_that_rows_would_exceed():
 def test_the_forecast_tells_which_way_and_what_it_takes(caplog):
     operator = Counting.of(GGN().fit(problem_of(*network("images", 12))), 4)
     told = Woodbury(0.1).foresee(operator, Outlook(blockwise=True))
-    assert (told.forms, told.base, told.blockwise) == (True, 0, False)
+    assert (told.forms, told.base, told.blockwise, told.beside) == (True, 0, False, 1)
     assert "24 rows (" in told.note
     assert "read again: 2 times to fit, in 3 tiles of 4 examples, and 2 times for" in told.note
     assert "multiply-adds" in told.note

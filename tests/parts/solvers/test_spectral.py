@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from attrs import define
+from dattri_parts.curvatures.spectrum import Kronecker, KroneckerBasis, KroneckerSpectrum
 from dattri_parts.solvers.spectral import Spectral
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,10 @@ from dattri_core import (
     NumericsError,
     Rows,
     SpecError,
+    SpectralInverse,
     SpectralOperator,
 )
+from dattri_core.space import BlockSpec, Space
 from dattri_core.testing import ToyOperator
 
 CPU = torch.device("cpu")
@@ -268,3 +271,45 @@ def test_declared_facts_and_fields():
     for wrong in (-1.0, float("nan"), "x", {"relative": -1}):
         with pytest.raises(SpecError, match="damping"):
             Spectral(damping=wrong)
+
+
+@settings(max_examples=20, deadline=None)
+@given(share=st.sampled_from([0.05, 0.5, 3.0]), seed=st.integers(0, 20))
+def test_the_leading_inverse_is_near_and_of_less_work(share, seed):
+    space = Space((BlockSpec("w", "outer", (4, 6)), BlockSpec("v", "outer", (3, 5))))
+    damping, sides, eigenvalues = 0.1, {}, {}
+    for spec, left in zip(space, (True, False), strict=True):
+        o, i = spec.shape
+        outputs = torch.linalg.qr(normal(o, o, seed=seed))[0] if left else None
+        sides[spec.name] = Kronecker(outputs, torch.linalg.qr(normal(i, i, seed=seed + 1))[0])
+        falling = 10.0 ** -torch.arange(o).double().unsqueeze(1) * 10.0 ** -torch.arange(i).double()
+        eigenvalues[spec.name] = 2 * falling
+    spectrum = KroneckerSpectrum(KroneckerBasis(space, sides), eigenvalues, torch.float64, 2**20)
+    whole = Spectral(damping=damping).solve_for(spectrum, CPU)
+    _divides_by_what_it_says(whole, eigenvalues, damping)
+    part = whole.leading(share)
+    assert part.spectrum is None  # it has holes
+    assert part.operator.basis.out_space.dim < space.dim / 2
+    units = Rows.from_flat(space, torch.eye(space.dim).double(), torch.arange(space.dim))
+    exact, found = whole.apply(units).flat(), part.apply(units).flat()
+    torch.testing.assert_close(found, found.mT)
+    # Eigenvalues of the leading one over those of the whole: 1 .. 1 + share.
+    lower = torch.linalg.inv(torch.linalg.cholesky(exact))
+    ratios = torch.linalg.eigvalsh(lower @ found @ lower.mT)
+    assert float(ratios.min()) > 1 - 1e-10
+    assert 1 + share / 100 < float(ratios.max()) < 1 + share + 1e-10
+    assert torch.equal(whole.apply(units).flat(), exact)
+
+
+def _divides_by_what_it_says(inverse, eigenvalues, damping):
+    """In the basis an inverse with a spectrum is 1 / (L + damping), entry by entry."""
+    assert isinstance(inverse, SpectralInverse)
+    space = inverse.basis.out_space
+    within = Rows.from_flat(space, normal(2, space.dim), torch.arange(2))
+    answer = inverse.in_basis(within)
+    assert set(inverse.spectrum) == set(space.names)
+    for name, (values, told) in inverse.spectrum.items():
+        assert told == damping
+        assert torch.equal(values, eigenvalues[name])
+        want = within.blocks[name].dense().values / (values + damping)
+        torch.testing.assert_close(answer.blocks[name].dense().values, want)

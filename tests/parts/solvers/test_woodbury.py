@@ -168,6 +168,7 @@ def test_a_sweep_of_dampings_equals_fresh_solves(dampings, block, eigenvectors):
     try:
         woodbury.SMALL = small if eigenvectors else 0
         first = Woodbury(0.05).solve_for(operator, CPU)
+        assert isinstance(first, dattri.SharingInverse)
         before = first.apply(rows).flat()
         inverses = [first.with_damping(Damping(d)) for d in dampings]
         matrix = dense_second_moment(task, problem.space, train)
@@ -178,10 +179,34 @@ def test_a_sweep_of_dampings_equals_fresh_solves(dampings, block, eigenvectors):
             assert inverse.spectral == eigenvectors
             want = solved(matrix, damping, rows.flat())
             assert gap(inverse.apply(rows).flat(), want) < 1e-8
+        for inverse, answer in zip(inverses, first.apply_each(rows, inverses), strict=True):
+            assert gap(answer.flat(), inverse.apply(rows).flat()) < 1e-9
         assert torch.equal(first.apply(rows).flat(), before)  # bit for bit
         assert operator.passes == 1  # nothing is read again
     finally:
         woodbury.SMALL = small
+
+
+@pytest.mark.parametrize("n", [3, 40])  # the smaller side is that of rows, of numbers
+def test_answers_at_several_dampings_meet_the_rows_of_the_curvature_once(n, monkeypatch):
+    """And lie in the span of one base, so that train rows meet it once for all of them."""
+    problem = problem_of(*network("perceptron", n))
+    first = inverted(GaussNewton(block=True), problem)
+    inverses = [first.with_damping(Damping(0.1 * k)) for k in range(1, 9)]
+    met = []
+    plain = dual.Dual._met
+    monkeypatch.setattr(
+        dual.Dual, "_met", lambda self, rows, names: met.append(names) or plain(self, rows, names)
+    )
+    rows = queries("perceptron")
+    answers = first.apply_each(rows, inverses)
+    assert len(met) == first.stats["dual_blocks"]
+    for name in rows.space.names:
+        blocks = [answer.blocks[name] for answer in answers]
+        if isinstance(blocks[0], SumBlock):
+            assert len({id(block.parts[1].base) for block in blocks}) == 1
+    for answer, inverse in zip(answers, inverses, strict=True):
+        assert gap(answer.flat(), inverse.apply(rows).flat()) < 1e-9
 
 
 def test_eigenvectors_serve_all_dampings_after_a_few_factors(monkeypatch):

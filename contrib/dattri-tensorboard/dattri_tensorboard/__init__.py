@@ -1,0 +1,1 @@
+"""Runs and cells of studies in TensorBoard, for dattri-core."""

@@ -1,0 +1,1 @@
+"""What the generated pages of the documentation are made by; run by ``docs/generate.py``."""
