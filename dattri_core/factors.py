@@ -220,13 +220,14 @@ def _drawn(factors: Sequence[Factor | Range], samples: int, draw: int) -> list[d
     """Return random points: of a grid each at most once."""
     if samples < 1:
         raise SpecError(f"study: samples={samples}; give 1 or more")
-    listed = [f for f in factors if isinstance(f, Factor)]
-    sizes = [len(f.levels) for f in listed]
-    if len(listed) == len(factors) and all(sizes):
+    sizes = [len(f.levels) if isinstance(f, Factor) else 0 for f in factors]
+    if all(sizes):
+        discrete = [f for f in factors if isinstance(f, Factor)]
         order = np.random.default_rng(draw).permutation(math.prod(sizes))[:samples]
         chosen = [tuple(map(int, np.unravel_index(k, sizes))) for k in order]
         return [
-            {f.name: f.levels[k] for f, k in zip(listed, choice, strict=True)} for choice in chosen
+            {f.name: f.levels[k] for f, k in zip(discrete, choice, strict=True)}
+            for choice in chosen
         ]
     found: dict[tuple[str, ...], dict[str, Level]] = {}
     for k in range(TRIES * samples):

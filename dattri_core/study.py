@@ -167,7 +167,7 @@ class Study:
     metrics: tuple[Named, ...] = field(converter=_metrics)
     factors: tuple[Factor | Range, ...] = field(converter=factors_of, default=())
     plan: PlanName = "grid"
-    base: Named = field(factory=lambda: Named("grad-dot"), converter=_base)
+    base: Named = field(default=Named("grad-dot"), converter=_base)
     seeds: tuple[int, ...] = field(default=(0,), converter=_seeds)
     size: str | tuple[int, int] = field(default="full", converter=_size)
     checkpoints: int = 1

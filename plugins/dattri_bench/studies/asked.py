@@ -129,9 +129,9 @@ def parts_of(world: WorldCells) -> list[list[Cell]]:
     fronts: dict[tuple[str | None, int], dict[object, list[Cell]]] = {}
     for cell in world.planned():
         made = cell.entrant.made(None)
-        front = (front_of(made), cell.entrant.models)
+        reads = (front_of(made), cell.entrant.models)
         fit = (fit_of(made) or id(cell.entrant), cell.entrant.models)
-        fronts.setdefault(front, {}).setdefault(fit, []).append(cell)
+        fronts.setdefault(reads, {}).setdefault(fit, []).append(cell)
     parts = []
     for (shared, _), fits in fronts.items():
         if shared is not None:

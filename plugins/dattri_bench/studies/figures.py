@@ -264,6 +264,8 @@ def _legend(styles: _Styles, shape: str | None) -> list[Any]:
 def _scatter(
     axis: Any, own: Sequence[Mean], key: str, unit: float, color: _Styles, marker: _Styles
 ) -> None:
+    from matplotlib import ticker
+
     shown = [mean for mean in own if getattr(mean, key)]
     for mean in shown:
         axis.plot(
@@ -286,6 +288,9 @@ def _scatter(
         axis.step(x, y, where="post", color=FRONT, linewidth=1.1, zorder=2)
     if shown:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     _chance(axis, own)
     axis.tick_params(labelsize=7.5)
     axis.spines[["top", "right"]].set_visible(False)

@@ -42,7 +42,9 @@ def front_of(made: Any) -> str | None:
     if any(asked[: len(sketches)]) or not all(needs <= OF_ROWS for needs in asked):
         return None
     spec = made.to_spec()
-    kept: dict[str, Any] = {k: v for k, v in spec.items() if k in ("source", "projector", "seed")}
+    kept: dict[str, Any] = {
+        key: spec[key] for key in ("source", "projector", "seed") if key in spec
+    }
     return address_of({**kept, "stages": spec.get("stages", [])[: len(sketches)]})
 
 
