@@ -74,7 +74,7 @@ def test_iterative_solvers_take_it_too(curvlinops: Any) -> None:
 def test_the_model_is_left_as_it_was(curvlinops: Any) -> None:
     task, train, test = world("cross-entropy")
     task.model[0].bias.requires_grad_(False)
-    task.model.train()
+    task = dattri.Task(task.model.train())
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     dattri.attribute(task, train, test, method="if-curvlinops", progress=False)
     assert task.model.training
