@@ -201,7 +201,7 @@ def _matrices(
                         f"matrices take {format_bytes(forecast.matrix_bytes)}, "
                         f"{format_bytes(forecast.available)} may be used"
                     )
-        start = stop
+        start, held = stop, None  # before the next is read
     return {group: _mirrored(parts, device) for group, parts in strips.items()}, tiles
 
 
