@@ -119,7 +119,18 @@ def forward_of(model: nn.Module, batch: Batch) -> Tensor:
     taken, else its first item.
     """
     if isinstance(batch, Mapping):
-        answer = model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
+        named = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        try:
+            answer = model(**named)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise InputError(
+                f"model call: {error}; of a batch that is a mapping the model gets all by keyword "
+                f"({', '.join(map(repr, named))}), but for its labels, which are sought under "
+                "'labels' or 'label': rename the keys, or give a loss that knows yours: "
+                "dattri.Loss(forward=..., criterion=...)"
+            ) from error
     else:
         answer = model(*batch[:-1])
     return _tensor_of(answer)
