@@ -106,7 +106,11 @@ def labels_of(batch: Batch) -> Tensor:
         )
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return torch.as_tensor(batch[-1])
-    raise InputError(
+    raise _unlabelled(batch)
+
+
+def _unlabelled(batch: Batch) -> InputError:
+    return InputError(
         f"labels: a {type(batch).__name__} has no labels; give data as (inputs, ..., labels) or a "
         "dict with 'labels', or a loss that needs none"
     )
@@ -119,21 +123,26 @@ def forward_of(model: nn.Module, batch: Batch) -> Tensor:
     taken, else its first item.
     """
     if isinstance(batch, Mapping):
-        named = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-        try:
-            answer = model(**named)
-        except TypeError as error:
-            if "argument" not in str(error):
-                raise
-            raise InputError(
-                f"model call: {error}; of a batch that is a mapping the model gets all by keyword "
-                f"({', '.join(map(repr, named))}), but for its labels, which are sought under "
-                "'labels' or 'label': rename the keys, or give a loss that knows yours: "
-                "dattri.Loss(forward=..., criterion=...)"
-            ) from error
-    else:
+        answer = _by_keyword(model, {k: v for k, v in batch.items() if k not in LABEL_KEYS})
+    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
         answer = model(*batch[:-1])
+    else:
+        raise _unlabelled(batch)
     return _tensor_of(answer)
+
+
+def _by_keyword(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    try:
+        return model(**inputs)
+    except TypeError as error:
+        if "keyword argument" not in str(error):
+            raise
+        raise InputError(
+            f"model: a batch that is a dict is passed by keyword, all but "
+            f"{' and '.join(LABEL_KEYS)}, and {error}; name the keys after the arguments of "
+            "forward, and the labels 'labels', or give a loss that calls the model itself: "
+            "dattri.Loss(forward=..., criterion=...)"
+        ) from error
 
 
 def _tensor_of(answer: Any) -> Tensor:

@@ -11,11 +11,11 @@ from dattri_parts.training import random_subsets
 
 from dattri_core import Examples, Outcomes, Task, bar
 from dattri_retrain.asking import Question, as_outcomes
-from dattri_retrain.sample_reuse import banzhaf
 from dattri_retrain.estimate import Estimate, Stopping
 from dattri_retrain.game import RetrainedGame
 from dattri_retrain.out_of_bag import FRACTION, data_oob
 from dattri_retrain.permutations import beta_weights, semivalue
+from dattri_retrain.sample_reuse import banzhaf
 
 
 @frozen
@@ -101,7 +101,7 @@ class Banzhaf:
 
     U_j(S) is the target on test example j of the model trained on S, turned so that more is better.
     Every model counts for every example, so the budget need not grow with the train set.
-    `dattri_retrain.sample_reuse` is the same for a game of any kind. Scores are values and no effects of
+    `dattri_retrain.banzhaf` is the same for a game of any kind. Scores are values and no effects of
     a removal.
 
     Args:

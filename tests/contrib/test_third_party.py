@@ -50,12 +50,6 @@ def test_check_passes_for_its_part_its_method_and_all_of_it(environment: Environ
         assert environment.dattri("check", name).endswith(f"dattri check {name}: passed\n")
 
 
-def test_its_own_tests_pass(environment: Environment, source: Path) -> None:
-    done = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=source)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed" in done.stdout
-
-
 def test_it_runs_from_a_spec(environment: Environment, tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(
         "import torch, dattri_core as d\n"

@@ -21,6 +21,8 @@ from dattri_core import (
     Rows,
     Space,
     SpecError,
+    batch_size,
+    labels_of,
 )
 
 Name = Literal["ggn", "hessian", "empirical-fisher", "kfac", "ekfac"]
@@ -42,7 +44,7 @@ class Curvlinops:
 
     Any solver that asks for products or for the matrix gives (H + damping I)^-1 in the convention
     of dattri-core: curvlinops' own inverses, whose dampings mean other things, are not used.
-    Batches are pairs of a tensor and labels, and the criterion reads the labels alone.
+    Batches are pairs of a tensor and labels, or dicts; the criterion reads the labels alone.
 
     Args:
         operator: ``"ggn"``, ``"hessian"``, ``"empirical-fisher"``; or ``"kfac"``, ``"ekfac"``: of
@@ -84,10 +86,15 @@ class Curvlinops:
             parameter.requires_grad_(any(parameter is one for one in parameters))
         loss, scale = self._loss(problem.task.loss)
         data = [_pair(batch) for batch in problem.batches()]
-        options: dict[str, Any] = {"num_data": problem.n_train, "check_deterministic": False}
+        options: dict[str, Any] = {
+            "num_data": problem.n_train,
+            "check_deterministic": False,
+            "batch_size_fn": batch_size,
+        }
         if self.operator in FACTORED:
             options |= {"fisher_type": "type-2", "separate_weight_and_bias": False}
-        made = getattr(_library(), CLASSES[self.operator])(model, loss, parameters, data, **options)
+        asked = _Asked(model, problem.task.loss)
+        made = getattr(_library(), CLASSES[self.operator])(asked, loss, parameters, data, **options)
         return Adapted(problem.space, made, scale / problem.n_train, problem.dtype, problem.memory)
 
     def _require_known(self, space: Space) -> None:
@@ -117,6 +124,19 @@ class Curvlinops:
         module, factor = LOSSES[loss.name]
         # The empirical Fisher is a sum of squared gradients, the others are linear in the loss.
         return module(reduction="sum"), factor**2 if self.operator == "empirical-fisher" else factor
+
+
+class _Asked(nn.Module):
+    """The model as curvlinops calls it: a module of one argument, inputs without labels."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, inputs: Any) -> Tensor:
+        batch = inputs if isinstance(inputs, Mapping) else (inputs, None)
+        return self.loss.forward(self.model, batch)
 
 
 class _Summed(nn.Module):
@@ -193,13 +213,17 @@ def _rows(parameters: list[Tensor], like: Rows) -> Rows:
     return Rows(like.space, blocks, like.index, like.aux)
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, Mapping) or not isinstance(batch, (tuple, list)) or len(batch) > 2:
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    """Return inputs and labels as curvlinops takes them: a tensor, or a dict, and a tensor."""
+    if isinstance(batch, Mapping):
+        labels = labels_of(batch)
+        return {name: value for name, value in batch.items() if value is not labels}, labels
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise InputError(
-            f"curvature curvlinops: a batch is a {type(batch).__name__}; expected a pair of a "
-            "tensor and labels"
+            f"curvature curvlinops: a batch is a {type(batch).__name__} of {len(batch)}; expected "
+            "a pair of a tensor and labels, or a dict"
         )
-    return batch[0], batch[-1]
+    return batch[0], batch[1]
 
 
 def _library() -> Any:

@@ -94,10 +94,20 @@ def test_layers_that_kfac_does_not_know_are_named(curvlinops: Any) -> None:
         dattri.attribute(dattri.Task(model), data, data, method="if-curvlinops", operator="ekfac")
 
 
+def test_batches_of_dicts_are_those_of_pairs(curvlinops: Any) -> None:
+    model, (inputs, labels) = nn.Linear(4, 3).double(), world("cross-entropy")[1]
+    named = {"input": inputs, "labels": labels}
+    scores_ = [
+        dattri.attribute(dattri.Task(model), data, data, method="if-curvlinops", progress=False)
+        for data in ((inputs, labels), named)
+    ]
+    torch.testing.assert_close(*(torch.as_tensor(s.values) for s in scores_))
+
+
 def test_batches_of_other_kinds_are_refused(curvlinops: Any) -> None:
-    model = nn.Linear(4, 3)
-    data = {"input": torch.randn(6, 4), "labels": torch.arange(6) % 3}
-    with pytest.raises(dattri.InputError, match="a batch is a dict; expected a pair"):
+    model = nn.Bilinear(4, 4, 3)
+    data = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(dattri.InputError, match="a batch is a tuple of 3; expected a pair"):
         dattri.attribute(dattri.Task(model), data, data, method="if-curvlinops")
 
 
