@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,3 +341,11 @@ def test_what_is_allowed_in_a_plugin_passes() -> None:
     source += "from dattri_parts.scorers.dot import Dot\nfrom dattri_tracin.b import B\n"
     assert plugin_violations("dattri_tracin", "a.py", source) == []
     assert plugin_violations("dattri_tracin", "plugin.py", "import dattri_core as dattri") == []
+
+
+@pytest.mark.parametrize("package", ["dattri_core", *PLUGINS])
+def test_no_public_name_is_hidden_by_a_module(package: str) -> None:
+    """An imported submodule takes the place of a lazy export of its name."""
+    exports = getattr(importlib.import_module(package), "_EXPORTS", {})
+    folder = CORE if package == "dattri_core" else ROOT / "plugins" / package
+    assert not set(exports) & {path.stem for path in folder.iterdir()}

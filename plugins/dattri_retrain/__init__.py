@@ -6,8 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dattri_retrain.banzhaf import banzhaf as banzhaf
-    from dattri_retrain.banzhaf import leave_one_out_values as leave_one_out_values
     from dattri_retrain.estimate import Estimate as Estimate
     from dattri_retrain.estimate import Stopping as Stopping
     from dattri_retrain.executors import dask_executor as dask_executor
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
     from dattri_retrain.out_of_bag import data_oob as data_oob
     from dattri_retrain.permutations import beta_weights as beta_weights
     from dattri_retrain.permutations import semivalue as semivalue
+    from dattri_retrain.sample_reuse import banzhaf as banzhaf
+    from dattri_retrain.sample_reuse import leave_one_out_values as leave_one_out_values
     from dattri_retrain.settings import SettingRetraining as SettingRetraining
     from dattri_retrain.store import CounterfactualStore as CounterfactualStore
 
@@ -28,13 +28,13 @@ _EXPORTS = {
     "LinearFit": "linear",
     "SettingRetraining": "settings",
     "Stopping": "estimate",
-    "banzhaf": "banzhaf",
+    "banzhaf": "sample_reuse",
     "beta_weights": "permutations",
     "dask_executor": "executors",
     "data_oob": "out_of_bag",
     "joblib_executor": "executors",
     "lasso_datamodel": "linear",
-    "leave_one_out_values": "banzhaf",
+    "leave_one_out_values": "sample_reuse",
     "ridge_datamodel": "linear",
     "semivalue": "permutations",
     "submitit_executor": "executors",

@@ -11,11 +11,11 @@ from dattri_parts.training import random_subsets
 
 from dattri_core import Examples, Outcomes, Task, bar
 from dattri_retrain.asking import Question, as_outcomes
-from dattri_retrain.banzhaf import banzhaf
 from dattri_retrain.estimate import Estimate, Stopping
 from dattri_retrain.game import RetrainedGame
 from dattri_retrain.out_of_bag import FRACTION, data_oob
 from dattri_retrain.permutations import beta_weights, semivalue
+from dattri_retrain.sample_reuse import banzhaf
 
 
 @frozen

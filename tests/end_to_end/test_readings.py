@@ -100,7 +100,7 @@ def test_no_route_shows_in_a_sweep(name):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    exponents=st.lists(st.floats(-4, 3), min_size=4, max_size=20, unique=True),
+    exponents=st.lists(st.integers(-20, 30), min_size=4, max_size=20, unique=True),
     relative=st.booleans(),
     double=st.booleans(),
     name=st.sampled_from(["ekfac", "ekfac, cosine", "diagonal", "logra"]),
@@ -109,16 +109,20 @@ def test_no_route_shows_in_a_sweep(name):
 def test_many_dampings_share_their_products_and_no_number_changes(
     exponents, relative, double, name, memory
 ):
-    """Any dampings, of any number: within a few roundings of the largest score."""
+    """Any dampings, of any number: within a few roundings of the largest score.
+
+    A damping far below the eigenvalues costs as many digits, in a sweep or out of it.
+    """
     dtype = torch.float64 if double else torch.float32
     train, test = (examples(n, inputs=20, seed=100 + n, dtype=dtype) for n in (N, M))
     method = dattri.method("logra", rank=4) if name == "logra" else SWEPT[name]()
     fitted = method.fit(Task(mlp((20, 24, 3), dtype=dtype)), train, memory=memory, progress=False)
-    dampings = [Damping(10**exponent, relative=relative) for exponent in exponents]
+    dampings = [Damping(10 ** (k / 10 - double), relative=relative) for k in exponents]
     swept = fitted.sweep(test, damping=dampings)
     for damping, got in swept.items():
         want = fitted.with_(damping=damping).attribute(test)
-        assert close(got.values, want.values, 2e3 * torch.finfo(dtype).eps)
+        lost = max(1.0, 1e-2 / (damping.value * (1e-2 if relative else 1.0)))
+        assert close(got.values, want.values, 2e3 * torch.finfo(dtype).eps * lost)
 
 
 def test_a_sweep_in_a_basis_holds_its_queries_once_and_says_that_it_interpolates():

@@ -216,13 +216,16 @@ def test_fields_that_contradict_are_refused_together(changes, message):
         solver.solve_for(MatrixOperator(torch.eye(10).double()), CPU)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 60), st.integers(0, 999))
-def test_the_largest_eigenvalue_is_close(size, seed):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(size, generator=generator, dtype=torch.float64).exp()
-    values = values * torch.where(torch.rand(size, generator=generator) < 0.3, -1.0, 1.0)
-    matrix = symmetric(values, seed)
-    found = largest_eigenvalue(lambda v: v @ matrix, size, dtype=torch.float64, device=CPU)
-    truth = float(values.abs().max())
-    assert 0.9 * truth <= found <= 1.5 * truth
+@pytest.mark.parametrize("size", [1, 2, 8, 43, 60])
+def test_the_largest_eigenvalue_is_seldom_more_than_a_tenth_too_low(size):
+    low = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(size, generator=generator, dtype=torch.float64).exp()
+        values = values * torch.where(torch.rand(size, generator=generator) < 0.3, -1.0, 1.0)
+        matrix = symmetric(values, seed)
+        found = largest_eigenvalue(lambda v, m=matrix: v @ m, size, dtype=torch.float64, device=CPU)
+        truth = float(values.abs().max())
+        assert 0.7 * truth <= found <= 1.5 * truth
+        low += found < 0.9 * truth
+    assert low <= 4

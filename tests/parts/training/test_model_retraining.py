@@ -125,7 +125,7 @@ def _flat():
         ({"targets": ("loss", "loss")}, "given twice"),
         ({"together": 0}, "together is 0"),
         ({"train_data": classes()[0]}, "has no labels"),
-        ({"test_data": {"x": classes()[0]}}, "none of"),
+        ({"test_data": {"x": classes()[0]}}, "are sought under 'labels'"),
         ({"train_data": (classes()[0], classes()[1][:9])}, "disagree on the number of examples"),
         ({"test_data": (classes()[0][:0], classes()[1][:0])}, "test_data holds no example"),
         ({"about": {"model": object()}}, "JSON cannot hold"),
