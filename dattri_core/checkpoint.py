@@ -145,6 +145,11 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _first_sentence(error: Exception) -> str:
+    """Return what torch says before its advice, which is to load the pickle all the same."""
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read tensors from a safetensors file or a weights-only torch file; never a pickle of code."""
     try:
@@ -156,8 +161,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise StoreError(
             f"checkpoint {str(path)!r}: cannot be read as tensors only "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "save it with safetensors.torch.save_file(model.state_dict(), path)"
+            f"({type(error).__name__}: {_first_sentence(error)}); a pickled "
+            "model is never loaded, since it may hold code: save its tensors with "
+            "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

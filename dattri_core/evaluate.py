@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from dattri_core.batch import Batch, batch_size, move, take
+from dattri_core.batch import Batch, batch_size, move, take, tensors_of
 from dattri_core.checkpoint import Checkpoint, state_fingerprint
 from dattri_core.criteria import hessian_factor
 from dattri_core.errors import InputError, NumericsError
 from dattri_core.losses import Draw, FunctionalLoss, Loss, Reduction
+from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import Parameters, Role
 from dattri_core.task import Task
 
@@ -335,16 +336,33 @@ class Evaluator:
                     f"{what}: tensors meet on two devices ({error}); the batch was moved to the "
                     f"model's {self.device}; look for a constant of the loss or model elsewhere"
                 ) from error
-            raise
+            if is_out_of_memory(error):
+                raise
+            raise self._failed(what, sample, error) from error
+        except (TypeError, IndexError) as error:
+            raise self._failed(what, sample, error) from error
         if not isinstance(values, Tensor):
             raise InputError(f"{what}: returned a {type(values).__name__}, expected a tensor")
         return values
+
+    def _failed(self, what: str, sample: Batch, error: Exception) -> InputError:
+        tensors = ", ".join(f"{_dtype(t.dtype)} {list(t.shape)}" for t in tensors_of(sample))
+        return InputError(
+            f"{what}: fails on the first examples ({type(error).__name__}: {error}); the batch "
+            f"holds {tensors}, the model is {_dtype(self.dtype)} on {self.device}; a loss is "
+            "called with (model, batch), labels of classes are whole numbers below the number of "
+            "outputs"
+        )
 
     def _name(self, role: Role) -> str:
         return self.task.loss_name if role == "train" else self.task.target_name
 
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

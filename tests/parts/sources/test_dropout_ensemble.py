@@ -244,7 +244,7 @@ def test_the_model_is_as_before_also_after_an_error():
             raise RuntimeError("enough")
         return values
 
-    with pytest.raises(RuntimeError, match="enough"):
+    with pytest.raises(dattri.InputError, match="enough"):
         dattri.method("grad-dot", source=ensemble(members=40)).attribute(
             dattri.Task(model, loss), TRAIN, TEST, progress=False
         )
