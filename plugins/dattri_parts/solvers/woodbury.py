@@ -62,9 +62,9 @@ class Woodbury:
 
     Rows that do not fit the memory are not held (``stats["rows_held"]`` is 0): the Gram matrix adds
     up over tiles of rows, one of which is held while those after it stream past, so that k tiles
-    read every row (k + 1) / 2 times; 16 m^2 bytes are kept. Answers are then formed, by two more
-    readings of the train set for each group of queries. The same numbers up to rounding, whatever
-    the memory; a plan says which way it is and what it takes.
+    read every row (k + 1) / 2 times; 16 m^2 bytes are kept. Answers are then formed, by four more
+    readings of the train set for each group of queries (two where the model is in float64). The
+    same numbers up to rounding, whatever the memory; a plan says which way it is and what it takes.
 
     Args:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue,
@@ -226,7 +226,7 @@ class _WoodburyInverse:
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, unformed on the side of inner products.
 
-        Where rows are not held it is formed, by two readings of them. Where H is block diagonal the
+        Where rows are not held it is formed, by readings of them. Where H is block diagonal the
         rows may hold a part of the blocks.
         """
         operator, reread = self.state.operator, self.state.reread
