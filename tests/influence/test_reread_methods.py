@@ -100,3 +100,15 @@ def test_sweeps_parts_and_self_influence(setting):
     found = relative.attribute(task, train, test, memory=SMALL)
     assert found.provenance["solver"][0]["rows_held"] == 0.0
     close(found.values, (left @ answers.T) / own.sqrt()[:, None])
+
+
+def test_a_plan_leaves_room_for_the_rows_that_an_inverse_holds(setting):
+    task, train, test, *_ = setting
+    method = dattri.method("if-woodbury", damping=0.05)
+    fitted = method.fit(task, train, memory="4MiB")
+    assert fitted.stats[0]["rows_held"] == 1.0
+    held = int(fitted.stats[0]["row_bytes"] + fitted.stats[0]["factor_bytes"])
+    plan = method.attribute(task, train, test, memory="4MiB", dry_run=True)
+    free = dattri.method("grad-dot").attribute(task, train, test, memory="4MiB", dry_run=True)
+    assert held + plan.bytes["queries"] + 2 * plan.bytes["train batch"] <= 4 * 2**20
+    assert held + 2 * free.bytes["train batch"] > 4 * 2**20 or plan.train_batch == N

@@ -129,6 +129,13 @@ class Forecast:
         return self.nbytes <= self.available
 
     @property
+    def held(self) -> int:
+        """Return the bytes that are kept after the fit."""
+        if not self.fits:
+            return self.matrix_bytes
+        return sum(group.nbytes(self.rows) for group in self.groups)
+
+    @property
     def base(self) -> int:
         """Return of how many held rows an answer is a combination."""
         return self.rows if self._duals else 0

@@ -99,9 +99,10 @@ class Woodbury:
             return told
         forecast = _forecast(operator)
         note = f"woodbury          {forecast.way}"
+        told = evolve(told, held=forecast.held, note=note)
         if forecast.fits:
-            return evolve(told, forms=not forecast.base, base=forecast.base, note=note)
-        return evolve(told, forms=True, blockwise=False, beside=BESIDE, note=note)
+            return evolve(told, forms=not forecast.base, base=forecast.base)
+        return evolve(told, forms=True, blockwise=False, beside=BESIDE)
 
 
 def _forecast(operator: IndexedRows) -> Forecast:
@@ -217,6 +218,11 @@ class _WoodburyInverse:
     def base(self) -> int:
         """Return of how many rows of H an answer is a combination."""
         return self.state.base
+
+    @property
+    def held(self) -> int:
+        """Return the bytes of rows and factors that are kept."""
+        return sum(side.nbytes for side in self.state.sides.values())
 
     @property
     def beside(self) -> int:

@@ -105,6 +105,8 @@ def test_equals_a_dense_solve_of_the_named_curvature(name, tile):
         assert torch.equal(answer.index, rows.index)
         assert (inverse.forms, inverse.base, inverse.blockwise) == (True, 0, False)
         assert inverse.beside == 2
+        m = inverse.stats["rows"]
+        assert inverse.held == 16 * m * m  # a Gram matrix and its factor
 
 
 @pytest.mark.parametrize(("name", "n"), [("images", 8), ("reader", 8), ("images", 90)])
@@ -332,6 +334,8 @@ def test_the_forecast_tells_which_way_and_what_it_takes(caplog):
     operator.memory = 2**28
     told = Woodbury(0.1).foresee(operator, Outlook())
     assert (told.forms, told.base) == (False, 24)
+    held = Woodbury(0.1).solve_for(operator, CPU)
+    assert told.held == pytest.approx(held.held, rel=0.1)
     assert "24 rows are held" in told.note
     operator.memory = 100
     with pytest.raises(MemoryBudgetError, match="give a larger memory="):
