@@ -387,6 +387,8 @@ class Outlook:
         base: Rows of the curvature that an answer is a combination of, beside the row itself.
         beside: Formed rows that are alive beside an answer while it is made; a fitted inverse says
             so by an attribute of this name.
+        held: Bytes that it keeps while rows are scored; a fitted inverse says so by an attribute of
+            this name.
         note: One line of what the part decides by the train set, ``stage.foresee(problem)``, for
             the plan of a dry run.
     """
@@ -401,4 +403,5 @@ class Outlook:
     two_sided: bool = False
     base: int = 0
     beside: int = 3
+    held: int = 0
     note: str = ""

@@ -429,7 +429,7 @@ class FittedMethod:
             variants=variants,
             readings=readings,
             summed=len(test) if request.group else 0,
-            held=fitted.outline.held,
+            held=fitted.outline.kept,
             column=self.method.scorer.locality == "column",
         )
         plan = make_plan(

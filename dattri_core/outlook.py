@@ -33,6 +33,7 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         two_sided=isinstance(step, InverseRoot),
         base=getattr(step, "base", 0),
         beside=getattr(step, "beside", 3),
+        held=getattr(step, "held", 0),
     )
 
 

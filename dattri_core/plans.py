@@ -167,7 +167,7 @@ class Work:
         variants: Test sides that differ, such as the dampings of a sweep.
         readings: Totals that are kept for every pair of rows.
         summed: Test examples behind one column, where it is the sum of their rows.
-        held: Bytes of train rows that are in memory already.
+        held: Bytes of train rows and fitted inverses that are in memory already.
         column: Whether the scorer sees all train rows at once, so that totals wait for the last.
     """
 

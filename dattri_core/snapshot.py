@@ -82,6 +82,11 @@ class Outline:
         return Costs(self.activations, self.work, routes)
 
     @property
+    def kept(self) -> int:
+        """Return the bytes of train rows in memory, and of what inverses keep."""
+        return self.held + sum(step.held for step in self.steps if isinstance(step, Outlook))
+
+    @property
     def after(self) -> Rows | None:
         """Return the row after the train side, or None where a stage mixes its blocks."""
         row = self.row

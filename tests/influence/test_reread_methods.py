@@ -55,9 +55,9 @@ def test_scores_are_those_of_a_dense_solve_at_any_memory(setting, name, caplog):
         plan = method.attribute(task, train, test, memory=memory, dry_run=True)
         assert ("read again: " in str(plan)) == (not held)
         assert ("rows are held" in str(plan)) == bool(held)
-        size = 8 * left.shape[1] * plan.query_group  # answers are formed, one more beside each
-        if not held:
-            assert plan.bytes["queries"] == plan.bytes["query work"] == size
+        size = 8 * left.shape[1] * plan.query_group
+        if not held:  # answers are formed, and what is subtracted from each
+            assert (plan.bytes["queries"], plan.bytes["query work"]) == (size, 2 * size)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "dattri"):
             scores = method.attribute(task, train, test, memory=memory)
@@ -100,3 +100,15 @@ def test_sweeps_parts_and_self_influence(setting):
     found = relative.attribute(task, train, test, memory=SMALL)
     assert found.provenance["solver"][0]["rows_held"] == 0.0
     close(found.values, (left @ answers.T) / own.sqrt()[:, None])
+
+
+def test_a_plan_leaves_room_for_the_rows_that_an_inverse_holds(setting):
+    task, train, test, *_ = setting
+    method = dattri.method("if-woodbury", damping=0.05)
+    fitted = method.fit(task, train, memory="4MiB")
+    assert fitted.stats[0]["rows_held"] == 1.0
+    held = int(fitted.stats[0]["row_bytes"] + fitted.stats[0]["factor_bytes"])
+    plan = method.attribute(task, train, test, memory="4MiB", dry_run=True)
+    free = dattri.method("grad-dot").attribute(task, train, test, memory="4MiB", dry_run=True)
+    assert held + plan.bytes["queries"] + 2 * plan.bytes["train batch"] <= 4 * 2**20
+    assert held + 2 * free.bytes["train batch"] > 4 * 2**20 or plan.train_batch == N

@@ -15,7 +15,10 @@ EXAMPLES = 8
 PRIMAL = 1.5
 """Rows for each number of a row from which the matrix of the numbers is less work and memory."""
 READINGS = 2
-"""Of all rows, to apply an inverse that does not hold them: to meet vectors, and to be summed."""
+"""Of all rows, to apply an inverse that does not hold them: to meet vectors, and to be summed.
+
+Twice as many where rows are less than float64: once more for what rounding left over.
+"""
 
 
 @frozen
@@ -54,6 +57,7 @@ class Forecast:
         groups: Blocks that are inverted together.
         available: Bytes that may be used.
         examples: Of the train set.
+        applied: Readings of all rows that apply the inverse where rows are not held.
         whole: Whether no row of the examples that were counted is missing.
     """
 
@@ -61,6 +65,7 @@ class Forecast:
     groups: tuple[Group, ...]
     available: int
     examples: int
+    applied: int = READINGS
     whole: bool = True
 
     @staticmethod
@@ -79,6 +84,7 @@ class Forecast:
         held = dict.fromkeys(together, 0)
         work = dict.fromkeys(together, 0.0)
         read, last = 0, -1
+        applied = READINGS * (1 if operator.dtype == torch.float64 else 2)
 
         def forecast(seen: int, *, whole: bool) -> Forecast:
             total = round(read / max(1, seen) * n_train)
@@ -90,7 +96,7 @@ class Forecast:
                 )
                 for group, names in together.items()
             )
-            return Forecast(total, tuple(groups), operator.memory, n_train, whole)
+            return Forecast(total, tuple(groups), operator.memory, n_train, applied, whole)
 
         for rows in operator.rows_of(torch.arange(examples)):
             if not len(rows):
@@ -121,6 +127,13 @@ class Forecast:
     def fits(self) -> bool:
         """Return whether that may be used."""
         return self.nbytes <= self.available
+
+    @property
+    def held(self) -> int:
+        """Return the bytes that are kept after the fit."""
+        if not self.fits:
+            return self.matrix_bytes
+        return sum(group.nbytes(self.rows) for group in self.groups)
 
     @property
     def base(self) -> int:
@@ -189,7 +202,7 @@ class Forecast:
         return (
             f"{self.rows} rows ({rows}) are not held but read again: "
             f"{self.readings:g} times to fit, in {self.tiles} tiles of {self.tile} examples, and "
-            f"{READINGS} times for each group of queries, whose answers are formed; {products}"
+            f"{self.applied} times for each group of queries, whose answers are formed; {products}"
         )
 
     def __str__(self) -> str:

@@ -6,41 +6,28 @@ they come. So it does not matter how a reading is cut, or that each draw of labe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
-from dattri_core import (
-    Block,
-    DenseBlock,
-    IndexedRows,
-    MemoryBudgetError,
-    NumericsError,
-    Rows,
-    concatenate,
-    format_bytes,
-)
-from dattri_parts.solvers.dual import Dual, gram, require_finite
-from dattri_parts.solvers.forecast import Forecast, refusal
+from dattri_core import Block, DenseBlock, IndexedRows, NumericsError, Rows
+from dattri_parts.solvers.dual import Dual, require_finite
+from dattri_parts.solvers.forecast import Forecast
 from dattri_parts.solvers.held import groups_of, kept
 from dattri_parts.solvers.kernel import Kernel
 from dattri_parts.solvers.primal import Primal
 from dattri_parts.solvers.reading import add_squares
+from dattri_parts.solvers.tiles import CONTRACTION_SHARE, by_example, gram_by_tiles, products_of
 
-SLACK = 1.25
-"""By how much the rows of a tile may exceed what those of the first examples foretold."""
-CONTRACTION_SHARE = 4
-"""One part in so many of the memory holds rows that are formed to meet others."""
-
-BESIDE = 1
-"""Formed rows beside an answer while it is made: what a block of it is about to gain."""
+BESIDE = 2
+"""Formed rows beside an answer while it is made: what is subtracted, in float64."""
 
 
 @frozen(eq=False)
 class Reread:
-    """Gram matrices of rows, and the two readings of all rows that apply the inverse.
+    """Gram matrices of rows, and the readings of all rows that apply the inverse.
 
     Args:
         operator: Gives the rows.
@@ -77,7 +64,7 @@ class Reread:
         count = _add_moments(operator, groups, moments)
         for group, moment in moments.items():
             sides[group] = Primal(operator.space.select(groups[group]), moment, count, dtype)
-        matrices, tiles = _matrices(operator, duals, forecast, device)
+        matrices, tiles = gram_by_tiles(operator, duals, forecast, device)
         for group, matrix in matrices.items():
             require_finite(matrix.diagonal(), duals[group])
             trace = operator.weight * float(matrix.diagonal().sum())
@@ -91,41 +78,63 @@ class Reread:
     ) -> dict[str, Block]:
         """Return the blocks of the groups that are not `Primal`, formed: the inverse times rows.
 
+        With K = G G^T + damping/w I as it was computed, c = K^-1 G h, and once more for what K's
+        rounding left over, c + K^-1 (G h - damping/w c - G G^T c), before h - G^T c is divided by
+        damping: that difference is small where an eigenvalue is large, so that its two sides must
+        be known better than to the rounding of rows in float32, which no two readings of different
+        batches have in common. Sums run in float64; rows in float64 need no second time.
+
         Raises:
             NumericsError: There are not as many rows as at the fit.
         """
-        dtype, device = self.operator.dtype, next(iter(rows.blocks.values())).device
+        device = next(iter(rows.blocks.values())).device
         formed = {
-            name: rows.blocks[name].dense().values.to(dtype, copy=True)
+            name: rows.blocks[name].dense().values.to(torch.float64, copy=True)
             for names in self.names.values()
             for name in names
         }
         met, turn = self._meet(formed)
         shares: dict[str, Tensor] = {}
         for group, products in met.items():
-            side = self.sides[group]
-            assert isinstance(side, Dual)
-            if len(products) != side.rows:
-                raise NumericsError(
-                    f"solver 'woodbury': {len(products)} rows of the curvature, {side.rows} at the "
-                    "fit; the model or its data changed, fit again"
-                )
-            solved = side.kernel.solve(products[turn], dampings[group], spectral=spectral)
-            products[turn] = solved  # in the order in which rows come
-            shares[group] = products.mT.neg().to(dtype)
-        start = 0
-        for part in self.operator.rows():
-            here, small = slice(start, start + len(part)), kept(part)
-            for group, names in self.names.items():
-                for name in names:
-                    formed[name] += small.blocks[name].combine(shares[group][:, here])
-            start += len(part)
+            shares[group] = self._solve(group, products, turn, dampings, spectral=spectral)
+        for total in formed.values():
+            total.zero_()
+        self._sum(shares, formed)
+        if self.operator.dtype != torch.float64:
+            again, _ = self._meet(formed)
+            for group, products in met.items():
+                ridge = dampings[group] / self.operator.weight
+                products -= again[group].add_(shares[group], alpha=ridge)
+                shares[group] = self._solve(group, products, turn, dampings, spectral=spectral)
+            self._sum(shares, formed)
         found: dict[str, Block] = {}
         for group, names in self.names.items():
             for name in names:
-                answer = formed.pop(name).div_(dampings[group])
-                found[name] = DenseBlock(answer.to(device, rows.blocks[name].dtype))
+                own = rows.blocks[name]
+                answer = own.dense().values.sub(formed.pop(name)).div_(dampings[group])
+                found[name] = DenseBlock(answer.to(device, own.dtype))
         return found
+
+    def _solve(
+        self,
+        group: str,
+        products: Tensor,
+        turn: Tensor,
+        dampings: Mapping[str, float],
+        *,
+        spectral: bool,
+    ) -> Tensor:
+        """Return K^-1 times products ``[m, C]`` whose rows stand as they come, in that order."""
+        side = self.sides[group]
+        assert isinstance(side, Dual)
+        if len(products) != side.rows:
+            raise NumericsError(
+                f"solver 'woodbury': {len(products)} rows of the curvature, {side.rows} at the "
+                "fit; the model or its data changed, fit again"
+            )
+        solved = torch.empty_like(products)
+        solved[turn] = side.kernel.solve(products[turn], dampings[group], spectral=spectral)
+        return solved
 
     def _meet(self, formed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return all rows' products with vectors by group, ``[m, C]``, and their order."""
@@ -133,29 +142,26 @@ class Reread:
         came: list[Tensor] = []
         limit = self.operator.memory // CONTRACTION_SHARE
         for part in self.operator.rows():
-            small = kept(part)
             came.append(part.index)
+            small = kept(part)
             for group, names in self.names.items():
                 vectors = {name: DenseBlock(formed[name]) for name in names}
-                met[group].append(_products(small.blocks, vectors, names, limit))
+                met[group].append(products_of(small.blocks, vectors, names, limit))
+            del part, small
         return {group: torch.cat(parts) for group, parts in met.items()}, by_example(came)
 
-
-def by_example(came: Sequence[Tensor]) -> Tensor:
-    """Return the order that puts rows example by example, those of one as they came."""
-    return torch.argsort(torch.cat(list(came)).cpu(), stable=True)
-
-
-def _products(
-    left: Mapping[str, Block], right: Mapping[str, Block], names: Sequence[str], limit: int
-) -> Tensor:
-    """Return all inner products summed over some blocks, in float64."""
-    total: Tensor | None = None
-    for name in names:
-        part = left[name].inner(right[name], limit=limit)
-        total = part.double() if total is None else total.add_(part)
-    assert total is not None
-    return total
+    def _sum(self, shares: Mapping[str, Tensor], formed: Mapping[str, Tensor]) -> None:
+        """Add G^T c of coefficients c ``[m, C]``, which stand as rows come, to what is formed."""
+        start = 0
+        for part in self.operator.rows():
+            here = slice(start, start + len(part))
+            start += len(part)
+            small = kept(part)
+            for group, names in self.names.items():
+                for name in names:
+                    block = small.blocks[name].to(None, torch.float64)
+                    formed[name].add_(block.combine(shares[group][here].mT))
+            del part, small
 
 
 def _add_moments(
@@ -170,107 +176,3 @@ def _add_moments(
             blocks = [small.blocks[name] for name in groups[group]]
             add_squares(moment, blocks, operator.weight)
     return count
-
-
-# --- Gram matrices, a tile at a time --------------------------------------------------------------
-def _matrices(
-    operator: IndexedRows,
-    groups: Mapping[str, tuple[str, ...]],
-    forecast: Forecast,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], int]:
-    """Return the Gram matrix of each group in float64, ``[m, m]``, and the number of tiles."""
-    strips: dict[str, list[Tensor]] = {group: [] for group in groups}  # on and right of a diagonal
-    names = [name for part in groups.values() for name in part]
-    start, size, tiles = 0, forecast.tile, 0
-    while names and start < operator.n_train:
-        stop = min(start + size, operator.n_train)
-        held = _held(operator, names, range(start, stop), forecast.room)
-        if held is None:  # more than foretold
-            size = max(1, (stop - start) // 2)
-            continue
-        if held:
-            for group, strip in _strips(operator, groups, held, stop).items():
-                strips[group].append(strip)
-            tiles += 1
-            if tiles == 1:  # now it is known how many rows there are
-                forecast = evolve(forecast, rows=strips[next(iter(groups))][0].shape[1])
-                if not forecast.streams:
-                    raise refusal(
-                        f"{forecast.rows} rows, more than the first examples foretold: their "
-                        f"matrices take {format_bytes(forecast.matrix_bytes)}, "
-                        f"{format_bytes(forecast.available)} may be used"
-                    )
-        start, held = stop, None  # before the next is read
-    return {group: _mirrored(parts, device) for group, parts in strips.items()}, tiles
-
-
-def _held(
-    operator: IndexedRows, names: Sequence[str], examples: range, room: int
-) -> dict[str, Block] | None:
-    """Return the rows of some examples by block, nothing where there are none.
-
-    None where they are more than the room and half of the examples may be fewer.
-    """
-    parts: dict[str, list[Block]] = {name: [] for name in names}
-    came: list[Tensor] = []
-    size = 0
-    for rows in operator.rows_of(torch.arange(examples.start, examples.stop)):
-        small = kept(rows.select(names))
-        size += small.nbytes
-        if size > SLACK * room:
-            if len(examples) > 1:
-                return None
-            raise MemoryBudgetError(
-                f"solver 'woodbury': the rows of train example {examples.start} take more than "
-                f"{format_bytes(size)}, {format_bytes(room)} may be used beside the Gram matrix; "
-                "give a larger memory=, or a projector"
-            )
-        came.append(rows.index)
-        for name in names:
-            parts[name].append(small.blocks[name])
-        del rows, small
-    if not came:
-        return {}
-    order = by_example(came)
-    turned = not torch.equal(order, torch.arange(len(order)))
-    joined = {name: concatenate(parts.pop(name)) for name in names}
-    return {name: block.take(order) if turned else block for name, block in joined.items()}
-
-
-def _strips(
-    operator: IndexedRows,
-    groups: Mapping[str, tuple[str, ...]],
-    held: Mapping[str, Block],
-    stop: int,
-) -> dict[str, Tensor]:
-    """Return the products of held rows with each other and with all rows after them, by group."""
-    limit = operator.memory // CONTRACTION_SHARE
-    columns: dict[str, list[Tensor]] = {group: [] for group in groups}
-    came: list[Tensor] = []
-    for rows in operator.rows_of(torch.arange(stop, operator.n_train)):
-        small = kept(rows)
-        came.append(rows.index)
-        for group, names in groups.items():
-            columns[group].append(_products(held, small.blocks, names, limit))
-        del rows, small
-    found: dict[str, Tensor] = {}
-    for group, names in groups.items():
-        own = gram([held[name] for name in names], limit)
-        rest = torch.cat(columns.pop(group), dim=1)[:, by_example(came)] if came else own[:, :0]
-        found[group] = torch.cat([own, rest], dim=1)
-    return found
-
-
-def _mirrored(strips: list[Tensor], device: torch.device) -> Tensor:
-    """Return a symmetric matrix from the parts on and right of its diagonal; empties the list."""
-    count = strips[0].shape[1] if strips else 0
-    matrix = torch.empty(count, count, dtype=torch.float64, device=device)
-    start = 0
-    while strips:
-        strip = strips.pop(0)
-        rows = slice(start, start + len(strip))
-        matrix[rows, start:] = strip
-        matrix[start:, rows] = strip.mT
-        start += len(strip)
-    return matrix

@@ -62,9 +62,9 @@ class Woodbury:
 
     Rows that do not fit the memory are not held (``stats["rows_held"]`` is 0): the Gram matrix adds
     up over tiles of rows, one of which is held while those after it stream past, so that k tiles
-    read every row (k + 1) / 2 times; 16 m^2 bytes are kept. Answers are then formed, by two more
-    readings of the train set for each group of queries. The same numbers up to rounding, whatever
-    the memory; a plan says which way it is and what it takes.
+    read every row (k + 1) / 2 times; 16 m^2 bytes are kept. Answers are then formed, by four more
+    readings of the train set for each group of queries (two where the model is in float64). The
+    same numbers up to rounding, whatever the memory; a plan says which way it is and what it takes.
 
     Args:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue,
@@ -99,9 +99,10 @@ class Woodbury:
             return told
         forecast = _forecast(operator)
         note = f"woodbury          {forecast.way}"
+        told = evolve(told, held=forecast.held, note=note)
         if forecast.fits:
-            return evolve(told, forms=not forecast.base, base=forecast.base, note=note)
-        return evolve(told, forms=True, blockwise=False, beside=BESIDE, note=note)
+            return evolve(told, forms=not forecast.base, base=forecast.base)
+        return evolve(told, forms=True, blockwise=False, beside=BESIDE)
 
 
 def _forecast(operator: IndexedRows) -> Forecast:
@@ -219,6 +220,11 @@ class _WoodburyInverse:
         return self.state.base
 
     @property
+    def held(self) -> int:
+        """Return the bytes of rows and factors that are kept."""
+        return sum(side.nbytes for side in self.state.sides.values())
+
+    @property
     def beside(self) -> int:
         """Return how many formed rows are alive beside an answer while it is made."""
         return 3 if self.state.reread is None else BESIDE
@@ -226,7 +232,7 @@ class _WoodburyInverse:
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, unformed on the side of inner products.
 
-        Where rows are not held it is formed, by two readings of them. Where H is block diagonal the
+        Where rows are not held it is formed, by readings of them. Where H is block diagonal the
         rows may hold a part of the blocks.
         """
         operator, reread = self.state.operator, self.state.reread
