@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
+from dattri_core.blocks.finite import all_finite
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError
 from dattri_core.measures import Known, Measures
@@ -152,8 +153,7 @@ class Pairing:
 
 def require_finite(values: Tensor, index: Tensor, checkpoint: Checkpoint) -> None:
     """Raise when a score of a batch is not finite."""
-    # One pass: a sum is finite only if all of its terms are.
-    if torch.isfinite(values.sum()) or torch.isfinite(values).all():
+    if all_finite(values):
         return
     rows, columns = torch.nonzero(~torch.isfinite(values), as_tuple=True)
     raise NumericsError(

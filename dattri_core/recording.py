@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, batch_size, tensors_of
+from dattri_core.blocks.finite import all_finite
 from dattri_core.errors import NumericsError
 from dattri_core.evaluate import Evaluator, leaves
 from dattri_core.losses import Loss
@@ -152,7 +153,7 @@ def require_finite(
 ) -> None:
     """Raise `NumericsError` for products that are not finite."""
     for name, value in products.items():
-        if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+        if not all_finite(value):
             raise NumericsError(
                 f"{kind} product at checkpoint {evaluator.checkpoint.name!r}: not finite in "
                 f"{name!r} on a batch of {examples} examples; look for a diverged checkpoint, a "

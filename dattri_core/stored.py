@@ -11,6 +11,7 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
+from dattri_core.blocks.finite import all_finite
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError, StoreError, format_bytes
 from dattri_core.evaluate import Evaluator
@@ -238,7 +239,7 @@ def compute_shard(
             lambda i, b: collect(projected, b, i, "train", device), index, batch, "train rows"
         ):
             values = made.flat().to(dtype)
-            if not bool(torch.isfinite(values).all()):
+            if not all_finite(values):
                 bad = (~torch.isfinite(values).all(1)).nonzero().flatten()[0]
                 raise NumericsError(
                     f"store: the row of train example {int(made.index[bad])} is not finite in "

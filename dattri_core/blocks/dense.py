@@ -16,6 +16,7 @@ from dattri_core.blocks.block import (
     item_of,
     require_alike,
 )
+from dattri_core.blocks.finite import all_finite
 from dattri_core.blocks.inputs import accumulate, applied
 from dattri_core.contract import Order, Shape, limit_now, plan_pair, rows_per_slice
 from dattri_core.errors import SpecError
@@ -126,4 +127,4 @@ class DenseBlock:
 
     def is_finite(self) -> bool:
         """Return whether every number is finite."""
-        return bool(torch.isfinite(self.values).all())
+        return all_finite(self.values)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dattri_core.blocks.block import Block, LinearFunction, column
 from dattri_core.blocks.dense import DenseBlock
+from dattri_core.blocks.finite import all_finite
 from dattri_core.blocks.inputs import accumulate
 from dattri_core.contract import Order, Shape
 from dattri_core.errors import SpecError
@@ -117,4 +118,4 @@ class GroupedBlock:
 
     def is_finite(self) -> bool:
         """Return whether every number is finite."""
-        return bool(torch.isfinite(self.outputs).all() and torch.isfinite(self.inputs).all())
+        return all_finite(self.outputs) and all_finite(self.inputs)

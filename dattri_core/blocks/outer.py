@@ -18,6 +18,7 @@ from dattri_core.blocks.block import (
     require_alike,
 )
 from dattri_core.blocks.dense import DenseBlock
+from dattri_core.blocks.finite import all_finite
 from dattri_core.blocks.inputs import (
     Inputs,
     OneHot,
@@ -39,6 +40,7 @@ from dattri_core.blocks.inputs import (
     width_of,
 )
 from dattri_core.contract import (
+    WARM,
     Order,
     Shape,
     forms_to_combine,
@@ -238,7 +240,7 @@ class OuterBlock:
     def is_finite(self) -> bool:
         """Return whether every number is finite."""
         held = self.outputs if is_one_hot(self.inputs) else held_by(self.inputs)
-        return bool(torch.isfinite(self.outputs).all() and torch.isfinite(held).all())
+        return all_finite(self.outputs) and all_finite(held)
 
 
 def low_rank(left: Tensor, right: Tensor) -> OuterBlock:
@@ -315,7 +317,7 @@ def _one_position(left: OuterBlock, right: DenseBlock, limit: int) -> Tensor:
     outputs, formed = accumulate(left.outputs[:, 0]), accumulate(right.values)
     size = max(1, outputs.shape[1] * outputs.element_size())
     rows = max(1, min(len(outputs), limit // size))
-    step = max(1, limit // (size * rows))
+    step = max(1, min(limit, WARM) // (size * rows))
     total = outputs.new_empty(len(outputs), len(formed))
     for first in range(0, len(outputs), rows):
         part = slice(first, first + rows)

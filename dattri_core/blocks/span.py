@@ -17,6 +17,7 @@ from dattri_core.blocks.block import (
     require_alike,
 )
 from dattri_core.blocks.dense import DenseBlock
+from dattri_core.blocks.finite import all_finite
 from dattri_core.blocks.inputs import accumulate
 from dattri_core.contract import Order, Shape, limit_now, plan_pair
 from dattri_core.errors import SpecError
@@ -147,7 +148,7 @@ class SpanBlock:
 
     def is_finite(self) -> bool:
         """Return whether every number is finite."""
-        return bool(torch.isfinite(self.coefficients).all()) and self.base.is_finite()
+        return all_finite(self.coefficients) and self.base.is_finite()
 
     def _inner_formed(self, other: Block, order: Order | None, limit: int) -> Tensor:
         step = max(1, limit // max(1, 2 * item_of(self) * math.prod(self.shape)))

@@ -14,12 +14,10 @@ from dattri_core.blocks.block import Block, LinearFunction, item_of, require_ali
 from dattri_core.blocks.dense import DenseBlock
 from dattri_core.blocks.inputs import accumulate, held_by, is_one_hot
 from dattri_core.blocks.outer import OuterBlock
-from dattri_core.contract import Order, Shape, limit_now
+from dattri_core.contract import WARM, Order, Shape, limit_now
 from dattri_core.errors import SpecError
 from dattri_core.interpolate import Piece, Pieces, pieces_of
 
-WARM = 16 * 2**20
-"""Bytes of both sides of a product at once: about what a processor's cache keeps."""
 TERMS = 64
 """Functions that are gathered before they are added to every damping."""
 Entries = Callable[[Tensor], Tensor]

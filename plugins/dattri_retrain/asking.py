@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import field, frozen
+from attrs import field, fields, frozen
 
 from dattri_core import (
     Counterfactual,
@@ -45,6 +45,17 @@ def as_outcomes(given: Any) -> Any:
         )
     fields = {str(key): value for key, value in given.items() if key != "name"}
     return default_registry().make("ground_truth", given["name"], **fields)
+
+
+def facts_of(name: str, attributor: Any, **estimate: Any) -> dict[str, Any]:
+    """Return what the provenance says of a method and of its estimate, if it is one."""
+    settings = {
+        a.name: getattr(attributor, a.name)
+        for a in fields(type(attributor))
+        if a.name != "ground_truth"
+    }
+    facts: dict[str, Any] = {"method": {"name": name, **settings}}
+    return {**facts, "estimate": estimate} if estimate else facts
 
 
 @frozen(eq=False)

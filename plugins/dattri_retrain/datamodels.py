@@ -10,7 +10,7 @@ from attrs import field, frozen, validators
 from dattri_parts.training import random_subsets
 
 from dattri_core import Outcomes, Task
-from dattri_retrain.asking import Question, as_outcomes
+from dattri_retrain.asking import Question, as_outcomes, facts_of
 from dattri_retrain.linear import lasso_datamodel, ridge_datamodel
 
 
@@ -79,19 +79,11 @@ class Datamodels:
             fit = ridge_datamodel(masks, utilities, self.strength)
         else:
             fit = lasso_datamodel(masks, utilities, self.strength, seed=self.seed)
-        facts = {
-            "method": {
-                "name": "datamodels",
-                "count": self.count,
-                "fraction": self.fraction,
-                "penalty": self.penalty,
-                "strength": self.strength,
-                "seed": self.seed,
-            },
-            "estimate": {
-                "strength": fit.strength.tolist(),
-                "validation_error": fit.validation_error.tolist(),
-                "variance": fit.variance.tolist(),
-            },
-        }
+        facts = facts_of(
+            "datamodels",
+            self,
+            strength=fit.strength.tolist(),
+            validation_error=fit.validation_error.tolist(),
+            variance=fit.variance.tolist(),
+        )
         return asked.scores(n * fit.weights, facts, out)

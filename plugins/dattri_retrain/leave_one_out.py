@@ -10,7 +10,7 @@ from attrs import field, frozen, validators
 from dattri_parts.training import leave_one_out
 
 from dattri_core import Counterfactual, Outcomes, Task
-from dattri_retrain.asking import Question, as_outcomes
+from dattri_retrain.asking import Question, as_outcomes, facts_of
 
 Array = np.ndarray[Any, Any]
 
@@ -76,13 +76,12 @@ class LeaveOneOut:
             return f"leave-one-out: {asked.missing(everything)}"
         found = asked.utilities(everything).reshape(self.seeds, n + 1, -1)
         effects = n * (found[:, :1] - found[:, 1:])
-        facts: dict[str, Any] = {
-            "method": {"name": "leave-one-out", "seeds": self.seeds, "seed": self.seed}
-        }
+        spread: dict[str, float] = {}
         if self.seeds > 1:
             errors = effects.std(0, ddof=1) / np.sqrt(self.seeds)
-            facts["estimate"] = {
+            spread = {
                 "largest_standard_error": float(errors.max()),
                 "mean_standard_error": float(errors.mean()),
             }
+        facts = facts_of("leave-one-out", self, **spread)
         return asked.scores(effects.mean(0), facts, out)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import field, fields, frozen, validators
+from attrs import field, frozen, validators
 from dattri_parts.training import random_subsets
 
 from dattri_core import Examples, Outcomes, Task, bar
-from dattri_retrain.asking import Question, as_outcomes
+from dattri_retrain.asking import Question, as_outcomes, facts_of
 from dattri_retrain.estimate import Estimate, Stopping
 from dattri_retrain.game import RetrainedGame
 from dattri_retrain.out_of_bag import FRACTION, data_oob
@@ -72,7 +72,7 @@ class Semivalue:
         if dry_run:
             return f"semivalue: at most {self.budget} models"
         found = self._sample(asked, progress)
-        return asked.scores(found.values, _facts("semivalue", self, found), out)
+        return asked.scores(found.values, facts_of("semivalue", self, **found.facts()), out)
 
     def estimate(
         self, task: Task, train: Any, test: Any, *, progress: bool | None = None
@@ -134,7 +134,7 @@ class Banzhaf:
         if dry_run:
             return f"banzhaf: at most {self.budget} models"
         found = self._sample(asked, progress)
-        return asked.scores(found.values, _facts("banzhaf", self, found), out)
+        return asked.scores(found.values, facts_of("banzhaf", self, **found.facts()), out)
 
     def estimate(
         self, task: Task, train: Any, test: Any, *, progress: bool | None = None
@@ -205,10 +205,4 @@ class DataOOB:
         found = data_oob(np.stack([counterfactual.mask for counterfactual in plan]), utilities)
         columns = Examples.of(test, "test")
         values = np.repeat(found.values, len(columns), axis=1)
-        return asked.scores(values, _facts("data-oob", self, found), out, columns)
-
-
-def _facts(name: str, part: Any, found: Estimate) -> dict[str, Any]:
-    """Return what the provenance says of a method and of its estimate."""
-    own = {a.name: getattr(part, a.name) for a in fields(type(part)) if a.name != "ground_truth"}
-    return {"method": {"name": name, **own}, "estimate": found.facts()}
+        return asked.scores(values, facts_of("data-oob", self, **found.facts()), out, columns)

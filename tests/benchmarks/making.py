@@ -18,17 +18,25 @@ LENGTH = 64
 """Characters of a Shakespeare sequence."""
 
 
-def mnist_world(path: Path, hidden: tuple[int, ...], n_train: int, n_test: int) -> None:
-    """MNIST with a multi-layer perceptron, or logistic regression: 20 epochs of SGD."""
+def mnist_world(
+    path: Path, hidden: tuple[int, ...], n_train: int, n_test: int, standardised: bool = False
+) -> None:
+    """MNIST with a multi-layer perceptron, or logistic regression: 20 epochs of SGD.
+
+    Pixels are between 0 and 1, or have mean 0 and variance 1 over the train set of 60,000.
+    """
     sets = []
     for part, count in (("train", n_train), ("t10k", n_test)):
         images, labels = (values[:count] for values in mnist.read_mnist(part))
         inputs = images.reshape(count, -1).astype(np.float32) / 255
+        if standardised:
+            inputs = (inputs - 0.1307) / 0.3081
         sets.append((torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64))))
     torch.manual_seed(0)
     widths = (784, *hidden, 10)
     world = worlds.World(models.mlp(*widths), "cross-entropy", *sets)
-    sgd = torch.optim.SGD(world.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    rate = 0.01 if standardised else 0.1
+    sgd = torch.optim.SGD(world.model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-3)
     _train(world, sgd, epochs=20, batch=100)
     worlds.save(path, world, "mlp", *widths)
 

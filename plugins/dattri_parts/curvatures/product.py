@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dattri_core import CurvatureKind, NumericsError, Problem, RandomStream, Rows, Space
 
-SLICE_LIMIT = 16 * 2**20
+SLICE_LIMIT = 8 * 2**20
 """Bytes of the unit vectors that one pass over the train set takes."""
 TILE = 1024
 """Rows and columns that are symmetrised at once."""

@@ -26,6 +26,7 @@ from dattri_core import (
 from dattri_parts.solvers.factor import (
     Spectrum,
     Triangular,
+    mirror,
     require_regular,
     spectrum,
     triangular,
@@ -38,9 +39,9 @@ class Cholesky:
 
     A Cholesky factor where H + damping I is positive definite; otherwise the eigenvalues mu of H
     and the exact inverse, which divides by mu + damping whatever its sign (a warning says so).
-    Needs 16 d^2 bytes for d parameters, and is refused when they are not free. Parameters whose
-    curvature is exactly zero (weights of inputs that are always zero) are split off and divided by
-    damping.
+    Needs 16 d^2 bytes for d parameters, half of them for another damping where the CPU holds the
+    matrix, and is refused when they are not free. Parameters whose curvature is exactly zero
+    (weights of inputs that are always zero) are split off and divided by damping.
 
     Args:
         damping: lambda; a number, absolute, or ``{"relative": x}``: x times the mean eigenvalue.
@@ -87,7 +88,7 @@ def _require_fit(size: int, available: int, what: str) -> None:
 
 @runtime_checkable
 class _LiveOperator(Protocol):
-    """An operator that writes itself down without its rows of zeros."""
+    """An operator that writes itself down without its rows of zeros, and keeps nothing of it."""
 
     def live_dense(self) -> tuple[Tensor, Tensor]:
         """Return the coordinates ``[k]`` of the other rows, and H among them, ``[k, k]``."""
@@ -96,23 +97,51 @@ class _LiveOperator(Protocol):
 
 @define(eq=False)
 class _Matrix:
-    """H without the coordinates of its zero rows; kept, so that a new damping costs no data."""
+    """H without the coordinates of its zero rows; kept, so that a new damping costs no data.
+
+    On the CPU the first factor shares the memory of a matrix that is not an operator's own: above
+    the diagonal there is always H.
+    """
 
     space: Space
     live: Tensor  # [d], coordinates whose row is not zero
     values: Tensor  # [live, live]
     mean_eigenvalue: float
     precision: float
+    own: bool  # no operator holds it
     spectrum: Spectrum | None = None
+    diagonal: Tensor | None = None  # of H, once a factor has the place of the lower triangle
+
+    def factorised(self, damping: float) -> Triangular | None:
+        """Return the factor of H + damping I, or None when it is not positive definite."""
+        if self.values.device.type != "cpu" or not self.own:
+            return triangular(self.values, damping)
+        if self.diagonal is not None:
+            return triangular(self.whole(), damping, over=True)
+        self.diagonal = self.values.diagonal().clone()
+        found = triangular(self.values, damping, over=True)
+        if found is None:
+            mirror(self.values, self.diagonal)
+            self.diagonal = None
+        return found
+
+    def whole(self) -> Tensor:
+        """Return H, a copy where a factor has the place of a part of it."""
+        if self.diagonal is None:
+            return self.values
+        values = self.values.clone()
+        mirror(values, self.diagonal)
+        return values
 
     def decomposed(self, damping: float) -> Spectrum:
         """Return the eigenvalues and eigenvectors, computed once for any number of dampings."""
         if self.spectrum is None:
-            self.spectrum = spectrum(self.values, damping)
+            self.spectrum = spectrum(self.whole(), damping)
         return Spectrum(self.spectrum.values, self.spectrum.basis, damping)
 
     @staticmethod
     def of(operator: DenseOperator, device: torch.device) -> _Matrix:
+        own = isinstance(operator, _LiveOperator)
         if isinstance(operator, _LiveOperator):
             live, matrix = (part.to(device) for part in operator.live_dense())
         else:
@@ -126,17 +155,17 @@ class _Matrix:
         probe = torch.randn(len(matrix), dtype=matrix.dtype, generator=generator)
         kept = (matrix @ probe.to(device)).nonzero().squeeze(1)
         if len(kept) < len(matrix):
-            live, matrix = live[kept], matrix[kept[:, None], kept]
+            live, matrix, own = live[kept], matrix[kept[:, None], kept], True
         size = operator.space.dim
         precision = torch.finfo(operator.dtype).eps
-        return _Matrix(operator.space, live, matrix, total / max(1, size), precision)
+        return _Matrix(operator.space, live, matrix, total / max(1, size), precision, own)
 
 
 def _inverse(matrix: _Matrix, damping: Damping) -> _DenseInverse:
     value = damping.absolute(matrix.mean_eigenvalue)
     factor: Triangular | Spectrum | None = None
     if len(matrix.live):
-        factor = None if matrix.spectrum else triangular(matrix.values, value)
+        factor = None if matrix.spectrum else matrix.factorised(value)
         if factor is None:
             factor = matrix.decomposed(value)
     stats = _checked(matrix, factor, value)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import torch
 from attrs import frozen
+from scipy.linalg.lapack import dpotrf
 from torch import Tensor
 
 from dattri_core import MemoryBudgetError, NumericsError, format_bytes, free_bytes
 
 PROBES, STEPS = 4, 2
 """Vectors and steps of the power iterations that estimate the extreme eigenvalues."""
+TILE = 1024
+"""Rows and columns that are mirrored at once."""
 
 
 @frozen(eq=False)
 class Triangular:
     """A = L L^T."""
 
-    lower: Tensor  # [d, d]
+    lower: Tensor  # [d, d]; nothing above its diagonal is read
     least: float
     greatest: float
 
@@ -57,22 +60,44 @@ class Spectrum:
         return (vectors @ self.basis / self.shifted.sqrt()) @ self.basis.mT
 
 
-def triangular(matrix: Tensor, damping: float) -> Triangular | None:
+def triangular(matrix: Tensor, damping: float, *, over: bool = False) -> Triangular | None:
     """Return the Cholesky factor of H + damping I, or None when it is not positive definite.
 
-    The diagonal of ``matrix`` is changed while this runs, so that no copy is made.
+    Args:
+        matrix: H, ``[d, d]`` in float64. Its diagonal is changed while this runs, so that no copy
+            is made.
+        damping: Of the diagonal.
+        over: Write the factor over the lower triangle and the diagonal of ``matrix``, which must
+            be contiguous and on the CPU; what is above the diagonal stays.
     """
     diagonal = matrix.diagonal().clone()
     try:
         matrix.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        greatest = power_iteration(lambda v: matrix @ v, matrix)
+        if over:
+            # The transpose is the array that LAPACK wants, and its upper triangle our lower one.
+            _, failed = dpotrf(matrix.numpy().T, lower=0, clean=0, overwrite_a=1)
+            lower = matrix
+        else:
+            lower, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             return None
-        greatest = power_iteration(lambda v: matrix @ v, matrix)
         least = 1 / power_iteration(lambda v: _solve(lower, v), matrix)
     finally:
-        matrix.diagonal().copy_(diagonal)
+        if not over:
+            matrix.diagonal().copy_(diagonal)
     return Triangular(lower, least, greatest)
+
+
+def mirror(matrix: Tensor, diagonal: Tensor) -> None:
+    """Make a matrix symmetric again from what is above its diagonal, tile by tile."""
+    for top in range(0, len(matrix), TILE):
+        rows = slice(top, top + TILE)
+        for left in range(top, len(matrix), TILE):
+            columns = slice(left, left + TILE)
+            upper = matrix[rows, columns]
+            matrix[columns, rows] = (upper.triu(1) + upper.triu(1).mT) if left == top else upper.mT
+    matrix.diagonal().copy_(diagonal)
 
 
 def _solve(lower: Tensor, columns: Tensor) -> Tensor:
