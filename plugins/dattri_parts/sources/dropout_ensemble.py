@@ -18,7 +18,7 @@ from dattri_core import (
     SpecError,
     Task,
 )
-from dattri_parts.sources.masks import CHANNELS, FEATURES, Mask
+from dattri_parts.sources.masks import ANY, CHANNELS, FEATURES, Mask
 from dattri_parts.sources.per_example import PerExample
 
 AXES: dict[type[nn.Module], int] = {
@@ -58,6 +58,9 @@ class DropoutEnsemble:
         modules: Patterns of the names of dropout modules; one that begins with ``!`` excludes.
             Default all.
         rate: p of all of them; None: each module's own.
+        outputs: Patterns of the names of other modules whose outputs are masked as if a dropout
+            module came behind them, such as activations, for a model that was trained without
+            dropout; needs ``rate``. Outputs of four axes and more are masked by channels.
         seed: Of the masks.
     """
 
@@ -65,6 +68,7 @@ class DropoutEnsemble:
     members: int = field(default=3, validator=validators.ge(1))
     modules: tuple[str, ...] = field(default=("*",), converter=tuple)
     rate: float | None = field(default=None)
+    outputs: tuple[str, ...] = field(default=(), converter=tuple)
     seed: int = 0
 
     @source.validator
@@ -86,6 +90,14 @@ class DropoutEnsemble:
             raise SpecError(
                 f"dropout-ensemble: rate is {value}; give a probability of at least 0 and below 1, "
                 "or None for that of each module"
+            )
+
+    @outputs.validator
+    def _rated(self, _: object, value: tuple[str, ...]) -> None:
+        if value and not self.rate:
+            raise SpecError(
+                f"dropout-ensemble: outputs={list(value)} names modules that have no probability "
+                "of their own; give rate= above 0"
             )
 
     @property
@@ -112,14 +124,20 @@ class DropoutEnsemble:
         found = {
             path: module for path, module in model.named_modules() if isinstance(module, _DropoutNd)
         }
+        others = [path for path, _ in model.named_modules() if path and path not in found]
+        for path in self._chosen(others, self.outputs, "modules") if self.outputs else ():
+            assert self.rate is not None
+            yield path, self.rate, ANY
+        if not found and self.outputs:
+            return
         if not found:
             raise SpecError(
                 f"dropout-ensemble: {type(model).__name__} has no dropout module (nn.Dropout, "
                 "nn.Dropout1d, 2d or 3d) to mask; dropout called as a function (F.dropout) cannot "
-                "be found: make it a module, or use the source "
-                f"{type(self.source).__name__} alone"
+                "be found: make it a module, name other modules whose outputs are masked (outputs="
+                f"and rate=), or use the source {type(self.source).__name__} alone"
             )
-        chosen = {path: found[path] for path in self._chosen(list(found))}
+        chosen = {path: found[path] for path in self._chosen(list(found), self.modules)}
         kinds = {path: _axis_of(module) for path, module in chosen.items()}
         unfit = [path for path, axis in kinds.items() if axis is None]
         if unfit:
@@ -137,14 +155,15 @@ class DropoutEnsemble:
             assert axis is not None
             yield path, rates[path], axis
 
-    def _chosen(self, paths: list[str]) -> list[str]:
-        including = [p for p in self.modules if not p.startswith("!")] or ["*"]
-        excluding = [p.removeprefix("!") for p in self.modules if p.startswith("!")]
+    def _chosen(
+        self, paths: list[str], patterns: tuple[str, ...], what: str = "dropout modules"
+    ) -> list[str]:
+        including = [p for p in patterns if not p.startswith("!")] or ["*"]
+        excluding = [p.removeprefix("!") for p in patterns if p.startswith("!")]
         for pattern in (*including, *excluding):
             if not fnmatch.filter(paths, pattern):
                 raise SpecError(
-                    f"dropout-ensemble: the pattern {pattern!r} matches none of the dropout "
-                    f"modules {paths}"
+                    f"dropout-ensemble: the pattern {pattern!r} matches none of the {what} {paths}"
                 )
         chosen = [
             path
@@ -154,8 +173,8 @@ class DropoutEnsemble:
         ]
         if not chosen:
             raise SpecError(
-                f"dropout-ensemble: modules={list(self.modules)} leaves none of the dropout "
-                f"modules {paths}; use the source {type(self.source).__name__} alone"
+                f"dropout-ensemble: {list(patterns)} leaves none of the {what} {paths}; use the "
+                f"source {type(self.source).__name__} alone"
             )
         return chosen
 

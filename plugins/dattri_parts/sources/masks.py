@@ -14,8 +14,9 @@ from dattri_parts.projectors.philox import philox
 
 UNIFORM = 3
 """Third word of the counter of uniform numbers; those below are of the entries of projectors."""
-FEATURES, CHANNELS = -1, 1
-"""Axis of an output whose entries are dropped: the last one, or that after the examples."""
+FEATURES, CHANNELS, ANY = -1, 1, 0
+"""Axis of an output whose entries are dropped: the last one, that after the examples, or the second
+of these for outputs of four axes and more and else the first."""
 
 
 def keep_mask(key: int, length: int, rate: float) -> Tensor:
@@ -43,7 +44,7 @@ class Mask:
         path: Of the module, for messages.
         key: Of the mask.
         rate: Probability that a feature is dropped.
-        axis: `FEATURES` or `CHANNELS`.
+        axis: `FEATURES`, `CHANNELS` or `ANY`.
     """
 
     path: str
@@ -54,20 +55,28 @@ class Mask:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the output without the features that are dropped."""
-        needed = 2 if self.axis == FEATURES else 3
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"dropout-ensemble: {type(module).__name__} at {self.path!r} gives a "
+                f"{type(output).__name__}, expected a tensor; leave it out"
+            )
+        axis = self.axis
+        if axis == ANY:
+            axis = CHANNELS if output.dim() > 3 else FEATURES
+        needed = 2 if axis == FEATURES else 3
         if output.dim() < needed:
             raise InputError(
                 f"dropout-ensemble: {type(module).__name__} at {self.path!r} gives an output of "
                 f"shape {tuple(output.shape)}, expected examples and at least {needed - 1} more "
                 f"axes; leave it out with modules=['!{self.path}']"
             )
-        length = output.shape[self.axis]
+        length = output.shape[axis]
         known = (length, output.dtype, output.device)
         if known not in self._made:
             with torch.inference_mode(False):  # a tensor that autograd may save later
                 mask = keep_mask(self.key, length, self.rate)
                 self._made[known] = mask.to(output.device, output.dtype)
         mask = self._made[known]
-        if self.axis == CHANNELS:
+        if axis == CHANNELS:
             mask = mask.reshape(-1, *[1] * (output.dim() - 2))
         return output * mask

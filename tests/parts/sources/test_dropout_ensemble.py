@@ -197,6 +197,34 @@ def test_modules_are_chosen_by_pattern():
         close(attribute("grad-dot", ensemble(members=1, modules=modules)), want)
 
 
+@pytest.mark.parametrize("inner", INNER)
+def test_outputs_of_any_module_are_masked_as_by_a_dropout_module_behind_it(inner):
+    plain = seeded(lambda: Net(nn.Identity(), nn.Identity()))
+    source = ensemble(inner, outputs=["feat*"], rate=RATES["features"])
+    parts = []
+    for member in range(3):
+        mask = Times(mask_of("features", member))
+        network = seeded(lambda mask=mask: Net(nn.Identity(), mask))
+        parts.append(attribute("grad-dot", inner, network).values)
+    close(attribute("grad-dot", source, plain), torch.stack(parts).mean(0))
+
+
+def test_outputs_of_four_axes_are_masked_by_channels():
+    def network(*behind):
+        return seeded(
+            lambda: nn.Sequential(
+                nn.Unflatten(1, (2, 1)), nn.Conv2d(2, 5, 1), *behind, nn.Flatten(), nn.Linear(20, 3)
+            )
+        )
+
+    key = dattri.RandomStream(SEED, "dropout").key(0, "1")
+    mask = Times(keep_mask(key, 5, 0.5)[:, None, None])
+    assert 0 < int((mask.numbers == 0).sum()) < 5
+    source = ensemble(members=1, outputs=["1"], rate=0.5)
+    expected = attribute("grad-dot", "per-example", network(mask)).values
+    close(attribute("grad-dot", source, network(nn.Identity())), expected)
+
+
 def test_two_runs_give_the_same_bits_and_another_seed_other_scores():
     torch.manual_seed(1)
     first = attribute("if-ekfac", ensemble())
@@ -319,6 +347,7 @@ class Functionally(nn.Module):
         (Functionally, {}, r"Functionally has no dropout module .*F.dropout"),
         (dropping, {"modules": ["nothing"]}, r"'nothing' matches none .* 'features'"),
         (dropping, {"modules": ["!*"]}, "leaves none"),
+        (dropping, {"outputs": ["x*"], "rate": 0.1}, r"'x\*' matches none of the modules .*'head'"),
         (lambda: Net(nn.Dropout1d(0), nn.Dropout(0.0)), {}, "p = 0 and drop nothing"),
         (
             lambda: Net(nn.Dropout1d(), nn.AlphaDropout()),
@@ -346,6 +375,7 @@ def test_an_output_without_features_is_refused():
         ({"rate": 1.0}, "rate is 1.0"),
         ({"members": 0}, "members"),
         ({"modules": []}, "modules is empty"),
+        ({"outputs": ["head"]}, r"give rate= above 0"),
         ({"source": "dropout-ensemble"}, "ensemble itself"),
     ],
 )
