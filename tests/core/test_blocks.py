@@ -17,6 +17,7 @@ from dattri_core.blocks import (
     joins,
     share,
 )
+from dattri_core.blocks.finite import all_finite
 from dattri_core.contract import contraction_limit
 
 sizes = st.integers(1, 5)
@@ -318,3 +319,16 @@ def _first_number(block):
         if hasattr(block, name):
             return getattr(block, name)[0, 0]
     return _first_number(block.parts[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_all_finite_finds_what_is_not_and_bears_sums_that_overflow(dtype, bad):
+    values = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    assert torch.isinf(values.sum())
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    assert not all_finite(values.index_fill(1, torch.tensor([3]), bad))
+    both = torch.zeros(4, dtype=dtype)
+    both[0], both[2] = bad, -bad
+    assert not all_finite(both)

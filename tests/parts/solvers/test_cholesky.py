@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from dattri_parts.solvers import cholesky as module
+from dattri_parts.solvers import factor
 from dattri_parts.solvers.cholesky import Cholesky
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,6 +188,38 @@ def test_the_operator_matrix_is_not_changed():
     before = matrix.clone()
     Cholesky(damping=0.1).solve_for(Lending(matrix), CPU).with_damping(Damping(1.0))
     assert torch.equal(matrix, before)
+
+
+class Giving(MatrixOperator):
+    """Writes itself down for whoever asks, as curvatures of products do."""
+
+    def live_dense(self):
+        live = self.matrix.any(1).nonzero().squeeze(1)
+        return live, self.matrix[live[:, None], live]
+
+
+@settings(max_examples=60, deadline=None)
+@given(systems(), st.sampled_from([1, 3, 1024]))
+def test_a_factor_in_the_place_of_its_matrix_leaves_every_damping_exact(system, tile):
+    matrix, zeros = system
+    matrix = with_zero_rows(matrix, zeros)
+    flat = torch.randn(2, len(matrix), dtype=torch.float64)
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setattr(factor, "TILE", tile)
+        first = Cholesky(damping=0.25).solve_for(Giving(matrix), CPU)
+        second = first.with_damping(Damping(9.0))
+        third = second.with_damping(Damping(0.25))
+    # The first one is asked last: no later damping may have changed it.
+    for inverse, damping in ((third, 0.25), (second, 9.0), (first, 0.25)):
+        found = inverse.apply(rows_of(flat)).flat()
+        assert gap(found, solved(matrix, damping, flat)) < 1e-9
+
+
+def test_the_factor_takes_no_memory_of_its_own():
+    matrix = symmetric(torch.linspace(0.5, 3, 6), 5)
+    inverse = Cholesky(damping=0.1).solve_for(Giving(matrix), CPU)
+    assert inverse.factor.lower.data_ptr() == inverse.matrix.values.data_ptr()
 
 
 def test_other_spaces_are_refused():
