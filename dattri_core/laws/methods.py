@@ -18,6 +18,7 @@ from dattri_core.dampings import damping_path
 from dattri_core.errors import ConvergenceWarning
 from dattri_core.laws.curvatures import NAMES
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.retrained import answered, asks, draws
 from dattri_core.laws.sources import fingerprint
 from dattri_core.laws.worlds import (
     N_TEST,
@@ -28,6 +29,7 @@ from dattri_core.laws.worlds import (
     logistic,
     minimise_logistic,
     network,
+    regression,
     sentences,
 )
 from dattri_core.losses import Target
@@ -55,7 +57,8 @@ class MethodBench:
 
     A solver with a field ``tolerance`` is run at 1e-12, but for the law of float32; one with a
     field ``depth`` for `SHORT` steps. A projector with a field ``dim`` leaves `SKETCHED` numbers.
-    An attributor whose ``reads`` is ``"tokens"`` is shown sequences of token ids alone.
+    An attributor whose ``reads`` is ``"tokens"`` is shown sequences of token ids alone; one that
+    asks a ground truth is given least squares and models that are refitted in closed form.
     """
 
     part: Any
@@ -74,6 +77,8 @@ class MethodBench:
         """Return the worlds to try."""
         if getattr(self.part, "reads", None) == "tokens":
             return (sentences(),)
+        if asks(self.part):
+            return (regression(),)
         chain = getattr(self.part, "chain", ())
         inverts = any(getattr(stage, "needs", ()) for stage in chain)
         return (logistic(),) if inverts else (logistic(), network())
@@ -105,10 +110,17 @@ class MethodBench:
 
 def run(method: Any, task: Task, train: Any, test: Any, **settings: Any) -> Scores:
     """Return the scores without progress bars and warnings of convergence."""
+    if asks(method):
+        method = answered(method, task, _whole(train), _whole(test))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         scores: Scores = method.attribute(task, train, test, progress=False, **settings)
     return scores
+
+
+def _whole(side: Any) -> Batch:
+    """Return the examples of a side as tensors."""
+    return join(list(side)) if isinstance(side, DataLoader) else side
 
 
 def tensor(scores: Scores) -> Tensor:
@@ -210,6 +222,19 @@ def _needs(stage: Any) -> frozenset[str]:
     return frozenset() if isinstance(stage, Projector) else frozenset(stage.needs)
 
 
+def _not_drawn(bench: MethodBench) -> str | None:
+    return "it draws train sets at random" if draws(bench.part) else None
+
+
+def _columns_apart(bench: MethodBench) -> str | None:
+    cut = getattr(bench.part, "truncation", None) is not None
+    return "it stops where all test examples agree to" if cut else None
+
+
+def _makes_rows(bench: MethodBench) -> str | None:
+    return "its memory is that of a training" if asks(bench.part) else None
+
+
 def _takes_all(bench: MethodBench) -> str | None:
     solvers = [getattr(stage, "solver", None) for stage in getattr(bench.part, "chain", ())]
     if any("sampled" in solver.needs for solver in solvers if solver is not None):
@@ -217,7 +242,7 @@ def _takes_all(bench: MethodBench) -> str | None:
     return None
 
 
-@law("method", _not_drawn_by_place, _takes_all)
+@law("method", _not_drawn_by_place, _takes_all, _not_drawn)
 def permuted_train_rows_permute_scores(bench: MethodBench) -> None:
     """S(train in another order, test) = S(train, test) with its rows in that order."""
     order = torch.tensor([3, 8, 1, 0, 6, 2, 7, 5, 4])
@@ -237,7 +262,7 @@ def permuted_test_rows_permute_scores(bench: MethodBench) -> None:
         require_close(got, want, f"scores of permuted test rows in {world.name}", ITERATIVE)
 
 
-@law("method")
+@law("method", _columns_apart)
 def queries_are_their_own(bench: MethodBench) -> None:
     """S(train, some test rows) = those columns of S(train, test)."""
     for world in bench.worlds():
@@ -246,7 +271,7 @@ def queries_are_their_own(bench: MethodBench) -> None:
         require_close(got, want, f"scores of two test rows in {world.name}", ITERATIVE)
 
 
-@law("method")
+@law("method", _not_drawn)
 def equal_examples_score_equal(bench: MethodBench) -> None:
     """z_i = z_k implies S_ij = S_kj, for train examples and for test examples."""
     for world in bench.worlds():
@@ -273,7 +298,7 @@ def _loader(batch: Batch, size: int) -> Any:
     return DataLoader(TensorDataset(*batch), batch_size=size)
 
 
-@law("method")
+@law("method", _makes_rows)
 def memory_does_not_show(bench: MethodBench) -> None:
     """S within 1 MiB, in several batches of train rows, = S with memory for all of them at once."""
     for world in bench.worlds():
@@ -313,7 +338,7 @@ def target_has_a_direction(bench: MethodBench) -> None:
         require_close(down, up, f"scores of -f against f in {world.name}", ITERATIVE)
 
 
-@law("method")
+@law("method", _not_drawn)
 def an_example_helps_itself(bench: MethodBench) -> None:
     """S_ii >= 0 on a convex world, for train examples taken as test examples."""
     world = bench.worlds()[0]

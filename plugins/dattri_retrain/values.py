@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from attrs import field, frozen, validators
@@ -169,6 +169,7 @@ class DataOOB:
         seed: Of the subsets and of the trainings.
     """
 
+    measured: ClassVar[str] = "train"
     ground_truth: Outcomes | None = field(default=None, converter=as_outcomes)
     count: int = field(default=1000, validator=validators.ge(2))
     fraction: float = field(default=FRACTION, validator=[validators.gt(0), validators.lt(1)])

@@ -1,12 +1,23 @@
 """Plans: they keep to their budget, cover all examples, and take the route with the least work."""
 
+import math
+import re
+
 import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dattri_core import MemoryBudgetError, format_bytes
-from dattri_core.plans import MAXIMUM_BATCH, Costs, Route, Work, make_plan, multiply_adds
+from dattri_core.plans import (
+    MAXIMUM_BATCH,
+    RESERVE,
+    Costs,
+    Route,
+    Work,
+    make_plan,
+    multiply_adds,
+)
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -220,10 +231,10 @@ def test_queries_wait_on_the_host_where_the_device_is_small_and_the_host_is_not(
 
 
 def test_whole_columns_wait_for_the_last_train_row_and_count():
-    """64 MiB hold 300 queries of 100 KiB, and of 100,000 totals each no more than five."""
+    """76 MiB hold 300 queries of 100 KiB, and of 100,000 totals each no more than five."""
     costs = attrs.evolve(COSTS, routes=(PLAIN,))
-    tiles = make_plan(64 * MIB, costs, Work(n_train=100_000, n_test=300))
-    whole = make_plan(64 * MIB, costs, Work(n_train=100_000, n_test=300, column=True))
+    tiles = make_plan(76 * MIB, costs, Work(n_train=100_000, n_test=300))
+    whole = make_plan(76 * MIB, costs, Work(n_train=100_000, n_test=300, column=True))
     assert (tiles.groups, whole.query_group) == (1, 5)
     assert whole.bytes["columns"] == 5 * 100_000 * 8 * 7
     assert tiles.bytes["columns"] == 0
@@ -255,3 +266,15 @@ def test_a_plan_reads_as_text():
     assert text.endswith("inner of layer: ghost")
     told = str(attrs.evolve(plan, route=attrs.evolve(LATER, split=True)))
     assert "deferred, expanded a block at a time, both sides in the basis of the inverse" in told
+
+
+def test_a_share_of_the_budget_is_left_to_the_allocator_but_for_the_least():
+    costs, work = attrs.evolve(COSTS, routes=(PLAIN,)), Work(n_train=100_000, n_test=300)
+    for budget in (8 * MIB, 80 * MIB, GIB):
+        used = sum(make_plan(budget, costs, work).bytes.values())
+        assert used <= budget - budget // RESERVE
+    with pytest.raises(MemoryBudgetError) as refused:
+        make_plan(1, costs, work)
+    (least,) = re.findall(r"at least ([\d.]+) KiB", str(refused.value))
+    plan = make_plan(math.ceil((float(least) + 0.1) * KIB), costs, work)
+    assert (plan.query_group, plan.train_batch) == (1, 1)

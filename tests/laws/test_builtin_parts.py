@@ -19,6 +19,7 @@ BUILT_IN = (
     "dattri_knn",
     "dattri_baselines",
     "dattri_unroll",
+    "dattri_retrain",
 )
 CASES = [
     (entry.kind, entry.name)

@@ -37,6 +37,12 @@ class Kronecker:
         """Return e -> Q_O^T e."""
         return times(self.outputs)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the eigenvectors."""
+        sides = (side for side in (self.outputs, self.inputs) if side is not None)
+        return sum(side.numel() * side.element_size() for side in sides)
+
     def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a row in these coordinates; no groups."""
         pairs = zip((self.outputs, self.inputs), shape, strict=True)
@@ -99,6 +105,11 @@ class KroneckerBasis:
     sides: Mapping[str, Kronecker]
     dropped: frozenset[str] = frozenset()
     blockwise: ClassVar[bool] = True
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the eigenvectors."""
+        return sum(sides.nbytes for sides in self.sides.values())
 
     @property
     def out_space(self) -> Space:

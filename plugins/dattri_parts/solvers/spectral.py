@@ -114,6 +114,13 @@ class _SpectralInverse:
         return Rows(rows.space, blocks, rows.index, rows.aux)
 
     @property
+    def held(self) -> int:
+        """Return the bytes of eigenvectors, eigenvalues and weights that are kept."""
+        kept = [*self.operator.eigenvalues.values(), *self.weights.values()]
+        sizes = sum(values.numel() * values.element_size() for values in kept)
+        return sizes + int(getattr(self.operator.basis, "nbytes", 0))
+
+    @property
     def basis(self) -> LinearMap | None:
         """Return Q, or None where a part of a row lies outside of its span."""
         basis = self.operator.basis
@@ -149,7 +156,9 @@ class _SpectralInverse:
             return self
         operator = self.operator.leading({n: share * value for n, value in self.dampings.items()})
         weights = {
-            name: _weights(values.double(), self.dampings[name], root=False, complete=False)
+            name: _weights(values.double(), self.dampings[name], root=False, complete=False).to(
+                operator.dtype
+            )
             for name, values in operator.eigenvalues.items()
         }
         outside = {name: 1 / value for name, value in self.dampings.items()}
@@ -194,7 +203,7 @@ def _inverse(operator: SpectralOperator, damping: Damping, *, root: bool) -> _Sp
         _tell_negative(stats, root=root)
     complete = operator.complete
     weights = {
-        name: _weights(values, dampings[name], root=root, complete=complete)
+        name: _weights(values, dampings[name], root=root, complete=complete).to(operator.dtype)
         for name, values in eigenvalues.items()
     }
     power = -0.5 if root else -1.0
