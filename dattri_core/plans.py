@@ -28,7 +28,7 @@ DEFERRED_SHARE = 0.6
 What is left holds a train batch and, with one slab, the intermediates of a contraction: a quarter
 of the budget.
 """
-RESERVE = 6
+RESERVE = 5
 """One part in so many of the budget is left to the allocator where more than the least is there: it
 keeps pages between tensors of other sizes, 0.4 of 4 GiB for a transformer of 10.7M parameters.
 """

@@ -231,10 +231,10 @@ def test_queries_wait_on_the_host_where_the_device_is_small_and_the_host_is_not(
 
 
 def test_whole_columns_wait_for_the_last_train_row_and_count():
-    """76 MiB hold 300 queries of 100 KiB, and of 100,000 totals each no more than five."""
+    """80 MiB hold 300 queries of 100 KiB, and of 100,000 totals each no more than five."""
     costs = attrs.evolve(COSTS, routes=(PLAIN,))
-    tiles = make_plan(76 * MIB, costs, Work(n_train=100_000, n_test=300))
-    whole = make_plan(76 * MIB, costs, Work(n_train=100_000, n_test=300, column=True))
+    tiles = make_plan(80 * MIB, costs, Work(n_train=100_000, n_test=300))
+    whole = make_plan(80 * MIB, costs, Work(n_train=100_000, n_test=300, column=True))
     assert (tiles.groups, whole.query_group) == (1, 5)
     assert whole.bytes["columns"] == 5 * 100_000 * 8 * 7
     assert tiles.bytes["columns"] == 0
