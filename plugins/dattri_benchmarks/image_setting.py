@@ -56,6 +56,8 @@ class ImageSetting:
         training_threads: Of training one network; None leaves them to the library.
         accelerated: Whether a CUDA device is used where there is one.
         sides: What the ids of train and of test images begin with.
+        fact: Name, in ``World.facts``, of what is known of each image (`Images.known`), for the
+            metrics that ask for it; None: nothing is.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ImageSetting:
     training_threads: int | None = 1
     accelerated: bool = False
     sides: tuple[str, str] = ("train", "test")
+    fact: str | None = None
 
     def load(self, size: Size | None = None, seed: int = 0, wrong: float | None = None) -> World:
         """Return the world: the same numbers for the same arguments.
@@ -113,6 +116,7 @@ class ImageSetting:
             "parameters": sum(p.numel() for p in model.parameters()),
             "checkpoints": list(run.epochs),
             **_accuracy(run, given != train.labels),
+            **_known(self.fact, train, test),
         }
         return World(
             task=Task(model, retraining.loss, checkpoints=[run.states[-1]]),
@@ -203,6 +207,12 @@ def _accuracy(run: FinishedRun, flipped: Array) -> dict[str, float | None]:
         "train_accuracy": float(fitted.mean()),
         "flipped_fitted": float(fitted[flipped].mean()) if flipped.any() else None,
     }
+
+
+def _known(fact: str | None, train: Images, test: Images) -> dict[str, dict[str, list[Any]]]:
+    if fact is None or train.known is None or test.known is None:
+        return {}
+    return {fact: {"train": train.known.tolist(), "test": test.known.tolist()}}
 
 
 def _ids(side: str, images: Images) -> tuple[str, ...]:

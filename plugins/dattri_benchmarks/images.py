@@ -23,14 +23,17 @@ class Images:
         images: Of bytes; in grey 0 is background.
         labels: ``[n]`` bytes.
         index: ``[n]``, positions in the official order of the data set.
+        known: ``[n]``, what else is known of each and not told to the model; None: nothing.
     """
 
     images: Array
     labels: Array
     index: Array
+    known: Array | None = None
 
     def __getitem__(self, chosen: Array) -> Images:
-        return Images(self.images[chosen], self.labels[chosen], self.index[chosen])
+        known = None if self.known is None else self.known[chosen]
+        return Images(self.images[chosen], self.labels[chosen], self.index[chosen], known)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -10,6 +10,21 @@ SETTINGS = (
         "digits:setting",
         "UCI handwritten digits, 1797 images of 8x8, shipped with the package",
     ),
+    (
+        "digits-parity",
+        "digits_known:parity_setting",
+        "The digits, odd or even: which digit is a subclass that the model is not told",
+    ),
+    (
+        "digits-marked",
+        "digits_known:marked_setting",
+        "The digits with a mark in the corner of the train images of one: a shortcut",
+    ),
+    (
+        "digits-mixed",
+        "digits_known:mixed_setting",
+        "The digits, half of them as negatives: a mixture of two sources",
+    ),
     ("mnist-lr", "mnist:lr_setting", "MNIST with logistic regression, to its optimum"),
     ("mnist-mlp", "mnist:mlp_setting", "MNIST with a network of 109,386 parameters"),
     (

@@ -23,7 +23,7 @@ from dattri_core import (
 )
 
 NAMES = default_registry().names("setting")
-QUICK = {"digits", "mnist-mlp"}
+QUICK = {"digits", "digits-parity", "digits-marked", "digits-mixed", "mnist-mlp"}
 """The others take more than their share of CI's time even at this size."""
 TINY = (40, 20)
 LOSSES = {"cross-entropy": cross_entropy, "causal-lm": causal_lm}
