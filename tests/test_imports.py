@@ -39,6 +39,7 @@ ORDER = [
     "interpolate",
     "contract",
     "space",
+    "blocks.finite",
     "blocks.block",
     "blocks.inputs",
     "blocks.dense",

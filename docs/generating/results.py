@@ -16,7 +16,7 @@ from typing import Any
 from generating.markdown import heading, page, table
 
 FOLDER = Path(__file__).parents[1] / "results"
-BENCH = "bench_"
+BENCH, STUDY = "bench_", "study_"
 SHORT = 60
 """Characters of a cell that are shown; what failed says why at length in its own table."""
 
@@ -54,11 +54,12 @@ def _index() -> Iterator[str]:
     yield "# Results"
     yield ""
     yield "Every number was measured by the command that stands above its table. Beside each page"
-    yield "lies a JSON file of the same name. How to run them: [benchmarks](../benchmarks.md) for"
+    yield "lies a JSON file of the same name, or a CSV file of a study. How to run them: [benchmarks](../benchmarks.md) for"
     yield "how good methods are, `make bench` for speed and memory."
     for title, mine in (
         ("How good methods are", [p for p in tables() if p.stem.startswith(BENCH)]),
-        ("Speed and memory", [p for p in tables() if not p.stem.startswith(BENCH)]),
+        ("What parts contribute", [p for p in tables() if p.stem.startswith(STUDY)]),
+        ("Speed and memory", [p for p in tables() if not p.stem.startswith((BENCH, STUDY))]),
     ):
         if mine:
             yield ""

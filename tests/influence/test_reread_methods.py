@@ -111,4 +111,4 @@ def test_a_plan_leaves_room_for_the_rows_that_an_inverse_holds(setting):
     plan = method.attribute(task, train, test, memory="4MiB", dry_run=True)
     free = dattri.method("grad-dot").attribute(task, train, test, memory="4MiB", dry_run=True)
     assert held + plan.bytes["queries"] + 2 * plan.bytes["train batch"] <= 4 * 2**20
-    assert held + 2 * free.bytes["train batch"] > 4 * 2**20 or plan.train_batch == N
+    assert plan.train_batch < free.train_batch
