@@ -55,7 +55,8 @@ def _index() -> Iterator[str]:
     yield ""
     yield "Every number was measured by the command that stands above its table. Beside each page"
     yield "lies a JSON file of the same name, or a CSV file of a study. How to run them:"
-    yield "[benchmarks](../benchmarks.md) for how good methods are, `make bench` for speed and memory."
+    yield "[benchmarks](../benchmarks.md) for how good methods are, `make bench` for speed and"
+    yield "memory."
     for title, mine in (
         ("How good methods are", [p for p in tables() if p.stem.startswith(BENCH)]),
         ("What parts contribute", [p for p in tables() if p.stem.startswith(STUDY)]),
