@@ -63,7 +63,13 @@ def test_the_models_of_the_ground_truth_minimise_their_objective():
     (found,) = truth.outcomes([dattri.Counterfactual(mask)], "loss")
     model = torch.nn.Linear(3, 2).double()
     inputs, wanted = (side[torch.from_numpy(mask)] for side in world.train)
-    solver = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-12, lr=1)
+    solver = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=500,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         solver.zero_grad()
@@ -75,4 +81,4 @@ def test_the_models_of_the_ground_truth_minimise_their_objective():
 
     solver.step(closure)
     expected = world.loss(model, world.test).detach()
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
