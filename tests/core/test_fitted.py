@@ -300,3 +300,12 @@ def test_the_provenance_says_what_was_done():
     assert facts["parameters"] == ["2.weight", "2.bias"]
     assert facts["loss"] == "cross-entropy"
     assert len(set(facts["weights"])) == 2
+
+
+def test_a_plan_counts_what_a_spectral_inverse_keeps():
+    model = torch.nn.Linear(3, 2)
+    batch = torch.randn(8, 3), torch.arange(8) % 2
+    fitted = dattri.method("if-ekfac").fit(dattri.Task(model), batch, progress=False)
+    kept = fitted._fit(fitted.checkpoints[0]).outline.kept
+    # eigenvectors of both sides, with the bias; eigenvalues and weights; all in float32
+    assert kept == 4 * (4 * 4 + 2 * 2 + 2 * (2 * 4))

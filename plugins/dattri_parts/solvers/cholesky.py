@@ -156,6 +156,7 @@ class _Matrix:
         kept = (matrix @ probe.to(device)).nonzero().squeeze(1)
         if len(kept) < len(matrix):
             live, matrix, own = live[kept], matrix[kept[:, None], kept], True
+        own = own and matrix.is_contiguous() and matrix.dtype == torch.float64  # as LAPACK wants it
         size = operator.space.dim
         precision = torch.finfo(operator.dtype).eps
         return _Matrix(operator.space, live, matrix, total / max(1, size), precision, own)

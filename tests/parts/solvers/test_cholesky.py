@@ -216,6 +216,19 @@ def test_a_factor_in_the_place_of_its_matrix_leaves_every_damping_exact(system, 
         assert gap(found, solved(matrix, damping, flat)) < 1e-9
 
 
+def test_a_matrix_that_lies_otherwise_in_memory_is_factorised_too():
+    matrix = symmetric(torch.linspace(0.5, 3, 6), 5)
+
+    class Turned(Giving):
+        def live_dense(self):
+            live, values = super().live_dense()
+            return live, values.mT.contiguous().mT
+
+    flat = torch.randn(2, 6, dtype=torch.float64)
+    found = Cholesky(damping=0.1).solve_for(Turned(matrix), CPU).apply(rows_of(flat)).flat()
+    assert gap(found, solved(matrix, 0.1, flat)) < 1e-12
+
+
 def test_the_factor_takes_no_memory_of_its_own():
     matrix = symmetric(torch.linspace(0.5, 3, 6), 5)
     inverse = Cholesky(damping=0.1).solve_for(Giving(matrix), CPU)
