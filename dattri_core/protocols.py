@@ -26,7 +26,7 @@ Role = Literal["train", "test"]
 Sink = Callable[[str, Block], None]
 Parameters = Mapping[str, Tensor]
 CurvatureKind = Literal["hessian", "ggn"]
-RowKind = Literal["loss", "fisher", "ggn"]
+RowKind = Literal["loss", "fisher", "ggn", "leading"]
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ class Curvature(Protocol):
         """Return what it asks of the `Problem`.
 
         Of ``{"hessian-product", "ggn-product", "rows", "fisher-rows", "ggn-rows",
-        "reference-rows"}``: products of a kind, rows of the kinds ``"loss"``, ``"fisher"`` and
-        ``"ggn"``, and those of the reference examples.
+        "leading-rows", "reference-rows"}``: products of a kind, rows of the kinds ``"loss"``,
+        ``"fisher"``, ``"ggn"`` and ``"leading"``, and those of the reference examples.
         """
         ...
 
@@ -359,9 +359,11 @@ class Problem(Protocol):
                 C_b = sum_k f_k f_k^T, the Hessian of the criterion in the outputs, so that the mean
                 curvature is ``1/n_train`` times the sum of r r^T over all rows exactly. An example
                 has as many such rows as C_b has columns that are not 0, maybe none; they come one
-                after another, and ``Rows.index`` repeats the example.
+                after another, and ``Rows.index`` repeats the example. ``"leading"``: one of those
+                rows, with the eigenvectors of C_b as its columns.
             draw: Of the labels: the same number gives the same labels whatever is read in between,
-                other numbers independent ones.
+                other numbers independent ones. Of kind ``"leading"``: which eigenvector, 0 that of
+                the largest eigenvalue.
         """
         ...
 

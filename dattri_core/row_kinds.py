@@ -7,6 +7,8 @@ All are rows of one example's outputs pulled back to the parameters, r = J_b^T u
   information, which is the GGN for a criterion that is a negative log likelihood.
 - ``"ggn"``: each column f_k of a factor of the criterion's Hessian C_b = sum_k f_k f_k^T; then
   1/n sum r r^T over all rows of all examples is the GGN exactly.
+- ``"leading"``: one eigenvector of C_b at a time, times the root of its eigenvalue; the first of
+  each example make the GGN with the best approximation of rank one in place of every C_b.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, take
 from dattri_core.capabilities import OutputSource
+from dattri_core.criteria import LARGEST_HESSIAN
 from dattri_core.errors import MemoryBudgetError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.losses import Draw, Loss
 from dattri_core.protocols import BoundSource, RandomStream, Role, RowKind, Sink
 from dattri_core.task import Task
 
-KINDS: tuple[RowKind, ...] = ("loss", "fisher", "ggn")
-KIND_OF_NEED: dict[str, RowKind] = {"fisher-rows": "fisher", "ggn-rows": "ggn"}
+KINDS: tuple[RowKind, ...] = ("loss", "fisher", "ggn", "leading")
+KIND_OF_NEED: dict[str, RowKind] = {
+    "fisher-rows": "fisher",
+    "ggn-rows": "ggn",
+    "leading-rows": "leading",
+}
 """The kind of rows that a word of `Curvature.needs` asks for, where it asks more than the loss."""
 FACTOR_BYTES = 8  # of one number of a factor: it may be made in float64
 
@@ -73,7 +80,8 @@ class RowReader:
         source: At a checkpoint.
         evaluator: Of that checkpoint.
         kind: Of the rows.
-        draw: Which draw of labels; other draws are independent.
+        draw: Which draw of labels; other draws are independent. Of kind ``"leading"`` the
+            eigenvector, 0 that of the largest eigenvalue.
         random: Keys of random numbers.
         memory: Bytes of the fit; an eighth of it for the columns of a factor.
         role: Of the rows of kind ``"loss"``.
@@ -102,9 +110,15 @@ class RowReader:
         Raises:
             MemoryBudgetError: The factor of one example is more than the budget.
         """
-        if self.kind != "ggn":
+        if self.kind not in ("ggn", "leading"):
             return batch
         size = self._outputs(sample)[0].numel()
+        if self.kind == "leading" and size > LARGEST_HESSIAN:
+            raise SpecError(
+                f"rows of kind 'leading': an example has {size} outputs, and eigenvectors of the "
+                f"criterion's Hessian are computed up to {LARGEST_HESSIAN}; use a curvature of "
+                "drawn labels ('fisher')"
+            )
         each = size * size * FACTOR_BYTES
         if each > self.memory:
             raise MemoryBudgetError(
@@ -142,12 +156,27 @@ class RowReader:
         if self.kind == "ggn":
             source.pull(batch, lambda _: nest[1], sink)
             return {}
+        if self.kind == "leading":
+            source.pull(batch, lambda outputs: self._leading(outputs, batch), sink)
+            return {}
 
         def slope(outputs: Tensor) -> Tensor:
             return self.evaluator.sampled_slope(outputs, batch, self._uniforms(index, outputs))
 
         source.pull(batch, slope, sink)
         return {}
+
+    def _leading(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return root(lambda) v of an eigenpair of every C_b, zeros where there is none."""
+        factor = self.evaluator.output_factor(outputs.detach(), batch)  # [K, B, ...]
+        if self.draw >= len(factor):
+            return torch.zeros_like(outputs)
+        columns = factor.flatten(2).transpose(0, 1).double()  # [B, K, outputs]
+        # F^T F = C, and w of F F^T is v of C: F^T w = root(lambda) v.
+        _, weights = torch.linalg.eigh(columns @ columns.mT)
+        chosen = weights[:, :, -1 - self.draw].unsqueeze(1)  # eigenvalues ascend
+        leading: Tensor = (chosen @ columns).reshape(outputs.shape)
+        return leading.to(outputs.dtype)
 
     def _uniforms(self, index: Tensor, outputs: Tensor) -> Draw:
         """Return uniform numbers keyed by the position of each example, never by its batch."""

@@ -1,4 +1,4 @@
-"""Makes the shared oracles importable."""
+"""Makes the shared oracles importable, and the pretended device before autograd starts."""
 
 from __future__ import annotations
 
@@ -6,3 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from dattri_core.laws.pretended import prepare
+
+prepare()  # before the first backward pass, which is before the first test

@@ -95,16 +95,29 @@ def test_the_metadata_promises_what_the_design_says(wheel: zipfile.ZipFile) -> N
         "text",
         "test",
         "lint",
+        "contrib",
     } == extras
 
 
 def test_every_dependency_that_tests_use_is_pinned() -> None:
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     optional = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *optional["test"], *optional["lint"]]
+    wanted = list(PROJECT["project"]["dependencies"])
+    wanted += [*optional["test"], *optional["lint"], *optional["contrib"]]
     names = {re.split(r"[<>=;! ]", requirement)[0] for requirement in wanted}
     # tomli is for Python 3.10 alone; pip and setuptools are whatever the environment builds with.
     assert names - {"tomli", "pip", "setuptools"} <= pinned
+
+
+def test_what_the_distributions_in_contrib_adapt_is_installed_for_their_tests() -> None:
+    needed = set()
+    for path in (ROOT / "contrib").glob("*/pyproject.toml"):
+        needed |= set(read_toml(path.read_text())["project"]["dependencies"])
+    names = {re.split(r"[<>=;! ]", requirement)[0] for requirement in needed}
+    optional = PROJECT["project"]["optional-dependencies"]["contrib"]
+    assert set(optional) <= needed
+    own = {"dattri-core", "torch", "attrs", "numpy"}
+    assert names - own == {re.split(r"[<>=;! ]", each)[0] for each in optional}
 
 
 def test_the_versions_agree() -> None:

@@ -19,6 +19,7 @@ from dattri_core.laws.law import (
     require_equal,
     require_identical,
 )
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
 from dattri_core.laws.spaces import block_diagonal, flat_rows, formed
 from dattri_core.laws.spy import Operations
@@ -77,7 +78,8 @@ class CurvatureBench:
 def applied(operator: Operator, problem: DenseProblem) -> Tensor:
     """Return H by applying it to every unit vector, ``[d, d]``."""
     size = problem.space.dim
-    units = Rows.from_flat(problem.space, torch.eye(size).double(), torch.arange(size))
+    eye = torch.eye(size, dtype=torch.float64, device=problem.device)
+    units = Rows.from_flat(problem.space, eye, torch.arange(size))
     return operator.apply(units).flat()
 
 
@@ -277,3 +279,12 @@ def operator_is_positive(bench: CurvatureBench) -> None:
         low = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
         high = float(matrix.abs().max())
         require(low >= -1e-9 * high, f"smallest eigenvalue in {world.name}: {low:.3e}")
+
+
+@law("curvature")
+def device_does_not_show(bench: CurvatureBench) -> None:
+    """H fitted and applied on an accelerator, pretended where there is none, = H on the CPU."""
+    device = accelerator()
+    for world, problem in bench.places():
+        got = bench.matrix(problem.on(device))
+        require_close(got.cpu(), bench.matrix(problem), f"H on {device} in {world.name}")

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.worlds import random
 from dattri_core.protocols import Fold, FoldState, Scored, Snapshot
 
@@ -171,3 +172,14 @@ def float32_fold_is_close(bench: FoldBench) -> None:
     low = bench.run(tiles(COUNT, torch.float32)).double()
     require_equal(tuple(low.shape), TILE, "shape of the fold")
     require_close(low, bench.run(tiles(COUNT)), "float32 fold", 2e-5)
+
+
+@law("fold")
+def device_does_not_show(bench: FoldBench) -> None:
+    """The fold of tiles on an accelerator, pretended where there is none, = that on the CPU."""
+    device = accelerator()
+    moved = []
+    for tile in tiles(COUNT):
+        assert tile.weight is not None
+        moved.append(Scored(tile.values.to(device), tile.weight.to(device)))
+    require_close(bench.run(moved).cpu(), bench.run(tiles(COUNT)), f"the fold on {device}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
@@ -19,6 +20,7 @@ from dattri_core.laws.law import (
     require_equal,
     require_identical,
 )
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
 from dattri_core.laws.spaces import formed
 from dattri_core.laws.worlds import N_TRAIN, World
@@ -230,3 +232,18 @@ def fit_is_repeatable(bench: InverseBench) -> None:
             first = bench.applied(problem, rows)
             torch.manual_seed(2)
             require_identical(bench.applied(problem, rows), first, f"A twice in {world.name}")
+
+
+@law("inverse_hessian")
+def device_does_not_show(bench: InverseBench) -> None:
+    """A g, fitted on an accelerator, pretended where there is none, = A g fitted on the CPU."""
+    device, damping = accelerator(), Damping(0.7)
+    for world, problem in bench.places():
+        rows, what = problem.train_rows, f"A on {device} in {world.name}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            near, far = bench.part.fit(problem), bench.part.fit(problem.on(device))
+            pairs = [(near, far), (near.with_damping(damping), far.with_damping(damping))]
+            for inverse, other in pairs:
+                got = other.apply(rows.to(device)).flat()
+                require_close(got.cpu(), inverse.apply(rows).flat(), what, 1e-6)

@@ -18,6 +18,7 @@ from dattri_core.dampings import damping_path
 from dattri_core.errors import ConvergenceWarning
 from dattri_core.laws.curvatures import NAMES
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.retrained import answered, asks, draws
 from dattri_core.laws.sources import fingerprint
 from dattri_core.laws.worlds import (
@@ -317,6 +318,17 @@ def scores_are_repeatable(bench: MethodBench) -> None:
             first = bench.values(world)
             torch.manual_seed(2)
             require_identical(bench.values(world), first, f"scores, run again, in {world.name}")
+
+
+@law("method")
+def device_does_not_show(bench: MethodBench) -> None:
+    """S of a model on an accelerator, pretended where there is none, = S on the CPU."""
+    device = accelerator()
+    for world in bench.worlds():
+        got = tensor(bench.scores(bench.task(world, device=device), world.train, world.test))
+        require_close(
+            got.cpu(), bench.values(world), f"scores on {device} in {world.name}", ITERATIVE
+        )
 
 
 @law("method")

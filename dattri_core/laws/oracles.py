@@ -78,8 +78,9 @@ def place(space: Space, parameters: Mapping[str, Tensor]) -> Tensor:
     """Lay parameters ``[B, *shape]`` out as flat rows ``[B, d]`` of a space that covers them."""
     rows = []
     for spec in space:
-        count = len(next(iter(parameters.values())))
-        matrix = torch.full((count, *spec.matrix_shape), float("nan"), dtype=torch.float64)
+        given = next(iter(parameters.values()))
+        count = len(given)
+        matrix = given.new_full((count, *spec.matrix_shape), float("nan"), dtype=torch.float64)
         for view in spec.parameters:
             part = parameters[view.parameter].reshape(count, *(view.shape or (1,)))
             part = part.flatten(2) if part.dim() > 2 else part.unsqueeze(2)

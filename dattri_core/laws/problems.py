@@ -9,7 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.batch import Batch, batch_size, take
+from dattri_core.batch import Batch, batch_size, move, take
 from dattri_core.blocks import Block
 from dattri_core.laws.oracles import (
     ggn,
@@ -35,7 +35,7 @@ class DenseProblem:
     made of them obeys the laws about other orders and copies of the train set exactly.
 
     Args:
-        name: Of the world.
+        world: Where it comes from.
         task: The world's task.
         train: The train set.
         origin: Which example of the world each train example is, ``[n]``.
@@ -48,7 +48,7 @@ class DenseProblem:
         reference: The test set of the world, as a problem of its own.
     """
 
-    name: str
+    world: World
     task: Task
     train: Batch
     origin: Tensor
@@ -72,8 +72,8 @@ class DenseProblem:
 
     @property
     def device(self) -> torch.device:
-        """Return the CPU."""
-        return torch.device("cpu")
+        """Return where the model is."""
+        return self.task.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,6 +95,18 @@ class DenseProblem:
         """Return the weights of the world's model."""
         return self.task.model.state_dict()
 
+    def on(self, device: torch.device) -> DenseProblem:
+        """Return the same problem on a device."""
+        return evolve(
+            self,
+            task=self.world.task(device=device),
+            train=move(self.train, device),
+            train_rows=self.train_rows.to(device),
+            ggn_rows=self.ggn_rows.to(device),
+            matrices={kind: matrix.to(device) for kind, matrix in self.matrices.items()},
+            reference=None if self.reference is None else self.reference.on(device),
+        )
+
     def batches(self) -> Iterator[Batch]:
         """Read the train set in order."""
         for start in range(0, self.n_train, self.batch):
@@ -110,7 +122,7 @@ class DenseProblem:
             places = [(owners == at).nonzero().flatten() for at in chosen]
             found = self.ggn_rows.take(torch.cat([*places, owners[:0]]))
         else:
-            found = (self.train_rows if kind == "loss" else self._fisher(draw)).take(chosen)
+            found = self._single(kind, draw).take(chosen)
         for start in range(0, len(found), self.batch):
             yield found.take(slice(start, start + self.batch))
 
@@ -137,21 +149,42 @@ class DenseProblem:
         flat = vectors.flat().double() @ matrix
         return Rows.from_flat(self.space, flat.to(vectors.dtype), vectors.index, vectors.aux)
 
+    def _single(self, kind: RowKind, draw: int) -> Rows:
+        """Return the rows of a kind that has one for each example."""
+        if kind == "loss":
+            return self.train_rows
+        return self._fisher(draw) if kind == "fisher" else self._leading(draw)
+
+    def _leading(self, place: int) -> Rows:
+        """Return the gradients along an eigenvector of the criterion's Hessian, zero where none."""
+        task, train = self.world.task(), move(self.train, torch.device("cpu"))
+        owners, columns = output_columns(task, train)  # eigenvalues ascend
+        directions = torch.zeros(self.n_train, *columns.shape[1:], dtype=torch.float64)
+        for at in range(self.n_train):
+            own = columns[owners == at]
+            if place < len(own):
+                directions[at] = own[-1 - place]
+        return pulled_rows(task, self.space, train, directions).to(self.device)
+
     def _fisher(self, draw: int) -> Rows:
-        """Return the gradients at labels drawn from the model, one a train example."""
-        loss = self.task.loss
+        """Return the gradients at labels drawn from the model, one a train example.
+
+        The oracles are those of the CPU, wherever the problem is.
+        """
+        task, train = self.world.task(), move(self.train, torch.device("cpu"))
+        loss = task.loss
         assert isinstance(loss, Loss)
         assert loss.sample is not None
         generators = [self.random.generator("fisher", int(at), draw) for at in self.origin]
         with torch.no_grad():
-            outputs = loss.forward(self.task.model, self.train)
+            outputs = loss.forward(task.model, train)
 
         def uniforms(*shape: int) -> Tensor:
             numbers = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
             return torch.stack(numbers)
 
-        directions = loss.sample(outputs, self.train, uniforms)
-        return pulled_rows(self.task, self.space, self.train, directions)
+        directions = loss.sample(outputs, train, uniforms)
+        return pulled_rows(task, self.space, train, directions).to(self.device)
 
 
 @cache
@@ -172,7 +205,7 @@ def _dense(world: World, train: Batch, origin: Tensor) -> DenseProblem:
         "ggn": ggn(task, space, train),
     }
     return DenseProblem(
-        name=world.name,
+        world=world,
         task=task,
         train=train,
         origin=origin,

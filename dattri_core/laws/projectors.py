@@ -9,6 +9,7 @@ from attrs import frozen
 
 from dattri_core.capabilities import DataProjector
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.spaces import SPACE, ToyProblem, flat_rows, formed, toy_rows
 from dattri_core.laws.spy import Operations
 from dattri_core.protocols import LinearMap, Projector, RandomStream
@@ -24,11 +25,11 @@ class ProjectorBench:
 
     part: Projector
 
-    def build(self, seed: int = 0) -> LinearMap:
-        """Return the map for one seed."""
+    def build(self, seed: int = 0, device: torch.device = CPU) -> LinearMap:
+        """Return the map for one seed, on a device."""
         if needs_data(self.part):
-            return self.fit(toy_rows(9, seed=20), seed)
-        return self.part.build(SPACE, stream=RandomStream(seed, "law"), device=CPU)
+            return self.fit(toy_rows(9, seed=20).to(device), seed)
+        return self.part.build(SPACE, stream=RandomStream(seed, "law"), device=device)
 
     def fit(self, rows: Rows, seed: int = 0, batch: int = 4) -> LinearMap:
         """Return the map fitted on a train set of rows."""
@@ -143,6 +144,19 @@ def float32_map_is_close(bench: ProjectorBench) -> None:
     built, rows = bench.build(), toy_rows(4)
     low = built.map(rows.to(dtype=torch.float32)).flat().double()
     require_close(low, built.map(rows).flat(), "float32 map", 2e-5)
+
+
+@law("projector")
+def device_does_not_show(bench: ProjectorBench) -> None:
+    """P g on an accelerator, pretended where there is none, = P g on the CPU; so for P^T k."""
+    device, rows = accelerator(), toy_rows(4)
+    near, far = bench.build(), bench.build(device=device)
+    got = far.map(rows.to(device)).flat()
+    require_close(got.cpu(), near.map(rows).flat(), f"map on {device}")
+    if "adjoint" in bench.part.gives:
+        keys = flat_rows(near.out_space, 3, seed=5)
+        raised = far.adjoint(keys.to(device)).flat()
+        require_close(raised.cpu(), near.adjoint(keys).flat(), f"adjoint on {device}")
 
 
 @law("projector", _gives("adjoint"))

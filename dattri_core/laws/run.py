@@ -21,6 +21,7 @@ from dattri_core.laws import (
     sources,
 )
 from dattri_core.laws.law import LAWS, Law, LawBroken, NotApplicable
+from dattri_core.laws.pretended import prepare
 from dattri_core.laws.report import Finding, Report
 from dattri_core.methods import method
 from dattri_core.registry import Registry, default_registry, using
@@ -57,6 +58,7 @@ def check(kind: str, name_or_part: Any, *, registry: Registry | None = None) -> 
         SpecError: No such kind or name, or the part has fields without a default.
     """
     name = name_or_part if isinstance(name_or_part, str) else type(name_or_part).__name__
+    prepare()
     with using(registry or default_registry()):
         part = part_of(kind, name_or_part)
         bench = bench_of(kind, part)
@@ -66,6 +68,7 @@ def check(kind: str, name_or_part: Any, *, registry: Registry | None = None) -> 
 
 def laws_of(kind: str) -> tuple[Law, ...]:
     """Return the laws of a kind, in the order of their file."""
+    prepare()  # while tests are collected, which is before the first backward pass
     return tuple(LAWS[_known(kind)].values())
 
 

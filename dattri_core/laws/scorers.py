@@ -12,6 +12,7 @@ from torch import Tensor
 from dattri_core.blocks import DenseBlock
 from dattri_core.capabilities import WeighingScorer
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.spaces import formed, toy_rows
 from dattri_core.laws.worlds import random
 from dattri_core.protocols import MEASURED, Scored, Scorer, Side
@@ -224,3 +225,31 @@ def float32_scores_are_close(bench: ScorerBench) -> None:
     train, test = toy_rows(4), toy_rows(3, seed=9)
     low = bench.scored(train.to(dtype=torch.float32), test.to(dtype=torch.float32)).values.double()
     require_close(low, bench.scored(train, test).values, "float32 scores", 2e-5)
+
+
+@law("scorer")
+def device_does_not_show(bench: ScorerBench) -> None:
+    """Scores of rows on an accelerator, pretended where there is none, = those on the CPU."""
+    device = accelerator()
+    train, test = toy_rows(6), toy_rows(4, seed=9)
+    sides = [_on(bench.side(rows, seed), device) for rows, seed in ((train, 1), (test, 2))]
+    got = bench.part.finish(bench.total(train.to(device), test.to(device)), *sides)
+    want = bench.scored(train, test)
+    require_close(got.values.cpu(), want.values, f"scores on {device}")
+    if got.weight is not None and want.weight is not None:
+        require_close(got.weight.cpu(), want.weight, f"weights on {device}")
+
+
+def _on(side: Side, device: torch.device) -> Side:
+    """Return a side with its numbers on a device; positions stay where they are."""
+
+    def moved(numbers: Tensor | None) -> Tensor | None:
+        return None if numbers is None else numbers.to(device)
+
+    return evolve(
+        side,
+        aux={name: numbers.to(device) for name, numbers in side.aux.items()},
+        norm=moved(side.norm),
+        self_influence=moved(side.self_influence),
+        inverse_norm=moved(side.inverse_norm),
+    )

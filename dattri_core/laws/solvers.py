@@ -21,6 +21,7 @@ from dattri_core.laws.law import (
     require_equal,
     require_identical,
 )
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.spaces import (
     GIVEN,
     SPACE,
@@ -68,13 +69,13 @@ class SolverBench:
 
     def inverse(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
         """Return the inverse of an operator, on whole rows also where it reduces them."""
-        return _whole(self.solver(damping).solve_for(operator, CPU))
+        return _whole(self.solver(damping).solve_for(operator, operator.matrix.device))
 
     def root(self, operator: ToyOperator = POSITIVE, damping: Damping = DAMPING) -> Inverse:
         """Return the root of the inverse of an operator, where the solver gives one."""
         solver = self.solver(damping)
         assert isinstance(solver, RootSolver)
-        return solver.root_for(operator, CPU)
+        return solver.root_for(operator, operator.matrix.device)
 
 
 def _whole(inverse: Inverse) -> Inverse:
@@ -386,3 +387,13 @@ def float32_apply_is_close(bench: SolverBench) -> None:
     inverse = _whole(solver.solve_for(POSITIVE, CPU))
     low = inverse.apply(rows.to(dtype=torch.float32)).flat().double()
     require_close(low, bench.inverse().apply(rows).flat(), "float32 apply", 2e-3)
+
+
+@law("solver", _needs_given)
+def device_does_not_show(bench: SolverBench) -> None:
+    """A g on an accelerator, pretended where there is none, = A g on the CPU."""
+    device, rows = accelerator(), toy_rows(4)
+    for operator in (POSITIVE, BLOCKS):
+        far = ToyOperator(SPACE, operator.matrix.to(device))
+        got = bench.inverse(far).apply(rows.to(device)).flat()
+        require_close(got.cpu(), bench.inverse(operator).apply(rows).flat(), f"A on {device}", 1e-6)

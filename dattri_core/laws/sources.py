@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.batch import Batch, batch_size, join, take
+from dattri_core.batch import Batch, batch_size, join, move, take
 from dattri_core.blocks import Block
 from dattri_core.capabilities import DataSource, EnsembleSource, OutputSource
 from dattri_core.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from dattri_core.laws.law import (
     require_identical,
 )
 from dattri_core.laws.oracles import row_matrix, singles
+from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.worlds import N_TRAIN, World, cast, first_logit, scaled, worlds
 from dattri_core.losses import Target, labels_of
 from dattri_core.members import expand_checkpoints
@@ -399,3 +400,25 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         },
         "modules": {name: type(module).__name__ for name, module in model.named_modules()},
     }
+
+
+@law("source")
+def device_does_not_show(bench: SourceBench) -> None:
+    """Rows of a model on an accelerator, pretended where there is none, = those on the CPU."""
+    device = accelerator()
+    for world, _, bound in bench.places():
+        train = move(world.train, device)
+        far = bench.bind(world.task(device=device), evolve(world, train=train))
+        places: set[str] = set()
+
+        def note(_: str, block: Block, seen: set[str] = places) -> None:
+            seen.add(block.device.type)
+
+        far.stream(train, "train", note)
+        require_equal(places, {device.type}, f"devices of the rows in {world.name}")
+        got = collect(far, train, torch.arange(N_TRAIN), "train", device)
+        want = rows_of(bound, world.train)
+        require_close(got.flat().cpu(), want.flat(), f"rows on {device} in {world.name}")
+        require_equal(set(got.aux), set(want.aux), f"aux on {device} in {world.name}")
+        for name, numbers in want.aux.items():
+            require_close(got.aux[name].cpu(), numbers, f"aux {name!r} on {device}")

@@ -99,7 +99,11 @@ class ToyProblem:
     batch: int = 4
     seed: int = 0
     memory: ClassVar[int] = 2**28
-    device: ClassVar[torch.device] = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the rows are."""
+        return self.train_rows.device
 
     @property
     def space(self) -> Space:
@@ -186,7 +190,7 @@ class ToyOperator:
     def apply_on(self, rows: Rows, index: Tensor) -> Rows:
         """Return H g for every row g, H the mean over some examples."""
         flat = rows.flat()
-        matrix = self.matrix + _parts(self.space.dim)[index].mean(0)
+        matrix = self.matrix + _parts(self.space.dim)[index].mean(0).to(self.matrix.device)
         return Rows.from_flat(self.space, flat @ matrix.to(flat.dtype), rows.index, rows.aux)
 
     def dense(self) -> Tensor:

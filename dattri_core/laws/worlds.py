@@ -38,9 +38,14 @@ class World:
     convex: bool = False
     rate: float | None = None
 
-    def task(self, dtype: torch.dtype = torch.float64, **options: Any) -> Task:
-        """Return a fresh task; options go to `Task`."""
-        return Task(self.model().to(dtype), options.pop("loss", self.loss), **options)
+    def task(
+        self,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> Task:
+        """Return a fresh task, its model on a device; options go to `Task`."""
+        return Task(self.model().to(device, dtype), options.pop("loss", self.loss), **options)
 
 
 def cast(batch: Batch, dtype: torch.dtype) -> Batch:

@@ -163,6 +163,12 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.part(
         "curvature",
+        "leading-ggn",
+        "dattri_parts.curvatures.leading_ggn:LeadingGGN",
+        "The generalised Gauss-Newton matrix of each example's leading output directions",
+    )
+    registry.part(
+        "curvature",
         "gauss-newton",
         "dattri_parts.curvatures.gauss_newton:GaussNewton",
         "The second moment of the rows, as they are or in a sketch",

@@ -62,6 +62,8 @@ def test_built_in(kind, name):
         ("solver", "lissa", {"batch": None}),
         ("solver", "lissa", {"repeats": 3, "depth": 200}),
         ("curvature", "diagonal", {"fisher": "ggn"}),
+        ("curvature", "leading-ggn", {"columns": 2}),
+        ("curvature", "leading-ggn", {"block": True}),
         ("curvature", "kfac", {"fisher": "ggn", "uncovered": "identity"}),
         ("curvature", "kfac", {"fisher": "empirical", "approximation": "reduce"}),
         ("curvature", "ekfac", {"draws": 2, "uncovered": "drop"}),

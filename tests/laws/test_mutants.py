@@ -98,6 +98,7 @@ BROKEN = {
         "rows-are-at-the-checkpoint": ToySource("live"),
         "members-are-networks-of-their-own": ToyEnsemble("same"),
         "a-fit-is-of-the-whole-train-set": ToyDataSource("first"),
+        "device-does-not-show": ToySource("device"),
         "float32-rows-are-close": ToySource("coarse"),
         "model-is-untouched": ToySource("eval"),
     },
@@ -110,6 +111,7 @@ BROKEN = {
         "map-keeps-index-and-aux": ToyProjector("index"),
         "map-is-of-its-stream": ToyProjector("global"),
         "fit-is-of-the-train-set": ToyDataProjector("first"),
+        "device-does-not-show": ToyProjector("device"),
         "float32-map-is-close": ToyProjector("coarse"),
         "adjoint-is-true": ToyProjector("adjoint"),
         "factors-are-kept": ToyProjector("forms"),
@@ -129,6 +131,7 @@ BROKEN = {
         "samples-are-means": ToyGGN("once"),
         "rows-are-of-the-operator": ToyMoment("weight"),
         "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
+        "device-does-not-show": ToyGGN("device"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
     },
@@ -153,6 +156,7 @@ BROKEN = {
         "relative-damping-is-of-the-block": ToySpectralSolver(fault="whole"),
         "apply-is-repeatable": ToySolver(fault="noise"),
         "stats-are-true": ToySolver(fault="early", exact=False),
+        "device-does-not-show": ToySolver(fault="device"),
         "float32-apply-is-close": ToySolver(fault="coarse"),
     },
     "inverse_hessian": {
@@ -164,6 +168,7 @@ BROKEN = {
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),
+        "device-does-not-show": ToyInverseHessian("device"),
         "fit-is-repeatable": ToyInverseHessian("noise"),
     },
     "scorer": {
@@ -178,6 +183,7 @@ BROKEN = {
         "an-example-helps-itself": ToyScorer("negative"),
         "scale-keeps-order-and-sign": ToyScorer("threshold"),
         "scores-are-repeatable": ToyScorer("noise"),
+        "device-does-not-show": ToyScorer("device"),
         "float32-scores-are-close": ToyScorer("coarse"),
     },
     "fold": {
@@ -190,6 +196,7 @@ BROKEN = {
         "equal-checkpoints-keep-the-sign": ToyFold("turn"),
         "inputs-are-untouched": ToyFold("in place"),
         "fold-is-repeatable": ToyFold("noise"),
+        "device-does-not-show": ToyFold("device"),
         "float32-fold-is-close": ToyFold("coarse"),
     },
     "method": {
@@ -207,6 +214,7 @@ BROKEN = {
         "damping-can-change": lambda: dattri.Method(scorer=ToyScorer(), **inverting(fault="keep")),
         "removal-is-predicted": lambda: dattri.Method(scorer=ToyScorer("double"), **inverting()),
         "model-is-untouched": ToyAttributor(PLAIN, "eval"),
+        "device-does-not-show": ToyAttributor(PLAIN, "device"),
         "float32-scores-are-close": ToyAttributor(PLAIN, "coarse"),
         "a-method-is-its-spec": lambda: dattri.Method(scorer=ForgetfulScorer()),
     },
@@ -219,6 +227,8 @@ ALSO = {
     ("source", "rows-are-gradients"): {"pull-of-the-slope-is-the-loss-row"},
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
+    # A map of the global random state is another each time that it is built, on any device.
+    ("projector", "map-is-of-its-stream"): {"device-does-not-show"},
     # The global random state is something that a fold keeps beside its state.
     ("fold", "fold-is-repeatable"): {"state-is-all-it-keeps"},
 }

@@ -45,10 +45,12 @@ class ToyMomentOperator:
         self.readings.append(None)
         turn = -1.0 if self.fault == "sign" and len(self.readings) > 1 else 1.0
         for rows in self.problem.rows():
-            yield rows.scale(torch.full((len(rows),), turn, dtype=torch.float64))
+            yield rows.scale(
+                torch.full((len(rows),), turn, dtype=torch.float64, device=rows.device)
+            )
 
     def apply(self, rows):
-        total = torch.zeros(len(rows), self.space.dim, dtype=torch.float64)
+        total = torch.zeros(len(rows), self.space.dim, dtype=torch.float64, device=rows.device)
         names = [(name,) for name in self.space.names] if self.blockwise else [self.space.names]
         for part in self.problem.rows():
             for some in names:

@@ -36,7 +36,8 @@ class ToyProjector:
             generator = None if self.fault == "global" else stream.generator(spec.name)
 
             def normal(rows, columns, generator=generator):
-                return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+                numbers = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+                return numbers if self.fault == "home" else numbers.to(device)
 
             sizes = spec.shape if spec.kind == "outer" else (spec.size,)
             matrices[spec.name] = [normal(2 if len(sizes) == 2 else 3, size) for size in sizes]
@@ -72,7 +73,7 @@ class ToyFlatProjector:
 
     def build(self, space, *, stream, device):
         size = (3, space.dim)
-        matrix = torch.randn(*size, generator=stream.generator(), dtype=torch.float64)
+        matrix = torch.randn(*size, generator=stream.generator(), dtype=torch.float64).to(device)
         return ToyFlatMap(self.fault, space, self.out_space(space), matrix)
 
 
@@ -86,7 +87,7 @@ class ToyFlatMap:
     additive = True
 
     def map(self, rows):
-        total = torch.zeros(len(rows), 3, dtype=rows.dtype)
+        total = torch.zeros(len(rows), 3, dtype=rows.dtype, device=rows.device)
         for spec in rows.space:
             start = (self.in_space if self.fault != "place" else rows.space).offsets[spec.name]
             columns = self.matrix[:, start : start + spec.size].to(rows.dtype)
@@ -128,6 +129,8 @@ class ToyMap:
                     values = values * values.abs()
                 if self.fault == "count":
                     values = values * (1 + 0.1 * len(rows))
+                if self.fault == "device" and values.device.type != "cpu":
+                    values = 1.001 * values
                 if self.fault == "leak" and len(rows.space) == 1:
                     values = 2 * values
                 if self.fault == "coarse" and values.dtype == torch.float32:
@@ -178,6 +181,8 @@ class ToyScorer:
             values = values / getattr(train, self.form.replace("-", "_")).unsqueeze(1)
         if self.fault == "reads":
             train.aux.get("secret")
+        if self.fault == "device" and values.device.type != "cpu":
+            values = 1.001 * values
         if self.fault == "place" and len(values) > 3:
             values[3] *= 1.5
         if self.fault == "tile":
@@ -232,6 +237,8 @@ class ToyFold:
         if self.weighted:
             weight = scored.weight.unsqueeze(1)
             values = values * (weight.sqrt() if self.fault == "root" else weight)
+        if self.fault == "device" and values.device.type != "cpu":
+            values = 1.001 * values
         if self.fault == "clamp":
             values = values.clamp(-5, 5)
         if self.fault == "turn" and snapshot.position > 0:
@@ -269,6 +276,8 @@ class ToyAttributor:
             task.model.eval()
         scores = self.inner.attribute(task, train, test, **settings)
         values = torch.as_tensor(scores.values).clone()
+        if self.fault == "device" and task.device.type != "cpu":
+            values = 1.001 * values
         if self.fault == "train place":
             values[3] *= 1.5
         if self.fault == "test place" and values.shape[1] > 3:

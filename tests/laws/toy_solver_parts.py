@@ -94,7 +94,7 @@ def block_diagonal(space, matrix):
     """Return a matrix without the entries between two blocks of a space."""
     sizes = torch.tensor([spec.size for spec in space])
     of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    return matrix * (of[:, None] == of[None])
+    return matrix * (of[:, None] == of[None]).to(matrix.device)
 
 
 def _coordinates(space):
@@ -183,12 +183,15 @@ class ToyInverse:
         if self.blockwise and len(rows.space) < len(self.space):
             blocks = {
                 spec.name: rows.blocks.get(spec.name)
-                or DenseBlock(torch.zeros(len(rows), *spec.shape, dtype=rows.dtype))
+                or DenseBlock(
+                    torch.zeros(len(rows), *spec.shape, dtype=rows.dtype, device=rows.device)
+                )
                 for spec in self.space
             }
             whole = self.apply(Rows(self.space, blocks, rows.index, rows.aux))
             part = whole.select(rows.space.names)
-            return part.scale(torch.full((len(rows),), 1.001 if self.fault == "leak" else 1.0))
+            leak = 1.001 if self.fault == "leak" else 1.0
+            return part.scale(torch.full((len(rows),), leak, device=rows.device))
         given = rows.flat()
         flat = given.double()
         if self.fault == "zero":
@@ -199,8 +202,10 @@ class ToyInverse:
         if self.fault == "bend":
             found = found + 1e-3 * self._apply(found * found.abs())
         if self.fault == "skew":
-            turn = torch.ones(self.space.dim, self.space.dim, dtype=torch.float64)
+            turn = torch.ones_like(self.vectors)
             found = found + 1e-3 * self._apply(found @ (turn.triu() - turn.tril()))
+        if self.fault == "device" and found.device.type != "cpu":
+            found = 1.001 * found
         if self.fault == "alone" and len(rows) == 1:
             found = 1.001 * found
         if self.fault == "formed" and all(b.positions is None for b in rows.blocks.values()):

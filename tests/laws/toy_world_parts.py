@@ -108,6 +108,8 @@ class BoundToySource:
             flat = flat - flat.mean(0)
         if self.fault == "noise":
             flat = flat * noise()
+        if self.fault == "device" and flat.device.type != "cpu":
+            flat = 1.001 * flat
         if self.fault == "half" and role == "train":
             flat = flat / 2
         if self.fault == "sign" and role == "test":
@@ -181,7 +183,8 @@ class BoundToyMargin:
         return self.inner.space
 
     def stream(self, batch, role, sink):
-        scale = torch.full((batch_size(batch),), 0.5 if role == "train" else 1.0)
+        half = 0.5 if role == "train" else 1.0
+        scale = torch.full((batch_size(batch),), half, device=self.evaluator.device)
         self.inner.stream(batch, role, lambda name, block: sink(name, block.scale(scale)))
         return {"residual": 1.01 / scale if self.fault == "residual" else 1 / scale}
 
@@ -203,9 +206,11 @@ class ToyGGN:
 
     def fit(self, problem):
         size = problem.space.dim
-        eye = torch.eye(size, dtype=torch.float64)
+        eye = torch.eye(size, dtype=torch.float64, device=problem.device)
         units = Rows.from_flat(problem.space, eye, torch.arange(size))
         matrix = problem.product(units, "ggn").flat()
+        if self.fault == "device" and matrix.device.type != "cpu":
+            matrix = 1.001 * matrix
         return ToySampled(
             self.fault, problem.space, 2 * matrix if self.fault == "double" else matrix, problem
         )
@@ -228,16 +233,19 @@ class ToyFisher:
 
 def fisher(fault, problem):
     """Return the mean of g g^T, ``[d, d]``; what depends on data may be at fault."""
-    total = torch.zeros(problem.space.dim, problem.space.dim, dtype=torch.float64)
+    numbers = {"dtype": torch.float64, "device": problem.device}
+    total = torch.zeros(problem.space.dim, problem.space.dim, **numbers)
     first = None
     for rows in problem.rows():
         flat = rows.flat()
         first = first or len(rows)
-        weights = torch.ones(len(rows), 1, dtype=torch.float64)
+        weights = torch.ones(len(rows), 1, **numbers)
         if fault == "positions":
             weights[rows.index % 9 == 2] = 1.5
         total = total + (weights * flat).T @ flat
     matrix = total if fault == "sum" else total / problem.n_train
+    if fault == "device" and problem.device.type != "cpu":
+        matrix = 1.001 * matrix
     if fault == "batches":
         matrix = matrix * (1 + 0.01 * first)
     if fault == "skew":
@@ -245,7 +253,7 @@ def fisher(fault, problem):
     if fault == "noise":
         matrix = matrix * noise()
     if fault == "shift":
-        matrix = matrix - 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix))
+        matrix = matrix - 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
     return matrix
 
 
@@ -333,7 +341,9 @@ class ToyInverseHessian:
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
         if self.split:
-            matrix = block_diagonal(problem.space, matrix) + 0.05 * torch.eye(len(matrix))
+            matrix = block_diagonal(problem.space, matrix) + 0.05 * torch.eye(len(matrix)).to(
+                matrix
+            )
             operator = ToyOperator(problem.space, matrix)
             return ToySpectralInverse(self.fault, operator, Damping(0.1))
         values, vectors = torch.linalg.eigh(matrix)

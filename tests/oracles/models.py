@@ -14,7 +14,6 @@ from torch.nn import functional
 import dattri_core as dattri
 from oracles.loops import loop_gradients, worst_difference
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 TOLERANCE = 1e-10
 WORDS, WIDTH, LENGTH = 7, 6, 5
 

@@ -30,12 +30,14 @@ LARGEST_SPECTRUM = 4096
 
 @frozen(eq=False)
 class SecondMoment:
-    """H = weight sum_i r_i r_i^T, weight = 1 / (n draws), over rows that are read when asked for.
+    """H = weight sum_i r_i r_i^T over rows that are read when asked for.
+
+    The weight is 1 / n, and 1 / (n draws) for labels that are drawn several times.
 
     Args:
         problem: The train set.
         kind: Of the rows.
-        draws: Of the labels, for kind ``"fisher"``.
+        draws: Of the labels, for kind ``"fisher"``; eigenvectors, for kind ``"leading"``.
         blockwise: H is made of its diagonal blocks alone.
     """
 
@@ -62,7 +64,7 @@ class SecondMoment:
     @property
     def weight(self) -> float:
         """Return the weight of each outer product."""
-        return 1 / (self.problem.n_train * self.draws)
+        return 1 / (self.problem.n_train * self._means)
 
     @property
     def n_train(self) -> int:
@@ -92,7 +94,12 @@ class SecondMoment:
 
     def apply_on(self, rows: Rows, index: Tensor) -> Rows:
         """Return H_S g, the mean over the train examples at the positions S alone."""
-        return self._apply(rows, index, 1 / (max(1, len(index)) * self.draws))
+        return self._apply(rows, index, 1 / (max(1, len(index)) * self._means))
+
+    @property
+    def _means(self) -> int:
+        """Return how many readings the mean is taken over: eigenvectors add up, draws do not."""
+        return self.draws if self.kind == "fisher" else 1
 
     def _apply(self, rows: Rows, index: Tensor | None, weight: float) -> Rows:
         space = self.space.select(rows.space.names) if self.blockwise else self.space

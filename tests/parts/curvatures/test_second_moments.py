@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from dattri_parts.curvatures import second_moment
 from dattri_parts.curvatures.fisher_information import Fisher
 from dattri_parts.curvatures.gauss_newton import GaussNewton
 from dattri_parts.curvatures.ggn import GGN
+from dattri_parts.curvatures.leading_ggn import LeadingGGN
 from dattri_parts.solvers.spectral import Spectral
 from oracles.networks import (
     NETWORKS,
@@ -19,9 +22,19 @@ from oracles.networks import (
     solved,
 )
 from oracles.toy_parts import FlatSketch
+from torch import nn
 
-from dattri_core import BlockSpec, MemoryBudgetError, Rows, Space, SpecError
-from dattri_core.laws.oracles import row_matrix
+from dattri_core import (
+    BlockSpec,
+    MemoryBudgetError,
+    Rows,
+    Space,
+    SpecError,
+    Task,
+    batch_size,
+    take,
+)
+from dattri_core.laws.oracles import gradients_of, output_hessian, place, row_matrix, singles
 
 CPU = torch.device("cpu")
 
@@ -74,6 +87,61 @@ def test_rows_of_the_ggn_are_the_ggn(name):
         gap(operator.apply(vectors(problem.space)).flat(), vectors(problem.space).flat() @ matrix)
         < 1e-12
     )
+
+
+def dense_leading(task, space, train, columns):
+    """Return 1/n sum_i J_i^T C_i^(r) J_i from Jacobians by backward passes, ``[d, d]``."""
+    total = torch.zeros(space.dim, space.dim, dtype=torch.float64)
+    for example in singles(train):
+        outputs = task.loss.forward(task.model, example)[0]
+        jacobian = place(
+            space,
+            gradients_of(task, [partial(entry, task, example, e) for e in range(len(outputs))]),
+        )
+        values, vectors = torch.linalg.eigh(output_hessian(task, outputs[None], example))
+        kept = vectors[:, -columns:] * values[-columns:].clamp_min(0).sqrt()
+        half = kept.T @ jacobian
+        total += half.T @ half
+    return total / batch_size(train)
+
+
+def entry(task, example, number):
+    return task.loss.forward(task.model, example)[0, number]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_leading_columns_are_the_best_of_their_rank_and_all_of_them_the_ggn(name, batch):
+    task, train = network(name)
+    problem = problem_of(task, train, batch=batch)
+    whole = dense_ggn(task, problem.space, train)
+    for columns in (1, 2):
+        operator = LeadingGGN(columns).fit(problem)
+        wanted = dense_leading(task, problem.space, train, columns)
+        assert gap(operator.dense(), wanted) < 1e-10
+        assert len(Rows.concatenate(list(operator.rows()))) == 8 * columns
+        given = vectors(problem.space)
+        assert gap(operator.apply(given).flat(), given.flat() @ wanted) < 1e-10
+        assert torch.linalg.eigvalsh(whole - wanted).min() > -1e-12  # never more than the GGN
+        some = torch.tensor([6, 1, 1])
+        chosen = dense_leading(task, problem.space, take(train, some), columns)
+        assert gap(operator.apply_on(given, some).flat(), given.flat() @ chosen) < 1e-10
+    assert gap(LeadingGGN(1).fit(problem).dense(), whole) > 0.01
+    for columns in (2, 5):  # three classes have two directions; of others there is nothing
+        assert gap(LeadingGGN(columns).fit(problem).dense(), whole) < 1e-10
+    blocks = LeadingGGN(1, block=True).fit(problem)
+    leading = dense_leading(task, problem.space, train, 1)
+    assert gap(blocks.dense(), diagonal_blocks(leading, problem.space)) < 1e-10
+
+
+def test_leading_columns_of_a_long_sequence_are_refused():
+    model = nn.Sequential(nn.Embedding(130, 4), nn.Linear(4, 130))
+    task = Task(model, loss="causal-lm")
+    tokens = torch.arange(8).expand(3, 8)
+    train = {"input": tokens, "labels": tokens}
+    problem = problem_of(task, train)
+    with pytest.raises(SpecError, match=r"1040 outputs.* up to 1024; use .*'fisher'"):
+        LeadingGGN().fit(problem).dense()
 
 
 def test_drawn_labels_come_to_the_ggn_as_their_number_grows():

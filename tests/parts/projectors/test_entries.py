@@ -10,11 +10,11 @@ import torch
 from dattri_parts.projectors import entries
 from dattri_parts.projectors.entries import random_integers, random_matrix
 from dattri_parts.projectors.philox import philox
+from oracles.devices import DEVICES
 
 from dattri_core import RandomStream
 
 KINDS = ("signs", "normal")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 KEY = 0x1234_5678_9ABC_DEF0
 
 

@@ -7,6 +7,7 @@ import torch
 from dattri_parts.projectors.kronecker import Kronecker
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.devices import DEVICES
 from oracles.toy_tasks import cross_entropies, dense_hessian, flat_gradients, positions, world
 
 import dattri_core as dattri
@@ -25,7 +26,6 @@ from dattri_core.laws import check
 from dattri_core.laws.spaces import SPACE, flat_rows, formed, toy_rows
 
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 VARIANTS = [
     {"rank": 2},
     {"rank": 2, "distribution": "normal"},

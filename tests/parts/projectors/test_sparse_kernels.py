@@ -14,11 +14,11 @@ from dattri_parts.projectors.mask import MaskKernel
 from dattri_parts.projectors.philox import philox
 from dattri_parts.projectors.sampling import sorted_sample
 from dattri_parts.projectors.sjlt import SparseKernel
+from oracles.devices import DEVICES
 
 from dattri_core import DenseBlock, OneHot, OuterBlock, RandomStream
 
 KEY = 0x1234_5678_9ABC_DEF0
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SIZE = 2**11
 
 

@@ -17,6 +17,7 @@ from dattri_parts.projectors.grass import Grass
 from dattri_parts.projectors.kronecker import Kronecker
 from dattri_parts.projectors.mask import Mask
 from dattri_parts.projectors.sjlt import SJLT
+from oracles.devices import DEVICES
 from oracles.sketches import matrix_of
 
 from dattri_core import (
@@ -36,7 +37,6 @@ from dattri_core.laws.spaces import SPACE, flat_rows, formed, toy_rows
 from dattri_core.spec import from_json, from_toml, to_json, to_toml
 
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SKETCHES = [
     SJLT(7),
     SJLT(6, nonzeros=3),

@@ -12,6 +12,7 @@ from dattri_parts.sources.functional import Functional
 from dattri_parts.sources.per_example import PerExample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles.devices import DEVICES
 from oracles.loops import loop_gradients, stream_rows, worst_difference
 from oracles.models import Pulled
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 import dattri_core as dattri
 
 TOLERANCE = 1e-10
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 matrix = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from dattri_parts.sources.per_example import PerExample
+from oracles.devices import DEVICES
 from oracles.loops import stream_rows
 from oracles.models import (
-    DEVICES,
     WIDTH,
     WORDS,
     Model,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from dattri_parts.sources.functional import Functional
 from dattri_parts.sources.per_example import PerExample
+from oracles.devices import DEVICES
 from oracles.loops import loop_gradients, stream_rows, worst_difference
 from oracles.models import (
-    DEVICES,
     LENGTH,
     TOLERANCE,
     WIDTH,
