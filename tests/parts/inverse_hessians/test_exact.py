@@ -13,6 +13,7 @@ from dattri_parts.curvatures.gauss_newton import GaussNewton
 from dattri_parts.curvatures.ggn import GGN
 from dattri_parts.curvatures.hessian import Hessian
 from dattri_parts.curvatures.kfac import KFAC
+from dattri_parts.curvatures.leading_ggn import LeadingGGN
 from dattri_parts.inverse_hessians.exact import Exact
 from dattri_parts.solvers.cholesky import Cholesky
 from dattri_parts.solvers.forecast import Forecast, Group
@@ -173,7 +174,7 @@ def test_no_substitute_is_tried_before_it_is_known_to_fit(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 7, 64])
 @pytest.mark.parametrize(
     "curvature",
-    [GGN(), Fisher(kind="empirical"), Fisher(draws=3), GaussNewton(block=True)],
+    [GGN(), Fisher(kind="empirical"), Fisher(draws=3), GaussNewton(block=True), LeadingGGN(2)],
 )
 def test_a_forecast_is_what_is_held(curvature, batch, n):
     problem = problem_of(*network("reader", n), batch=batch)
@@ -254,6 +255,14 @@ def test_a_dry_run_tells_the_substitute_that_the_run_takes():
         assert f"the {curvature} takes its place" in str(plan)
         scores = method.attribute(task, train, test, memory=memory)
         assert scores.provenance["solver"][0]["substituted"] == place
+    leading = dattri.method("if-explicit", damping=0.1, fallback="leading-ggn")
+    assert "the LeadingGGN takes its place" in str(
+        leading.attribute(task, train, test, memory="6MiB", dry_run=True)
+    )
+    got = leading.attribute(task, train, test, memory="6MiB").values
+    woodbury = dattri.method("if-woodbury", curvature="leading-ggn", damping=0.1)
+    want = woodbury.attribute(task, train, test).values
+    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), rtol=1e-3, atol=1e-4)
     for dry_run in (True, False):
         with pytest.raises(MemoryBudgetError, match="nor the empirical Fisher"):
             method.attribute(task, train, test, memory="2MiB", dry_run=dry_run)
