@@ -119,12 +119,19 @@ class Rows:
         return evolve(self, space=space, blocks={n: self.blocks[n] for n in space.names})
 
     def take(self, index: Tensor | slice) -> Rows:
-        """Return the chosen rows with their positions and auxiliary numbers."""
+        """Return the chosen rows with their positions and auxiliary numbers.
+
+        An index may be on any device: positions stay on the CPU while blocks are on another one.
+        """
+
+        def chosen(values: Tensor) -> Tensor:
+            return values[index.to(values.device) if isinstance(index, Tensor) else index]
+
         return Rows(
             self.space,
             {name: block.take(index) for name, block in self.blocks.items()},
-            self.index[index],
-            {key: value[index] for key, value in self.aux.items()},
+            chosen(self.index),
+            {key: chosen(value) for key, value in self.aux.items()},
         )
 
     def to(

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -90,6 +90,18 @@ class _Module(backend_registration._DummyBackendModule):
         """Answer no, so that no library chooses the device by itself."""
         return False
 
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        """Return the state of the CPU's generator, which its numbers are drawn from."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        """Set the state of the CPU's generator."""
+        torch.set_rng_state(state)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Return what autocast may cast to."""
+        return [torch.bfloat16, torch.float16]
+
 
 class _Pretended(Tensor):
     held: Tensor
@@ -125,6 +137,16 @@ class _Pretended(Tensor):
     def tolist(self) -> Any:
         """Return the numbers."""
         return self.detach().cpu().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return a tensor of its own, a parameter where this is one."""
+        if id(self) not in memo:
+            copied: Tensor = _Pretended(self.held.detach().clone())
+            if isinstance(self, nn.Parameter):
+                copied = nn.Parameter(copied)
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        found: Tensor = memo[id(self)]
+        return found
 
     def untyped_storage(self) -> Any:
         """Return the storage on the CPU, which tells views of one tensor."""
@@ -170,7 +192,11 @@ def _held(leaf: Any) -> Any:
 
 
 def _placed(leaf: Any) -> Any:
-    return _Pretended(leaf) if isinstance(leaf, Tensor) and type(leaf) is Tensor else leaf
+    if type(leaf) is not Tensor:
+        return leaf
+    if leaf.layout is not torch.strided:
+        raise NotImplementedError(f"{NAME}: it holds no tensors of layout {leaf.layout}")
+    return _Pretended(leaf)
 
 
 def _refuse_mixing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The pretended device: the numbers of the CPU, the rules of a GPU."""
 
+import copy
 import subprocess
 import sys
 
@@ -148,6 +149,18 @@ def test_a_part_that_stays_on_the_cpu_breaks_the_law():
     (failure,) = report.failures
     assert failure.law == "device-does-not-show"
     assert "expected all tensors to be on the same device" in failure.detail
+
+
+def test_what_torch_asks_of_every_device_is_there():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        drawn = torch.randn(2, device=NAME)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        assert torch.equal(torch.randn(2), drawn.cpu())
+    net = copy.deepcopy(Net().to(NAME))
+    assert {p.device.type for p in net.parameters()} == {NAME}
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in net.parameters())
 
 
 def test_a_real_accelerator_comes_first(monkeypatch):
