@@ -22,7 +22,7 @@ from dattri_core.measures import needs_inverse
 from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
-from dattri_core.plans import Plan, Work, make_plan
+from dattri_core.plans import Place, Plan, Work, make_plan
 from dattri_core.problem import collect
 from dattri_core.progress import bar
 from dattri_core.projected import weights_of
@@ -32,6 +32,7 @@ from dattri_core.rows import Rows
 from dattri_core.runner import Runner, contractions, require_streams, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
+from dattri_core.shelf import free_on_disk
 from dattri_core.snapshot import Fitted, fit_checkpoint, task_of
 from dattri_core.stages import Chain
 from dattri_core.store import Store
@@ -436,12 +437,18 @@ class FittedMethod:
             self.budget,
             fitted.outline.costs(variants=variants > 1, measured=needs_inverse(self.method.scorer)),
             work,
-            host=free_bytes(torch.device("cpu")) if self.task.device.type == "cuda" else 0,
+            away=self._away(out),
             notes=fitted.outline.notes,
         )
         if out is None:
             return plan
         return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
+
+    def _away(self, out: str | Path | None) -> dict[Place, int]:
+        """Return the bytes free where queries may wait: beside a GPU, or on the disk of ``out``."""
+        if self.task.device.type != "cpu":
+            return {"host": free_bytes(torch.device("cpu"))}
+        return {} if out is None else {"disk": free_on_disk(run_folder(Path(out)))}
 
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
         asked = task_of(fitted.chain.source, self.task)

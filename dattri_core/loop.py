@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from attrs import evolve, frozen
+from attrs import Factory, evolve, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, move
@@ -27,6 +27,7 @@ from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snap
 from dattri_core.queries import Branch, require_finite_queries
 from dattri_core.routes import shared_steps
 from dattri_core.rows import Rows
+from dattri_core.shelf import Shelf
 from dattri_core.snapshot import Fitted
 from dattri_core.stream import Examples
 from dattri_core.tiles import Tiles, shards
@@ -57,6 +58,7 @@ class Run:
         by: What the scores are told apart by, besides variants.
         blocks: Names of the blocks, where they are told apart by block.
         summed: Whether the one column is the sum over the test set.
+        shelf: Where queries wait that are kept on disk.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -69,6 +71,7 @@ class Run:
     by: By | None = None
     blocks: tuple[str, ...] = ()
     summed: bool = False
+    shelf: Shelf = Factory(Shelf)
 
     @property
     def shard(self) -> int:
@@ -136,6 +139,7 @@ def fold_tiles(
                 run.plan,
                 fitted.device,
                 checkpoint.name,
+                run.shelf,
                 summed=run.summed,
             )
             report(fitted, branches, group)

@@ -22,6 +22,7 @@ from dattri_core.projected import require_complete
 from dattri_core.protocols import BoundSource, LinearMap, Scorer, Side
 from dattri_core.queries import Branch, Queries, require_finite_queries, rows_in
 from dattri_core.rows import Rows
+from dattri_core.shelf import Shelf
 from dattri_core.stages import Chain, Step, is_inverse
 from dattri_core.stream import Examples
 
@@ -58,6 +59,7 @@ def make_branches(
     plan: Plan,
     device: torch.device,
     place: str,
+    shelf: Shelf,
     *,
     summed: bool = False,
 ) -> list[Branch]:
@@ -71,10 +73,11 @@ def make_branches(
         plan: Route and sizes.
         device: Where they meet train rows.
         place: Of the checkpoint, for messages.
+        shelf: Where queries wait that are kept on disk.
         summed: Whether the rows are added up as the source gives them.
     """
     making = [
-        Making(variants, group, plan.route, plan.slab, device, place, summed)
+        Making(variants, group, plan.route, plan.slab, device, place, summed, shelf)
         for group in variants.branches
     ]
     source = variants.base.source
@@ -144,6 +147,7 @@ class Making:
         device: Where they meet train rows.
         place: Of the checkpoint, for messages.
         summed: Whether a row is the sum of those of several examples.
+        shelf: Where queries wait that are kept on disk.
     """
 
     variants: Variants
@@ -153,6 +157,7 @@ class Making:
     device: torch.device
     place: str
     summed: bool
+    shelf: Shelf
     _late: int = field(init=False)  # the first step that wants all rows of the group at once
     _common: int = field(init=False)  # steps taken batch by batch, the same for all variants
     _chains: dict[int, Chain] = field(factory=dict, init=False)
@@ -216,6 +221,7 @@ class Making:
                 device=self.device,
                 slab=0 if resident else self.slab,
                 place=self.place,
+                release=self.shelf.release,
             )
             made.append(queries)
             stats += [(v, _stats(self._chains.get(v, chain))) for v in mine]
@@ -268,7 +274,10 @@ class Making:
         return chain.test_steps[self.route.cut :]
 
     def _stored(self, rows: Rows) -> Rows:
-        return rows.to("cpu") if self.route.offloaded else rows
+        if not self.route.offloaded:
+            return rows
+        rows = rows.to("cpu")
+        return self.shelf.put(rows) if self.route.offloaded == "disk" else rows
 
 
 def _stats(chain: Chain) -> list[Mapping[str, float]]:

@@ -6,7 +6,8 @@ for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias
 
 import attrs
 from attrs import field, frozen
@@ -34,10 +35,12 @@ keeps pages between tensors of other sizes, 0.4 of 4 GiB for a transformer of 10
 """
 SWEPT_TERMS = 3
 """Multiply-adds of a pair that all dampings of a sweep take together, for each number of a row."""
-TRANSFER = 1000
-"""Multiply-adds that a device does while one byte comes from the host."""
-HOST_SHARE = 2
-"""Queries off the device take one part in so many of what the host has free."""
+Place: TypeAlias = Literal["host", "disk"]
+TRANSFER: Mapping[Place, int] = {"host": 1000, "disk": 50}
+"""Multiply-adds that a device does while one byte comes from the host, a processor from a disk."""
+KEPT: Mapping[Place | None, str] = {None: "queries", "host": "on the host", "disk": "on disk"}
+AWAY_SHARE = 2
+"""Queries off the device take one part in so many of what is free where they wait."""
 
 
 @frozen
@@ -59,7 +62,7 @@ class Route:
         each: Multiply-adds to expand a query, at every train batch.
         train: Multiply-adds of the train side, for every train row.
         split: Whether the train side carries its half of the inverse.
-        offloaded: Whether queries wait in the memory of the host.
+        offloaded: Where queries wait, if not on the device: in the memory of the host, or on disk.
         swept: Whether the queries of all dampings of a sweep wait as one, without their dampings.
         pair: Multiply-adds of one query, at one damping, and one train row.
     """
@@ -75,7 +78,7 @@ class Route:
     each: int = 0
     train: int = 0
     split: bool = False
-    offloaded: bool = False
+    offloaded: Place | None = None
     swept: bool = False
     pair: int = 0
 
@@ -85,7 +88,7 @@ class Route:
             way += ", both sides in the basis of the inverse"
         if self.swept:
             way += ", dampings interpolated"
-        return way + (", kept on the host" if self.offloaded else "")
+        return way + (f", kept {KEPT[self.offloaded]}" if self.offloaded else "")
 
 
 @frozen
@@ -104,16 +107,20 @@ class Costs:
 
     @property
     def choices(self) -> tuple[Route, ...]:
-        """Return the routes, then the same with queries off the device."""
+        """Return the routes, then the same with queries on the host, then on disk.
+
+        Whole queries that steps work on all at once, or that are formed for good, are in memory.
+        """
         return self.routes + tuple(
             attrs.evolve(
                 route,
-                offloaded=True,
+                offloaded=place,
                 expanded=max(route.expanded, route.kept),
-                each=route.each + TRANSFER * route.kept,
+                each=route.each + transfer * route.kept,
             )
+            for place, transfer in TRANSFER.items()
             for route in self.routes
-            if not route.swept
+            if not route.swept and (place == "host" or not route.making)
         )
 
 
@@ -187,7 +194,12 @@ class Work:
 
 
 def make_plan(
-    budget: int, costs: Costs, work: Work, *, host: int = 0, notes: tuple[str, ...] = ()
+    budget: int,
+    costs: Costs,
+    work: Work,
+    *,
+    away: Mapping[Place, int] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
     """Choose the route of the queries with the fewest multiply-adds, and the sizes that fit it.
 
@@ -199,7 +211,7 @@ def make_plan(
         budget: Bytes.
         costs: Of one example.
         work: What is to be done.
-        host: Bytes that the host has free, where queries may wait there instead of on the device.
+        away: Bytes that are free where queries may wait instead of on the device.
         notes: Shown with the plan.
 
     Raises:
@@ -207,9 +219,8 @@ def make_plan(
     """
     best: tuple[int, Plan] | None = None
     for position, route in enumerate(costs.choices):
-        if route.offloaded and not host:
-            continue
-        for plan in _sized(budget, costs, work, route, host, position + 1):
+        free = (away or {}).get(route.offloaded, 0) if route.offloaded else None
+        for plan in _sized(budget, costs, work, route, free, position + 1):
             done = multiply_adds(plan, costs, work)
             if best is None or done < best[0]:
                 best = done, attrs.evolve(plan, notes=notes)
@@ -262,7 +273,7 @@ class _Needs:
 
 
 def _sized(
-    budget: int, costs: Costs, work: Work, route: Route, host: int, choice: int
+    budget: int, costs: Costs, work: Work, route: Route, away: int | None, choice: int
 ) -> Iterator[Plan]:
     """Yield the plans of one route that fit: one where queries are resident, else several."""
     needs = _Needs.of(route, costs, work)
@@ -278,8 +289,8 @@ def _sized(
     share = DEFERRED_SHARE if route.deferred else 0.5
     most = min(work.n_test, int(min(room * share, room - needs.example) // needs.query))
     most = max(1, most)
-    if route.offloaded:
-        most = min(most, host // HOST_SHARE // max(1, _held(route, work)))
+    if away is not None:
+        most = min(most, away // AWAY_SHARE // max(1, _held(route, work)))
         if not most:
             return
     groups = -(-work.n_test // most)
@@ -306,7 +317,7 @@ def _sized(
             route=route,
             choice=choice,
             bytes={
-                "queries": group * _held(route, work),
+                KEPT[route.offloaded]: group * _held(route, work),
                 "query work": group * route.making + needs.slabs * slab,
                 "columns": group * _column(work),
                 "train batch": train * needs.train,

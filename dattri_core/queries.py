@@ -8,7 +8,7 @@ holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from attrs import define, evolve, field, frozen
@@ -36,6 +36,7 @@ class Queries:
         device: Where they meet train rows.
         slab: Bytes for rows of one block while they pass a tail; 0: resident, nothing is left.
         place: Of the checkpoint, for messages.
+        release: Called after each block: rows in files stop counting as memory.
     """
 
     pieces: tuple[Rows, ...]
@@ -45,6 +46,7 @@ class Queries:
     device: torch.device
     slab: int
     place: str
+    release: Callable[[], None] = lambda: None
     _checked: set[str] = field(factory=set)
 
     def __len__(self) -> int:
@@ -72,6 +74,7 @@ class Queries:
                 here = slice(start + first, start + first + len(some))
                 for variant, block in self._finished(name, some):
                     yield variant, here, block
+                self.release()
             start += len(piece)
         self._checked.add(name)
 

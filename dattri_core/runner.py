@@ -27,13 +27,23 @@ from dattri_core.registry import default_registry
 from dattri_core.requests import Request
 from dattri_core.scores import Scores
 from dattri_core.scores_writer import ScoresWriter
+from dattri_core.shelf import Shelf
 from dattri_core.snapshot import Fitted
 from dattri_core.stages import Stage, needs_data
 from dattri_core.tiles import MemoryTiles, Tiles, open_tiles, shards
 from dattri_core.top import Extreme, ExtremeRows, Extremes
 
 T = TypeVar("T")
-LAYOUT = ("shard", "query_group", "groups", "train_batch", "test_batch", "budget", "choice")
+LAYOUT = (
+    "shard",
+    "query_group",
+    "groups",
+    "train_batch",
+    "test_batch",
+    "slab",
+    "budget",
+    "choice",
+)
 """What a resumed run keeps of the plan that it began with."""
 
 
@@ -101,7 +111,9 @@ class Runner:
         costs = first.outline.costs(measured=needs_inverse(self.run.scorer))
         route = costs.choices[sizes["choice"] - 1]
         self.run = run = attrs.evolve(
-            self.run, plan=attrs.evolve(self.run.plan, route=route, **resumed)
+            self.run,
+            plan=attrs.evolve(self.run.plan, route=route, **resumed),
+            shelf=Shelf(folder),
         )
         self._fold(tiles)
         n_test = run.plan.n_test

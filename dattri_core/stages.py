@@ -215,6 +215,11 @@ class TwoSided:
         """Return what the solver reported."""
         return self.root.stats
 
+    @property
+    def held(self) -> int:
+        """Return the bytes that the root keeps."""
+        return getattr(self.root, "held", 0)
+
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g = R R g for every row g."""
         return self.root.apply(self.root.apply(rows))

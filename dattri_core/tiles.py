@@ -179,7 +179,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if found["format"] != FORMAT or not isinstance(found["facts"], dict):
             raise KeyError("format")
         for name, size in found["layout"].items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or size < (0 if name == "slab" else 1):
                 raise ValueError(f"{name} is {size!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(

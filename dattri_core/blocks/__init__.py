@@ -27,6 +27,7 @@ from dattri_core.blocks.outer import OuterBlock, join_outer, low_rank
 from dattri_core.blocks.pick import pick_entries
 from dattri_core.blocks.span import SpanBlock, SumBlock
 from dattri_core.blocks.swept import SweptBlock
+from dattri_core.blocks.tensors import map_tensors
 from dattri_core.contract import Shape
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "inner_work",
     "joins",
     "low_rank",
+    "map_tensors",
     "pick_entries",
     "shape_of",
     "share",

@@ -32,7 +32,7 @@ class Job:
         world: Path of a saved world.
         method: A registered name, or the parts of a method.
         overrides: Fields that differ from the recipe's.
-        layers_only: Attribute linear layers and convolutions only.
+        parameters: Patterns of those to attribute; ``"layers"``: of linear layers and convolutions.
         memory: Budget.
         repeats: The shortest time of so many runs counts.
         split: Fit first, then attribute, each timed.
@@ -40,12 +40,13 @@ class Job:
         queries: Test examples, from the first; all when None.
         scores: Where to save the matrix.
         checkpoints: Folder of the checkpoints; the world's own weights when None.
+        out: Where scores are written as they are computed, and queries may wait.
     """
 
     world: str
     method: str | Mapping[str, Any]
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    layers_only: bool = False
+    parameters: str | list[str] = "*"
     memory: str | None = None
     repeats: int = 1
     split: bool = False
@@ -53,6 +54,7 @@ class Job:
     queries: int | None = None
     scores: str | None = None
     checkpoints: str | None = None
+    out: str | None = None
 
 
 def resident_mib(which: str) -> float:
@@ -76,10 +78,10 @@ def method_of(method: str | Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 
 def task_of(
-    world: worlds.World, layers_only: bool = False, checkpoints: str | None = None
+    world: worlds.World, parameters: str | list[str] = "*", checkpoints: str | None = None
 ) -> dattri.Task:
     """Return the task of a world."""
-    chosen = worlds.layers_of(world.model) if layers_only else "*"
+    chosen = worlds.layers_of(world.model) if parameters == "layers" else parameters
     return dattri.Task(world.model, world.loss, parameters=chosen, checkpoints=checkpoints)
 
 
@@ -107,7 +109,7 @@ def run(job: Job) -> dict[str, Any]:
     reset_peak()
     world = worlds.load(job.world)
     test = dattri.take(world.test, slice(0, job.queries))
-    task = task_of(world, job.layers_only, job.checkpoints)
+    task = task_of(world, job.parameters, job.checkpoints)
     split = job.split or job.dampings is not None
     found: dict[str, Any] = {}
     best = float("inf")
@@ -118,7 +120,7 @@ def run(job: Job) -> dict[str, Any]:
                 fitted = method.fit(task, world.train, memory=job.memory)
                 middle = time.perf_counter()
                 if job.dampings is None:
-                    scores = fitted.attribute(test)
+                    scores = fitted.attribute(test, out=job.out)
                 else:
                     swept = fitted.sweep(test, damping=job.dampings)
                     scores = next(iter(swept.values()))
@@ -130,11 +132,11 @@ def run(job: Job) -> dict[str, Any]:
             best = fit + score
             found = {"seconds": best, "fit": fit, "score": score}
     found["peak_mib"] = resident_mib("VmHWM") - baseline
-    values = scores.values
+    values = torch.as_tensor(np.asarray(scores.values))
     found["finite"] = bool(torch.isfinite(values).all())
     found["solver"] = scores.provenance["solver"]
     found["source"] = scores.provenance.get("source", [])
-    plan = method.attribute(task, world.train, test, memory=job.memory, dry_run=True)
+    plan = method.attribute(task, world.train, test, memory=job.memory, out=job.out, dry_run=True)
     notes = [note for note in plan.notes if not note.startswith("inner of ")]
     groups = f"{plan.groups} query group{'s' * (plan.groups > 1)} of {plan.query_group}"
     found["choice"] = "; ".join([f"{groups}, {plan.route}", *notes])

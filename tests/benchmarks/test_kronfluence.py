@@ -60,7 +60,7 @@ def test_kronfluence(
         "world": str(path),
         "method": "if-ekfac",
         "overrides": {"fisher": "empirical", "damping": {"relative": 0.1}},
-        "layers_only": True,
+        "parameters": "layers",
         "split": True,
         "scores": str(tmp_path / "own.npy"),
     }

@@ -117,9 +117,14 @@ def needed(plan, costs, work):
 
 
 @settings(max_examples=300, deadline=None)
-@given(costs_of["any"], works, st.integers(0, 8 * MIB), st.sampled_from([0, KIB, GIB]))
-def test_a_plan_keeps_to_its_budget_and_covers_all_examples(costs, work, extra, host):
-    plan = make_plan(least(costs, work) + extra, costs, work, host=host)
+@given(
+    costs_of["any"],
+    works,
+    st.integers(0, 8 * MIB),
+    st.dictionaries(st.sampled_from(["host", "disk"]), st.sampled_from([0, KIB, GIB])),
+)
+def test_a_plan_keeps_to_its_budget_and_covers_all_examples(costs, work, extra, away):
+    plan = make_plan(least(costs, work) + extra, costs, work, away=away)
     assert needed(plan, costs, work) <= plan.budget
     assert plan.route == costs.choices[plan.choice - 1]
     assert 1 <= plan.query_group <= work.n_test
@@ -131,7 +136,8 @@ def test_a_plan_keeps_to_its_budget_and_covers_all_examples(costs, work, extra, 
     assert bool(plan.slab) == bool(slabs(plan.route))
     assert plan.slab >= plan.route.expanded
     if plan.route.offloaded:
-        assert plan.query_group * held(attrs.evolve(plan.route, offloaded=False), work) <= host / 2
+        here = attrs.evolve(plan.route, offloaded=None)
+        assert plan.query_group * held(here, work) <= away[plan.route.offloaded] / 2
 
 
 @settings(max_examples=200, deadline=None)
@@ -223,11 +229,25 @@ def test_queries_wait_on_the_host_where_the_device_is_small_and_the_host_is_not(
     one = Costs(KIB, 10**9, (PLAIN,))
     work = Work(n_train=2000, n_test=1000)
     assert not make_plan(64 * MIB, one, work).route.offloaded
-    plan = make_plan(64 * MIB, one, work, host=GIB)
-    assert plan.route.offloaded
+    plan = make_plan(64 * MIB, one, work, away={"host": GIB})
+    assert plan.route.offloaded == "host"
     assert plan.groups == 1
     assert str(plan.route) == "resident, kept on the host"
-    assert not make_plan(GIB, one, work, host=GIB).route.offloaded
+    assert not make_plan(GIB, one, work, away={"host": GIB}).route.offloaded
+
+
+def test_queries_wait_on_disk_where_reading_them_costs_less_than_a_pass():
+    """A thousand of 100 KiB: four groups of 64 MiB, or one that every train batch reads."""
+    work = Work(n_train=2000, n_test=1000)
+    passes = Costs(KIB, 10**9, (PLAIN,))
+    plan = make_plan(64 * MIB, passes, work, away={"disk": GIB})
+    assert (plan.route.offloaded, plan.groups) == ("disk", 1)
+    assert str(plan.route) == "resident, kept on disk"
+    assert make_plan(64 * MIB, passes, work, away={"disk": 10 * KIB}).route.offloaded is None
+    cheap = Costs(KIB, 10**3, (PLAIN,))
+    assert make_plan(64 * MIB, cheap, work, away={"disk": GIB}).route.offloaded is None
+    whole = Costs(KIB, 10**9, (attrs.evolve(PLAIN, making=KIB),))
+    assert make_plan(64 * MIB, whole, work, away={"disk": GIB}).route.offloaded is None
 
 
 def test_whole_columns_wait_for_the_last_train_row_and_count():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import evolve, field, frozen, validators
 
@@ -246,16 +247,6 @@ class _Substituted:
         """Return whether the substitute is block diagonal."""
         return self.inverse.blockwise
 
-    @property
-    def forms(self) -> bool:
-        """Return whether every block of an answer is formed."""
-        return getattr(self.inverse, "forms", True)
-
-    @property
-    def base(self) -> int:
-        """Return of how many rows of the substitute an answer is a combination."""
-        return getattr(self.inverse, "base", 0)
-
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, H the substitute."""
         return self.inverse.apply(rows)
@@ -263,3 +254,16 @@ class _Substituted:
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping."""
         return _Substituted(self.inverse.with_damping(damping), self.place)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the inverse has: what it keeps, a basis, work that dampings share."""
+        if name.startswith("_") or name == "inverse":  # of a copy that is being made
+            raise AttributeError(name)
+        found = getattr(self.inverse, name)
+        if name != "apply_each":
+            return found
+
+        def apply_each(rows: Rows, inverses: Sequence[_Substituted]) -> Any:
+            return found(rows, [one.inverse for one in inverses])
+
+        return apply_each

@@ -119,6 +119,16 @@ class _LowRankInverse:
         return {**self.inner.stats, "captured": share}
 
     @property
+    def held(self) -> int:
+        """Return the bytes that the inner inverse keeps."""
+        return getattr(self.inner, "held", 0)
+
+    @property
+    def beside(self) -> int:
+        """Return how many formed rows are alive beside an answer of the inner inverse."""
+        return getattr(self.inner, "beside", 3)
+
+    @property
     def basis(self) -> LinearMap | None:
         """Return the eigenvectors of the inner inverse: a rotation changes no singular value."""
         return self.inner.basis if isinstance(self.inner, SplitInverse) else None

@@ -219,6 +219,11 @@ class _LowRankInverse:
     blockwise: ClassVar[bool] = False
 
     @property
+    def held(self) -> int:
+        """Return the bytes of V."""
+        return self.spectrum.pairs.vectors.nbytes
+
+    @property
     def train_map(self) -> LinearMap | None:
         """Return V^T where rows are reduced: the same map at any damping."""
         return self.coordinates if self.solver.reduced else None

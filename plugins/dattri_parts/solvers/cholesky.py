@@ -231,6 +231,11 @@ class _DenseInverse:
     stats: Mapping[str, float]
     blockwise: ClassVar[bool] = False
 
+    @property
+    def held(self) -> int:
+        """Return the bytes of the matrix and of what was made of it."""
+        return _held(self.matrix, self.factor)
+
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1 g for every row g, in the rows' dtype."""
         solve = None if self.factor is None else self.factor.solve
@@ -251,6 +256,11 @@ class _DenseRoot:
     stats: Mapping[str, float]
     blockwise: ClassVar[bool] = False
 
+    @property
+    def held(self) -> int:
+        """Return the bytes of the matrix and of what was made of it."""
+        return _held(self.matrix, self.factor)
+
     def apply(self, rows: Rows) -> Rows:
         """Return (H + damping I)^-1/2 g for every row g, in the rows' dtype."""
         root = None if self.factor is None else self.factor.root
@@ -259,6 +269,15 @@ class _DenseRoot:
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the root at another damping, from the same eigenvectors."""
         return _root(self.matrix, damping)
+
+
+def _held(matrix: _Matrix, factor: Triangular | Spectrum | None) -> int:
+    kept = [matrix.values, matrix.live]
+    if isinstance(factor, Triangular) and factor.lower is not matrix.values:
+        kept.append(factor.lower)
+    if matrix.spectrum is not None:
+        kept += [matrix.spectrum.basis, matrix.spectrum.values]
+    return sum(values.nbytes for values in kept)
 
 
 def _apply(

@@ -156,6 +156,12 @@ class _DataInfInverse:
         """Return of how many rows of H an answer may be a combination."""
         return 0 if self.lengths.held is None else self.lengths.count
 
+    @property
+    def held(self) -> int:
+        """Return the bytes of rows and of their lengths that are kept."""
+        rows = 0 if self.lengths.held is None else self.lengths.held.nbytes
+        return rows + sum(squares.nbytes for squares in self.lengths.squares.values())
+
     def apply(self, rows: Rows) -> Rows:
         """Return the mean of the inverses times every row g.
 

@@ -42,7 +42,7 @@ def krylov(
     """Return an orthonormal basis of span(q, H q, H^2 q, ...) from a fixed normal vector q.
 
     Lanczos with full reorthogonalisation, the symmetric case of Arnoldi's method: each product is
-    made orthogonal to all vectors before it, twice, and once more where the second time took much
+    made orthogonal to the last two vectors, then to all, and to all once more where that took much
     of it. Where the span is invariant before ``steps`` vectors (fewer distinct eigenvalues, or a
     null space), a new normal vector goes on with it, so that ``size`` steps span everything.
     Source: Golub and Van Loan 2013, section 10.3.
@@ -71,13 +71,15 @@ def krylov(
                 "Krylov space: a curvature product is not finite; look for a diverged checkpoint"
             )
         reach = max(reach, length)
-        inside = known @ product
-        product = product - inside @ known
+        near = slice(max(0, step - 1), step + 1)  # of a symmetric H, all of it but rounding
+        inside = known[near] @ product
+        product = product - inside @ known[near]
         once = float(product.norm())
         again = known @ product
-        product = product - again @ known
+        product -= again @ known
+        again[near] += inside
         # The column above the diagonal: below it stands its mirror.
-        matrix[: step + 1, step] = (inside + again).double().cpu()
+        matrix[: step + 1, step] = again.double().cpu()
         rest = float(product.norm())
         if step + 1 == steps:
             break
