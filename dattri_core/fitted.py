@@ -24,7 +24,7 @@ from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Place, Plan, Work, make_plan
 from dattri_core.problem import collect
-from dattri_core.progress import bar
+from dattri_core.progress import Passes, bar
 from dattri_core.projected import weights_of
 from dattri_core.protocols import Damping, Role, as_damping
 from dattri_core.requests import Request
@@ -318,7 +318,8 @@ class FittedMethod:
         if self._held is None or self._held.checkpoint is not checkpoint:
             self._held = None  # the one before goes first: two never live at once
             show = False if self.store is None else self.progress
-            with bar("store", len(self.train), show) as shown:
+            read = Passes.over(len(self.train), self.progress)
+            with bar("store", len(self.train), show) as shown, read.until("solve"):
                 self._held = fit_checkpoint(
                     self.method.source,
                     self.method.chain,
@@ -328,6 +329,7 @@ class FittedMethod:
                     self.train,
                     self.budget // FIT_SHARE,
                     test,
+                    read.advance,
                     keeping=self._keeping(checkpoint, shown.advance),
                     reference=self.reference,
                 )

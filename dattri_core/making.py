@@ -202,9 +202,10 @@ class Making:
         if self.route.swept:
             queries, stats = self._swept(join_rows(self._pieces.pop()))
             made.append(queries)
+        taken = self._together()
         for k, pieces in zip(self.group, self._pieces, strict=False):
             chain = self._chains.get(k) or self.variants.chain(k)
-            late = chain.test_steps[self._late : self.route.cut]
+            late = chain.test_steps[self._late + taken : self.route.cut]
             if resident or late:
                 pieces.append(join_rows(pieces))
             if late:
@@ -233,6 +234,27 @@ class Making:
         measured = self.group if needs_inverse(scorer) else ()
         behind = {k: self._chains.get(k) or self.variants.chain(k) for k in measured}
         return Branch(train_side, tuple(made), dict(stats), behind)
+
+    def _together(self) -> int:
+        """Take the inverses of all variants at once where they share work; return steps taken.
+
+        Those that want all rows of the group at once: others took them batch by batch.
+        """
+        alike = len(self._pieces) > 1 and self._common == self._late < self.route.cut
+        if not alike or not isinstance(self._step(self.group[0]), SharingInverse):
+            return 0
+        self._chains = {k: self.variants.chain(k) for k in self.group}
+        pieces = self._pieces[0]
+        for others in self._pieces[1:]:  # the same rows
+            others.clear()
+        whole = join_rows(pieces).to(self.device)
+        answers = invert_each([self._step(k) for k in self.group], whole, self.slab)
+        self._pieces = [[self._stored(rows)] for rows in answers]
+        return 1
+
+    def _step(self, variant: int) -> Step:
+        chain = self._chains.get(variant) or self.variants.chain(variant)
+        return chain.test_steps[self._late]
 
     def _swept(self, rows: Rows) -> tuple[Queries, list[tuple[int, Any]]]:
         """Return the queries of all dampings, in the basis of the inverse, and the reports."""

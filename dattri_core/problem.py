@@ -8,7 +8,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from dattri_core.batch import Batch, batch_size, move
+from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.errors import MemoryBudgetError, SpecError
 from dattri_core.evaluate import Evaluator
@@ -37,7 +37,7 @@ class TrainProblem:
         batch: Rows at a time.
         random: Keys of random numbers.
         memory: Bytes that a fit may use.
-        advance: Called with the number of examples after each batch.
+        advance: Called with the number of examples after each batch that was read.
         role: Of the rows of kind ``"loss"``.
         reference: The reference examples of the task, as a problem of their own.
     """
@@ -97,7 +97,7 @@ class TrainProblem:
 
     def batches(self) -> Iterator[Batch]:
         """Read the whole train set in order; no stage applies."""
-        for _, batch in self.examples.batches(self.batch):
+        for _, batch in self._batches(self.batch, None):
             yield move(batch, self.device)
 
     @property
@@ -200,12 +200,14 @@ class TrainProblem:
             yield from reader.parts(positions, move(batch, self.device), self.batch)
 
     def _batches(self, size: int, index: Tensor | None) -> Iterator[tuple[Tensor, Batch]]:
-        if index is None:
-            yield from self.examples.batches(size)
-            return
-        for piece in torch.split(index.cpu(), size):
-            if len(piece):
-                yield piece, self.examples.take(piece)
+        pieces: Iterator[tuple[Tensor, Batch]] = self.examples.batches(size)
+        if index is not None:
+            split = torch.split(index.cpu(), size)
+            pieces = ((piece, self.examples.take(piece)) for piece in split if len(piece))
+        for positions, batch in pieces:
+            yield positions, batch
+            if self.advance is not None:
+                self.advance(len(positions))
 
     def _map(self, rows: Rows) -> Rows:
         for step in self.maps:
@@ -295,8 +297,6 @@ class TrainProblem:
                     for name, value in part.items():
                         total[name] += value
                 first = False
-                if self.advance is not None:
-                    self.advance(batch_size(batch))
 
     def _batch_product(
         self,

@@ -1,9 +1,14 @@
 """Progress: a bar where a person looks, silence elsewhere, and no line left behind."""
 
 import io
+import itertools
+import re
 
 import pytest
+import torch
+from torch import nn
 
+import dattri_core as dattri
 from dattri_core import progress
 
 
@@ -80,3 +85,52 @@ def test_more_work_than_foretold_and_none_at_all_do_not_break_it(clock):
     clock(1)
     shown.advance(3)
     assert "3/0 2s, 0s left" in shown.stream.getvalue()
+
+
+# --- passes whose number nobody knows -------------------------------------------------------------
+N = 40
+
+
+def drawn(monkeypatch, method, **overrides):
+    """Return what a fit and an attribution draw, every batch of it: (label, passes)."""
+    seconds = itertools.count(100)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    stream = Terminal(True)
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    torch.manual_seed(0)
+    train, test = ((torch.randn(n, 3), torch.arange(n) % 2) for n in (N, 4))
+    dattri.method(method, **overrides).attribute(dattri.Task(nn.Linear(3, 2)), train, test)
+    said = stream.getvalue()
+    assert said.endswith("\r\x1b[K")
+    found = re.findall(rf"\r(\w+): ([\d.]+) passes over {N} train examples, \d+s ", said)
+    return [(label, float(passes)) for label, passes in found]
+
+
+def test_a_fit_counts_its_passes(monkeypatch):
+    """EK-FAC takes factors, then eigenvalues; and nothing is read while queries are solved for."""
+    said = drawn(monkeypatch, "if-ekfac")
+    assert [label for label, _ in said] == ["fit"] * len(said)
+    assert said[-1][1] == 2
+
+
+def test_a_solver_counts_those_of_its_products(monkeypatch):
+    """Three iterations and the residual they leave; the fit reads nothing."""
+    said = drawn(monkeypatch, "if-cg", curvature="ggn", maximum_iterations=3, tolerance=0.0)
+    assert [label for label, _ in said] == ["solve"] * len(said)
+    assert said[-1][1] in (3, 4)
+
+
+def test_recorded_products_count_too(monkeypatch):
+    said = drawn(monkeypatch, "if-arnoldi", curvature="ggn", rank=4, iterations=5)
+    assert [label for label, _ in said] == ["fit"] * len(said)
+    assert said[-1][1] == 6  # once to record them
+
+
+def test_they_are_silent_where_nobody_looks(monkeypatch, clock):
+    monkeypatch.setattr(progress.sys, "stderr", Terminal(False))
+    shown = progress.Passes.over(10, None)
+    with shown.until("solve"):
+        clock(1)
+        shown.advance(5)
+    assert progress.sys.stderr.getvalue() == ""
+    assert (shown.label, shown.done) == ("solve", 0)

@@ -92,3 +92,22 @@ def test_if_datainf_is_its_formula_at_any_memory(memory):
     close(scores.values, want)
     swept = dattri.method("if-datainf").fit(task, train, memory=memory).sweep(test, damping=[1e6])
     close(1e6 * swept[1e6].values, left @ right.T, 1e-3)
+
+
+def test_if_datainf_reads_the_train_set_once_for_all_blocks_and_dampings():
+    """Rows that do not stay: once to fit, once for the queries of all dampings, once to score."""
+    task, train = network("reader", 300)
+    _, test = network("reader", M, 5)
+    method = dattri.method("if-datainf")
+    fitted = method.fit(task, train, memory="1MiB", progress=False)
+    assert fitted.stats[0]["rows_held"] == 0
+    looks = 30  # at a few examples, to plan
+    assert fitted.train.reads <= 300 + looks
+    before = fitted.train.reads
+    plan = method.attribute(task, train, test, memory="1MiB", dry_run=True)
+    assert plan.groups == 1
+    swept = fitted.sweep(test, damping=DAMPINGS)
+    assert fitted.train.reads - before <= 600 + looks
+    for damping, scores in swept.items():
+        fresh = method.fit(task, train, progress=False).with_(damping=damping).attribute(test)
+        close(scores.values, fresh.values)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from dattri_core import (
     Block,
     Damping,
     DenseBlock,
+    IndexedRows,
     Inverse,
     NumericsError,
+    Outlook,
     Rows,
     RowsOperator,
     Space,
@@ -23,6 +25,7 @@ from dattri_core import (
     as_damping,
     explain_inner,
 )
+from dattri_parts.solvers.forecast import EXAMPLES
 from dattri_parts.solvers.held import (
     absolute_dampings,
     damping_stats,
@@ -63,6 +66,18 @@ class DataInf:
 
     def check(self, space: Space) -> None:
         """Accept any space."""
+
+    def foresee(self, operator: RowsOperator, told: Outlook) -> Outlook:
+        """Return what is known before the fit: from a few examples, whether rows will be held."""
+        if not isinstance(operator, IndexedRows):
+            return told
+        few = [kept(r) for r in operator.rows_of(torch.arange(min(EXAMPLES, operator.n_train)))]
+        scale = operator.n_train / EXAMPLES if operator.n_train > EXAMPLES else 1.0
+        size = round(scale * sum(rows.nbytes for rows in few))
+        count = round(scale * sum(map(len, few)))
+        if size <= operator.memory // HELD_SHARE:
+            return evolve(told, forms=False, base=count, held=size + 8 * count)
+        return evolve(told, blockwise=False)
 
     def solve_for(self, operator: RowsOperator, device: torch.device) -> Inverse:
         """Read the lengths of all rows, and hold the rows if they are small.
@@ -143,8 +158,11 @@ class _DataInfInverse:
 
     @property
     def blockwise(self) -> bool:
-        """Return whether H is block diagonal."""
-        return self.lengths.operator.blockwise
+        """Return whether a block of an answer needs that of the row alone, and no pass of its own.
+
+        Rows that are read again are read once for all blocks.
+        """
+        return self.lengths.operator.blockwise and self.lengths.held is not None
 
     @property
     def forms(self) -> bool:
@@ -169,44 +187,54 @@ class _DataInfInverse:
         and that is the cheaper one to multiply with as many rows as H has. Where H is block
         diagonal the rows may hold a part of the blocks.
         """
-        space = self.lengths.operator.space
-        wanted = space.select(rows.space.names) if self.blockwise else space
+        return self.apply_each(rows, [self])[0]
+
+    def apply_each(self, rows: Rows, inverses: Sequence[Inverse]) -> list[Rows]:
+        """Return what the inverse at several dampings makes of the rows: one pass for all."""
+        lengths, space = self.lengths, self.lengths.operator.space
+        mine = [one for one in inverses if isinstance(one, _DataInfInverse)]
+        wanted = space.select(rows.space.names) if lengths.operator.blockwise else space
         wanted.require_same(rows.space, "inverse Hessian")
-        found: dict[str, Block] = {}
-        held = self.lengths.held
-        for where, part in self.lengths.parts():
-            for group, names in self.lengths.groups.items():
+        found: list[dict[str, Block]] = [{} for _ in mine]
+        for where, part in lengths.parts():
+            for group, names in lengths.groups.items():
                 inside = [name for name in names if name in wanted]
                 if not inside:
                     continue
-                shares = self._shares(group, inside, where, part, rows)
-                for name in inside:
-                    span = SpanBlock(shares, part.blocks[name])
-                    found[name] = _joined(found.get(name), span, kept=held is not None)
-        blocks: dict[str, Block] = {}
-        for group, names in self.lengths.groups.items():
-            scale = torch.full((len(rows),), 1 / self.dampings[group], dtype=torch.float64)
-            for name in (name for name in names if name in wanted):
-                own = rows.blocks[name].scale(scale)
-                blocks[name] = _sum_of(own, found.get(name))
-        return Rows(rows.space, blocks, rows.index, rows.aux)
+                met = _met(inside, part, rows)
+                for one, blocks in zip(mine, found, strict=True):
+                    shares = one._shares(group, where, met)
+                    for name in inside:
+                        span = SpanBlock(shares, part.blocks[name])
+                        blocks[name] = _joined(blocks.get(name), span, kept=not one.forms)
+        for one, blocks in zip(mine, found, strict=True):
+            for group, names in lengths.groups.items():
+                scale = torch.full((len(rows),), 1 / one.dampings[group], dtype=torch.float64)
+                for name in (name for name in names if name in wanted):
+                    blocks[name] = _sum_of(rows.blocks[name].scale(scale), blocks.get(name))
+        return [Rows(rows.space, blocks, rows.index, rows.aux) for blocks in found]
 
     def with_damping(self, damping: Damping) -> Inverse:
         """Return the inverse at another damping, from the same lengths of rows."""
         return _inverse(self.lengths, damping)
 
-    def _shares(self, group: str, names: list[str], where: slice, part: Rows, rows: Rows) -> Tensor:
+    def _shares(self, group: str, where: slice, met: Tensor) -> Tensor:
         """Return -w <r_i, g> / (damping (damping + N w |r_i|^2)) for every row g, ``[C, B]``."""
-        met: Tensor | None = None
-        for name in names:
-            block = part.blocks[name]
-            inner = block.inner(rows.blocks[name].to(block.device, block.dtype)).double()
-            met = inner if met is None else met.add_(inner)
-        assert met is not None
-        weight, damping = self.lengths.operator.weight, self.dampings[group]
-        lengths = self.lengths.count * weight * self.lengths.squares[group][where]
-        met /= (-damping / weight * (damping + lengths)).unsqueeze(1)
-        return met.T.to(self.lengths.operator.dtype)
+        operator, damping = self.lengths.operator, self.dampings[group]
+        lengths = self.lengths.count * operator.weight * self.lengths.squares[group][where]
+        divisor = (-damping / operator.weight * (damping + lengths)).unsqueeze(1)
+        return (met / divisor).T.to(operator.dtype)
+
+
+def _met(names: Sequence[str], part: Rows, rows: Rows) -> Tensor:
+    """Return the inner products <r_i, g> over some blocks, ``[B, C]`` in float64."""
+    met: Tensor | None = None
+    for name in names:
+        block = part.blocks[name]
+        inner = block.inner(rows.blocks[name].to(block.device, block.dtype)).double()
+        met = inner if met is None else met.add_(inner)
+    assert met is not None
+    return met
 
 
 def _joined(before: Block | None, span: SpanBlock, *, kept: bool) -> Block:

@@ -10,7 +10,15 @@ from dattri_parts.curvatures.ggn import GGN
 from dattri_parts.solvers.datainf import DataInf
 from oracles.networks import NETWORKS, network, problem_of
 
-from dattri_core import Damping, MemoryBudgetError, NumericsError, Rows, SpanBlock, SumBlock
+from dattri_core import (
+    Damping,
+    MemoryBudgetError,
+    NumericsError,
+    Outlook,
+    Rows,
+    SpanBlock,
+    SumBlock,
+)
 from dattri_core.laws.oracles import row_matrix
 
 CPU = torch.device("cpu")
@@ -51,13 +59,44 @@ def test_equals_its_formula_block_by_block(name, memory):
     flat = rows.flat()
     want = by_block(problem.space, lambda at: mean_of_inverses(gradients[:, at], 0.03, flat[:, at]))
     answer = inverse.apply(rows)
-    assert inverse.blockwise
+    assert inverse.blockwise == bool(inverse.stats["rows_held"])
     assert gap(answer.flat(), want) < 1e-9
     assert gap(rows.inner(answer), flat @ want.T) < 1e-9
     assert torch.equal(answer.index, rows.index)
     again = inverse.with_damping(Damping(2.0)).apply(rows).flat()
     want = by_block(problem.space, lambda at: mean_of_inverses(gradients[:, at], 2.0, flat[:, at]))
     assert gap(again, want) < 1e-9
+
+
+@pytest.mark.parametrize("memory", [2**28, 2**10])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dampings_share_one_pass(name, memory):
+    """Every block of every damping from one reading of the train set, or none where rows stay."""
+    problem, _, rows = setting(name, memory=memory)
+    first = DataInf(0.03).solve_for(GaussNewton(block=True).fit(problem), CPU)
+    inverses = [first, *(first.with_damping(Damping(value)) for value in (0.2, 5.0))]
+    before = problem.examples.reads
+    answers = first.apply_each(rows, inverses)
+    looked = 0 if first.stats["rows_held"] else problem.n_train + 1  # at one for its size
+    assert problem.examples.reads - before == looked
+    for inverse, answer in zip(inverses, answers, strict=True):
+        alone = inverse.apply(rows)
+        assert gap(answer.flat(), alone.flat()) < 1e-12
+        assert torch.equal(answer.index, rows.index)
+
+
+@pytest.mark.parametrize("memory", [2**28, 2**10])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("curvature", [GaussNewton(block=True), GaussNewton(), GGN()])
+def test_it_is_known_before_the_fit_whether_rows_stay(curvature, name, memory):
+    problem, _, _ = setting(name, memory=memory)
+    operator = curvature.fit(problem)
+    block = getattr(curvature, "block", False)
+    told = DataInf().foresee(operator, Outlook(blockwise=block))
+    fitted = DataInf().solve_for(curvature.fit(problem), CPU)
+    assert told.blockwise == fitted.blockwise
+    assert (told.forms, told.base) == (fitted.forms, fitted.base)
+    assert told.held == (0 if fitted.forms else pytest.approx(fitted.held, rel=0.1))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
