@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks import pick_entries as pick_entries
     from dattri_core.blocks import share as share
     from dattri_core.capabilities import AdditiveMap as AdditiveMap
+    from dattri_core.capabilities import BilinearScorer as BilinearScorer
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import DataSource as DataSource
@@ -143,6 +144,7 @@ if TYPE_CHECKING:
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
     "AdditiveMap": "capabilities",
+    "BilinearScorer": "capabilities",
     "Attributor": "protocols",
     "Block": "blocks",
     "BlockSpec": "space",

@@ -326,6 +326,16 @@ class WeighingScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class BilinearScorer(Scorer, Protocol):
+    """A scorer whose parts are inner products, so that either side may take a symmetric step."""
+
+    @property
+    def bilinear(self) -> bool:
+        """Return whether ``pair`` of two blocks is all inner products of their rows."""
+        ...
+
+
+@runtime_checkable
 class ModelProblem(Problem, Protocol):
     """A problem that shows its model and its data, for adapters to libraries of curvature.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.blocks.finite import all_finite
+from dattri_core.capabilities import BilinearScorer
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError
 from dattri_core.measures import Known, Measures
@@ -116,7 +117,14 @@ class Pairing:
         for name, block in ahead.blocks.items():
             total = name if self.by_block else WHOLE
             for queries in self.queries:
-                here, width = queries.prepared(name, block), len(queries)
+                width = len(queries)
+                carried = queries.carried(name, block) if self._bilinear else None
+                if carried is not None:
+                    key = queries.variants[0], total
+                    for columns, test in queries.waiting(name):
+                        self._add(key, columns, self.scorer.pair(carried, test), width)
+                    continue
+                here = queries.prepared(name, block)
                 if not queries.slab:  # the variants at one go: the train rows are turned once
                     part = self.scorer.pair(here, queries.resident(name, here))
                     for variant, columns in queries.apart():
@@ -124,6 +132,10 @@ class Pairing:
                     continue
                 for variant, columns, test in queries.meet(name, here):
                     self._add((variant, total), columns, self.scorer.pair(here, test), width)
+
+    @property
+    def _bilinear(self) -> bool:
+        return isinstance(self.scorer, BilinearScorer) and self.scorer.bilinear
 
     def paired(self, index: Tensor, aux: Mapping[str, Tensor]) -> dict[int, Paired]:
         """Return what has been added up, by variant."""

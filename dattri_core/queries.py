@@ -15,12 +15,13 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from dattri_core.blocks import Block, explain_inner, shape_of
+from dattri_core.capabilities import SpectralInverse
 from dattri_core.contract import plan_inner
 from dattri_core.errors import NumericsError
 from dattri_core.protocols import Side
 from dattri_core.routes import EXPANSION
 from dattri_core.rows import Rows
-from dattri_core.stages import Chain, Step, pass_steps
+from dattri_core.stages import Chain, InBasis, Step, pass_steps
 
 
 @define(eq=False)
@@ -76,6 +77,41 @@ class Queries:
                     yield variant, here, block
                 self.release()
             start += len(piece)
+        self._checked.add(name)
+
+    def carried(self, name: str, train: Block) -> Block | None:
+        """Return train rows, formed, with the step that is left for deferred queries, or None.
+
+        In the basis of a spectral inverse that step is a division D, and <g, D k> = <D g, k>: a
+        train batch takes it once, where each query would be formed to take it. None where another
+        step is left, several dampings are, or there are more train rows than queries or a slab.
+        """
+        if not self.slab or len(self.tails) != 1 or len(self.tails[0]) != 1:
+            return None
+        (step,) = self.tails[0]
+        inverse = step.inverse if isinstance(step, InBasis) else None
+        if not isinstance(inverse, SpectralInverse) or inverse.spectrum is None:
+            return None
+        size = len(train) * math.prod(train.shape) * max(4, train.dtype.itemsize)
+        if size > self.slab or len(train) > len(self):
+            return None
+        space = self.pieces[0].space.select([name])
+        rows = Rows(space, {name: train}, torch.arange(len(train)))
+        return pass_steps((step,), rows).blocks[name]
+
+    def waiting(self, name: str) -> Iterator[tuple[slice, Block]]:
+        """Yield (range of queries, their block as it waits) until all have come."""
+        start = 0
+        for piece in self.pieces:
+            part = piece.select([name])
+            step = len(part) if self.device.type == "cpu" else rows_in(self.slab, part)
+            for first in range(0, len(part), max(1, step)):
+                some = part.take(slice(first, first + step)).to(self.device)
+                if name not in self._checked:
+                    require_finite_queries(some.blocks, some.index, self.place)
+                yield slice(start + first, start + first + len(some)), some.blocks[name]
+                self.release()
+            start += len(part)
         self._checked.add(name)
 
     def prepared(self, name: str, train: Block) -> Block:

@@ -50,6 +50,9 @@ from dattri_core.contract import (
 )
 from dattri_core.errors import SpecError
 
+TILE_ROWS = 512
+"""Rows of a tile at most: more would leave too few numbers of each for a product to run well."""
+
 
 @frozen(eq=False)
 class OuterBlock:
@@ -293,6 +296,9 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     columns = []
     for start in range(0, len(right), width):
         formed = accumulate(right.take(slice(start, start + width)).flat())  # [c, d]
+        if not is_one_hot(left.inputs):
+            columns.append(_in_tiles(left, formed, limit))
+            continue
         rows = [
             accumulate(left.take(slice(first, first + step)).flat()) @ formed.T
             for first in range(0, len(left), step)
@@ -301,6 +307,30 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     if not columns:
         return accumulate(left.outputs).new_zeros(len(left), 0)
     return torch.cat(columns, dim=1) if len(columns) != 1 else columns[0]
+
+
+def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
+    """Return all inner products with formed rows ``[C, d]``; some outputs of the left at a time.
+
+    Tiles of many rows and few outputs: on a processor they stay in its cache, and the formed side
+    is read once for all rows of a tile.
+    """
+    (height, width), item = left.shape, item_of(left)
+    size = min(limit, WARM) if left.device.type == "cpu" else limit
+    room = max(1, size // (max(1, width) * item))  # rows of outputs in a tile
+    rows = max(1, min(len(left), TILE_ROWS, room))
+    span = max(1, min(height, room // rows))
+    total = formed.new_zeros(len(left), len(formed))
+    for first in range(0, len(left), rows):
+        part = left.take(slice(first, first + rows))
+        outputs, inputs = accumulate(part.outputs).mT, part.own_inputs
+        assert isinstance(inputs, Tensor)
+        vectors, into = accumulate(inputs), total[first : first + rows]
+        for start in range(0, height, span):
+            tile = outputs[:, start : start + span] @ vectors  # [b, o, I]
+            there = formed[:, start * width : (start + span) * width]
+            torch.addmm(into, tile.flatten(1), there.T, out=into)
+    return total
 
 
 def _left_formed(left: OuterBlock, right: DenseBlock, limit: int) -> Tensor:

@@ -10,7 +10,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.blocks import DenseBlock
-from dattri_core.capabilities import WeighingScorer
+from dattri_core.capabilities import BilinearScorer, WeighingScorer
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.spaces import formed, toy_rows
@@ -143,6 +143,22 @@ def pair_adds_up_over_blocks(bench: ScorerBench) -> None:
         for cut in (slice(0, 2), slice(2, 6))
     ]
     require_close(torch.stack(pieces).sum(0), whole, "pair summed over pieces")
+
+
+def _bilinear(bench: ScorerBench) -> str | None:
+    part = bench.part
+    bilinear = isinstance(part, BilinearScorer) and part.bilinear
+    return None if bilinear else "it does not say that its parts are inner products"
+
+
+@law("scorer", _bilinear)
+def parts_are_inner_products(bench: ScorerBench) -> None:
+    """Where it says so, pair of two blocks = all inner products of their rows."""
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    for name in train.space.names:
+        left, right = train.blocks[name], test.blocks[name]
+        want = left.flat() @ right.flat().T
+        require_close(bench.part.pair(left, right), want, f"pair of the block {name!r}")
 
 
 @law("scorer")

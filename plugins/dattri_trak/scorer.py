@@ -20,6 +20,7 @@ class Trak:
 
     needs: ClassVar[frozenset[str]] = frozenset({"residual"})
     locality: ClassVar[Literal["tile", "column"]] = "tile"
+    bilinear: ClassVar[bool] = True
     weighs: ClassVar[bool] = True
 
     def pair(self, train: Block, test: Block) -> Tensor:

@@ -176,6 +176,7 @@ BROKEN = {
         "needs-are-all-it-reads": ToyScorer("reads"),
         "what-is-measured-is-read": ToyScorer("idle", "self-influence"),
         "pair-adds-up-over-blocks": ToyScorer("bend"),
+        "parts-are-inner-products": ToyScorer("thrice"),
         "scores-are-of-the-rows": ToyScorer("formed"),
         "scores-follow-the-rows": ToyScorer("place"),
         "tiles-are-their-own": ToyScorer("tile"),

@@ -167,8 +167,14 @@ class ToyScorer:
     def locality(self):
         return "row" if self.fault == "locality" else "tile"
 
+    @property
+    def bilinear(self):
+        return self.fault in ("", "thrice")
+
     def pair(self, train, test):
         part = train.inner(test)
+        if self.fault == "thrice":
+            part = 3 * part
         if self.fault == "bend":
             part = part * part.abs()
         if self.fault == "formed" and train.positions is None and len(train.shape) == 2:

@@ -20,6 +20,7 @@ class Cosine:
 
     needs: ClassVar[frozenset[str]] = frozenset({"norm"})
     locality: ClassVar[Literal["tile", "column"]] = "tile"
+    bilinear: ClassVar[bool] = True
 
     def pair(self, train: Block, test: Block) -> Tensor:
         """Return the inner products ``[B, C]`` of one block."""

@@ -21,6 +21,7 @@ class Dot:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     locality: ClassVar[Literal["tile", "column"]] = "tile"
+    bilinear: ClassVar[bool] = True
 
     def pair(self, train: Block, test: Block) -> Tensor:
         """Return the inner products ``[B, C]`` of one block."""

@@ -32,6 +32,7 @@ class RelatIF:
 
     form: Literal["l", "theta"] = field(default="l", validator=validators.in_(("l", "theta")))
     locality: ClassVar[Literal["tile", "column"]] = "tile"
+    bilinear: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:

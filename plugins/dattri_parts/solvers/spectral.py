@@ -17,6 +17,7 @@ from dattri_core import (
     Inverse,
     LinearMap,
     NumericsError,
+    OuterBlock,
     Rows,
     Space,
     SpectralOperator,
@@ -178,7 +179,11 @@ class _SpectralInverse:
 
     def _weighted(self, name: str, block: Block) -> DenseBlock:
         values = block.dense().values
-        return DenseBlock(values * self.weights[name].to(values.device, values.dtype))
+        weights = self.weights[name].to(values.device, values.dtype)
+        # What was formed here is nobody else's: a second copy would cost as much as its numbers.
+        return DenseBlock(
+            values.mul_(weights) if isinstance(block, OuterBlock) else values * weights
+        )
 
 
 def _inverse(operator: SpectralOperator, damping: Damping, *, root: bool) -> _SpectralInverse:
