@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from oracles.routes import SMALL, costs_seen, taking
+from oracles.routes import MANY, SMALL, costs_seen, taking
 from oracles.toy_parts import FlatSketch, Gram, inverse
 from oracles.toy_tasks import mlp, normal
 
@@ -64,7 +64,7 @@ def test_no_route_shows(name, world):
     want = scores(name, world)
     count = len(costs_seen(lambda: scores(name, world)).choices)
     for choice in range(1, count + 1):
-        for slab, sizes in ((2**20, {}), (1, SMALL)):
+        for slab, sizes in ((2**20, {}), (1, SMALL), (2**20, MANY)):
             with taking(choice, slab, **sizes) as taken:
                 got = scores(name, world)
             assert taken

@@ -13,6 +13,8 @@ from dattri_core.plans import Costs, Route
 
 SMALL = {"query_group": 2, "groups": 3, "train_batch": 4, "test_batch": 1, "shard": 4}
 """Of 5 test and 9 train examples."""
+MANY = {"query_group": 5, "groups": 1, "train_batch": 2, "test_batch": 2, "shard": 4}
+"""More queries at once than train rows."""
 
 
 @contextmanager
