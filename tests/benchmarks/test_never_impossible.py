@@ -24,8 +24,9 @@ THEME = Theme(
     "50. Transformer: 6 layers of width 384 on 200 x 20 sequences of 64 characters of "
     "Shakespeare, 10,722,048 parameters. Each method at its own defaults but for the settings "
     "named; each in a process of its own, with the memory budget that is given, as a user gives "
-    "it, and measured against it: the peak is above what imports take. `choice`: what the method "
-    "or the planner says of the way it takes.",
+    "it, and measured against it: the peak is above what imports take. Where `settings` name "
+    "parameters, those blocks are attributed and no others. `choice`: what the method or the "
+    "planner says of the way it takes.",
 )
 LIMIT = float(os.environ.get("DATTRI_BENCH_LIMIT", "3600"))
 NETWORKS: dict[str, tuple[tuple[Any, ...], str]] = {
