@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 
 from dattri_core.blocks import Block, DenseBlock, OuterBlock, SpanBlock, SumBlock, shape_of
 from dattri_core.capabilities import Outlook
-from dattri_core.contract import plan_inner, with_rows
+from dattri_core.contract import Shape, plan_inner, with_rows
 from dattri_core.plans import Route
 from dattri_core.protocols import LinearMap
 from dattri_core.rows import Rows
@@ -278,18 +278,22 @@ def _of_rank(row: Rows, rank: int) -> Rows:
 # --- multiply-adds and bytes ----------------------------------------------------------------------
 def _turning(row: Rows) -> int:
     """Return the multiply-adds of one linear map on the inputs and one on the outputs."""
-    shapes = [shape_of(block) for block in row.blocks.values()]
-    factored = sum(s.positions * (s.outputs**2 + s.inputs**2) for s in shapes if s.positions)
-    formed = [s for s in shapes if s.positions is None]
-    return factored + sum(s.outputs * s.inputs * (s.outputs + s.inputs) for s in formed)
+    total = 0
+    for s in (shape_of(block) for block in row.blocks.values()):
+        formed = s.outputs * s.inputs * (s.outputs + s.inputs)
+        if s.positions is not None:  # as factors, or formed before where that is less
+            formed = min(s.positions * (s.outputs**2 + s.inputs**2), formed + _forming_of(s))
+        total += formed
+    return total
 
 
 def _forming(row: Rows) -> int:
-    return sum(
-        s.positions * s.outputs * (1 if s.one_hot else s.inputs)
-        for s in map(shape_of, row.blocks.values())
-        if s.positions is not None
-    )
+    return sum(map(_forming_of, map(shape_of, row.blocks.values())))
+
+
+def _forming_of(shape: Shape) -> int:
+    each = shape.outputs * (1 if shape.one_hot else shape.inputs)
+    return each * shape.positions if shape.positions is not None else 0
 
 
 def _order(block: Block) -> str:

@@ -319,7 +319,7 @@ def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
     size = min(limit, WARM) if left.device.type == "cpu" else limit
     room = max(1, size // (max(1, width) * item))  # rows of outputs in a tile
     rows = max(1, min(len(left), TILE_ROWS, room))
-    span = max(1, min(height, room // rows))
+    span = max(1, -(-height // max(1, -(-height // max(1, room // rows)))))  # even tiles
     total = formed.new_zeros(len(left), len(formed))
     for first in range(0, len(left), rows):
         part = left.take(slice(first, first + rows))

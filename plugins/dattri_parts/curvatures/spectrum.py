@@ -9,7 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core import Block, BlockSpec, DenseBlock, Rows, Space
+from dattri_core import Block, BlockSpec, DenseBlock, OuterBlock, Rows, Space
 
 
 @frozen(eq=False)
@@ -58,7 +58,23 @@ class Kronecker:
         """Return Q_O^T G Q_I for every row G."""
         if self.grouped:
             return self._of_groups(block, transposed=False)
+        if self._smaller_formed(block):
+            block = block.dense()
         return block.map(self.on_inputs, self.on_outputs)
+
+    def _smaller_formed(self, block: Block) -> bool:
+        """Return whether turning rows that are formed is less work: of many positions, few weights.
+
+        Then they are fewer numbers as well, since T (O^2 + I^2) > O I (O + I) makes
+        T (O + I) > O I.
+        """
+        if not isinstance(block, OuterBlock) or block.planned.one_hot:
+            return False
+        (outputs, inputs), positions = block.shape, block.positions or 0
+        each = (0 if self.outputs is None else outputs), (0 if self.inputs is None else inputs)
+        factors = positions * (outputs * each[0] + inputs * each[1] + outputs * inputs)
+        formed = outputs * inputs * (positions + sum(each))
+        return positions > 1 and formed < factors
 
     def back(self, block: Block) -> Block:
         """Return Q_O K Q_I^T for every row K."""

@@ -9,6 +9,7 @@ from dattri_parts.curvatures.diagonal import Diagonal
 from dattri_parts.curvatures.ekfac import EKFAC
 from dattri_parts.curvatures.factors import Factors, decompose
 from dattri_parts.curvatures.kfac import KFAC
+from dattri_parts.curvatures.spectrum import Kronecker
 from dattri_parts.solvers.spectral import Spectral
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,9 @@ from oracles.kronecker import (
 )
 from oracles.kronecker_nets import LAYERS, NETS, N, conv, labels, mlp, numbers, seeded
 from oracles.toy_parts import FlatSketch
+from oracles.toy_tasks import normal
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dattri_core as dattri
 from dattri_core import (
@@ -35,6 +38,7 @@ from dattri_core import (
     MemoryBudgetError,
     Method,
     NumericsError,
+    OuterBlock,
     Rows,
     SpecError,
     Task,
@@ -281,14 +285,38 @@ def test_the_basis_keeps_factors_and_its_adjoint_is_its_inverse():
     basis = EKFAC().fit(problem).basis
     rows = next(iter(problem.rows()))
     turned = basis.map(rows)
-    for name in ("embedding.weight", "mix", "head.weight"):
-        assert turned.blocks[name].positions == rows.blocks[name].positions
+    assert turned.blocks["embedding.weight"].positions == rows.blocks["embedding.weight"].positions
     assert turned.blocks["embedding.weight"].inputs is rows.blocks["embedding.weight"].inputs
     near(basis.adjoint(turned).flat(), rows.flat(), 1e-12)
     near(turned.inner(turned), rows.inner(rows), 1e-12)
     assert turned.space != rows.space
     with pytest.raises(SpecError, match="eigenbasis: the spaces differ"):
         basis.map(turned)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 8, 12, 40, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 12), (12, 8), (3, 30)])
+def test_rows_of_many_positions_are_formed_before_they_are_turned(positions, outputs, inputs):
+    """Turned and formed in the fewest multiply-adds of the two orders, and then in fewer bytes."""
+    left, right = normal(5, positions, outputs, seed=1), normal(5, positions, inputs, seed=2)
+    block = OuterBlock(left, right)
+    q_out, q_in = (torch.linalg.qr(normal(n, n, seed=n))[0] for n in (outputs, inputs))
+    sides = Kronecker(q_out, q_in)
+
+    def counted(work):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() // 2
+
+    ways = [
+        counted(lambda: OuterBlock(left @ q_out, right @ q_in).dense()),
+        counted(lambda: block.dense().map(q_in.mT, q_out.mT)),
+    ]
+    assert counted(lambda: sides.turn(block).dense()) == min(ways)
+    turned = sides.turn(block)
+    near(turned.dense().values, q_out.mT @ block.dense().values @ q_in, 1e-12)
+    near(sides.back(turned).dense().values, block.dense().values, 1e-12)
+    assert turned.nbytes <= block.nbytes
 
 
 # --- refusals -----------------------------------------------------------------------------------
