@@ -297,7 +297,7 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     for start in range(0, len(right), width):
         formed = accumulate(right.take(slice(start, start + width)).flat())  # [c, d]
         if not is_one_hot(left.inputs):
-            columns.append(_in_tiles(left, formed, limit))
+            columns.append(_in_tiles(left, formed, limit - (0 if there else len(formed) * size)))
             continue
         rows = [
             accumulate(left.take(slice(first, first + step)).flat()) @ formed.T
@@ -316,7 +316,7 @@ def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
     is read once for all rows of a tile.
     """
     (height, width), item = left.shape, item_of(left)
-    size = min(limit, WARM) if left.device.type == "cpu" else limit
+    size = max(1, min(limit, WARM) if left.device.type == "cpu" else limit)
     room = max(1, size // (max(1, width) * item))  # rows of outputs in a tile
     rows = max(1, min(len(left), TILE_ROWS, room))
     span = max(1, -(-height // max(1, -(-height // max(1, room // rows)))))  # even tiles

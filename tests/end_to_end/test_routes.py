@@ -9,7 +9,7 @@ from oracles.toy_parts import FlatSketch, Gram, inverse
 from oracles.toy_tasks import mlp, normal
 
 import dattri_core as dattri
-from dattri_core import Method, Task
+from dattri_core import BilinearScorer, Method, Task
 from dattri_core.testing import PeakMemory, language, network
 
 EKFAC = {"curvature": "ekfac", "solver": {"name": "spectral", "damping": 0.1}}
@@ -31,6 +31,7 @@ METHODS = {
             "solver": {"name": "spectral", "damping": 0.1},
         },
     ),
+    "ekfac, distance": lambda: Method(inverse_hessian=EKFAC, scorer="negative-distance"),
     "two-sided": lambda: Method(inverse_hessian={**EKFAC, "form": "two-sided"}),
     "block woodbury": lambda: Method(
         inverse_hessian={
@@ -69,6 +70,15 @@ def test_no_route_shows(name, world):
                 got = scores(name, world)
             assert taken
             assert close(got, want), (taken[0], sizes)
+
+
+def test_only_inner_products_let_either_side_take_a_step():
+    """A distance does not: the routes above hold it to rows after all stages."""
+    make = dattri.default_registry().make
+    inner, distance = make("scorer", "dot"), make("scorer", "negative-distance")
+    assert isinstance(inner, BilinearScorer)
+    assert inner.bilinear
+    assert not isinstance(distance, BilinearScorer)
 
 
 def test_the_routes_that_there_are():
