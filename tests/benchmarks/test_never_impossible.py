@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "if-arnoldi": {"curvature": "ggn", "rank": 20, "iterations": 40},
     "MLP, if-woodbury": {"curvature": "gauss-newton"},
     "transformer, if-woodbury": {"curvature": "gauss-newton"},
+    "transformer, if-arnoldi": {"curvature": "ggn", "rank": 16, "iterations": 30},
     "ResNet-9, if-lissa": {"curvature": "ggn", "depth": 100, "batch": 4, "damping": 1e-2},
     "transformer, if-lissa": {"curvature": "ggn", "depth": 100, "batch": 4, "damping": 1e-2},
 }
