@@ -1,5 +1,6 @@
 """Queries that wait on disk: one pass over the train set within the memory, and the same scores."""
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -73,25 +74,35 @@ def test_a_run_that_was_stopped_goes_on_though_the_disk_has_become_small(
     """Its layout is that of its first plan, slabs included, so that not a bit differs."""
     out = tmp_path / "scores"
     want = METHOD.attribute(task, TRAIN, TEST, memory="16MiB", out=tmp_path / "whole")
-    original, calls = engine.Runner._report, []
+    original, calls, plans = engine.Runner._report, [], []
 
     def stopped(self, *arguments):
         original(self, *arguments)
-        raise KeyboardInterrupt
+        plans.append(self.run.plan)
+        if len(plans) == 1:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.Runner, "_report", stopped)
     with pytest.raises(KeyboardInterrupt):
         METHOD.attribute(task, TRAIN, TEST, memory="16MiB", out=out)
-    monkeypatch.setattr(engine.Runner, "_report", original)
     assert [p.name for p in (tmp_path / "scores.run").iterdir()] == ["run.json"]
 
     def small(path):
         calls.append(path)
         return 0
 
+    made = engine.make_plan
+
+    def other(*arguments, **named):
+        return attrs.evolve(made(*arguments, **named), slab=0)
+
     monkeypatch.setattr(engine, "free_on_disk", small)
+    monkeypatch.setattr(engine, "make_plan", other)
     got = METHOD.attribute(task, TRAIN, TEST, memory="16MiB", out=out)
     assert calls
+    before, after = plans
+    assert before.route.offloaded == "disk"
+    assert (after.route, after.slab, after.groups) == (before.route, before.slab, before.groups)
     assert np.array_equal(got.values, want.values)
 
 
