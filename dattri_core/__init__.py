@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import LeverageInverse as LeverageInverse
     from dattri_core.capabilities import ModelProblem as ModelProblem
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
@@ -177,6 +178,7 @@ _EXPORTS = {
     "InverseHessian": "protocols",
     "IndexedRows": "capabilities",
     "InverseRoot": "capabilities",
+    "LeverageInverse": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
     "MemoryBudgetError": "errors",

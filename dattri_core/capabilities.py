@@ -212,6 +212,24 @@ class SharingInverse(Inverse, Protocol):
 
 
 @runtime_checkable
+class LeverageInverse(Inverse, Protocol):
+    """An inverse that knows what train rows are to themselves, <g, (H + damping I)^-1 g>.
+
+    One of H = w sum_i g_i g_i^T over the train rows themselves does: w times it is the statistical
+    leverage of row i, the i-th number of the diagonal of w G (H + damping I)^-1 G^T.
+    """
+
+    @property
+    def leverages(self) -> bool:
+        """Return whether it is known of every train row."""
+        ...
+
+    def self_influence(self) -> Tensor:
+        """Return <g_i, (H + damping I)^-1 g_i>, ``[n_train]`` in float64; where `leverages`."""
+        ...
+
+
+@runtime_checkable
 class PreconditionedSolver(Solver, Protocol):
     """An iterative solver that another inverse can speed up, without a change of its answer."""
 
@@ -298,7 +316,8 @@ class RowsOperator(Operator, Protocol):
 class IndexedRows(RowsOperator, Protocol):
     """A `RowsOperator` whose rows belong to train examples and can be read by example.
 
-    A solver that cannot hold all rows then reads them again, by parts of the train set.
+    A solver that cannot hold all rows then reads them again, by parts of the train set. One whose
+    rows are those of the train side, one of each example in order, says so by an attribute ``own``.
     """
 
     @property
@@ -399,6 +418,7 @@ class Outlook:
             so by an attribute of this name.
         held: Bytes that it keeps while rows are scored; a fitted inverse says so by an attribute of
             this name.
+        leverages: See `LeverageInverse.leverages`.
         note: One line of what the part decides by the train set, ``stage.foresee(problem)``, for
             the plan of a dry run.
     """
@@ -414,4 +434,5 @@ class Outlook:
     base: int = 0
     beside: int = 3
     held: int = 0
+    leverages: bool = False
     note: str = ""

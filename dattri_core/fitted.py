@@ -18,7 +18,6 @@ from dattri_core.contract import contraction_limit
 from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import By, Run, self_influence
-from dattri_core.measures import needs_inverse
 from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
 from dattri_core.pairing import WHOLE
@@ -435,9 +434,10 @@ class FittedMethod:
             held=fitted.outline.kept,
             column=self.method.scorer.locality == "column",
         )
+        measured = fitted.outline.measures(self.method.scorer)
         plan = make_plan(
             self.budget,
-            fitted.outline.costs(variants=variants > 1, measured=needs_inverse(self.method.scorer)),
+            fitted.outline.costs(variants=variants > 1, measured=measured),
             work,
             away=self._away(out),
             notes=fitted.outline.notes,

@@ -15,15 +15,23 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
+from dattri_core.capabilities import BilinearScorer
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.halving import halving
 from dattri_core.making import Variants, make_branches
-from dattri_core.measures import Known, Measures, join_sides, needs_inverse, take_side
+from dattri_core.measures import (
+    Known,
+    Measures,
+    join_sides,
+    needs_inverse,
+    needs_leverages,
+    take_side,
+)
 from dattri_core.pairing import WHOLE, Paired, pair_batch, require_finite
 from dattri_core.plans import Plan
 from dattri_core.projected import require_complete
-from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Snapshot
+from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Side, Snapshot
 from dattri_core.queries import Branch, require_finite_queries
 from dattri_core.routes import shared_steps
 from dattri_core.rows import Rows
@@ -143,6 +151,9 @@ def fold_tiles(
                 summed=run.summed,
             )
             report(fitted, branches, group)
+            if known is not None and not known.complete and needs_leverages(run.scorer):
+                chains = {v: chain for branch in branches for v, chain in branch.chains.items()}
+                known.foretell({v: chain.self_influence() for v, chain in chains.items()})
             for start, stop in waiting:
                 scored = score_tile(run, fitted, branches, start, stop, advance, known)
                 states = _updated(run, tiles.get(group, start), scored, checkpoint)
@@ -299,8 +310,10 @@ def self_influence(
     state: FoldState | None = None
     for checkpoint in ordered:
         fitted = fit(checkpoint)
-        parts: list[Scored] = []
-        for index, examples in train.batches(batch):
+        parts = _known_diagonal(fitted, scorer)
+        if parts:
+            advance(len(train))
+        for index, examples in () if parts else train.batches(batch):
             halving(
                 lambda i, b, fitted=fitted, parts=parts: parts.append(  # type: ignore[misc]
                     _diagonal(fitted, scorer, i, b)
@@ -313,6 +326,28 @@ def self_influence(
         state = fold.update(state, _join_scored(parts), snapshot_of(checkpoint))
     assert state is not None
     return fold.finish(state)[:, 0]
+
+
+def _known_diagonal(fitted: Fitted, scorer: Scorer) -> list[Scored]:
+    """Return the scores of all train rows for themselves where no row is read; else nothing.
+
+    The scorer is to read inner products alone, and the inverse to know those of the rows.
+    """
+    bilinear = isinstance(scorer, BilinearScorer) and scorer.bilinear
+    if not bilinear or not scorer.needs <= {"self-influence"}:
+        return []
+    known = fitted.chain.self_influence()
+    if known is None:
+        return []
+    known = known.to("cpu", fitted.dtype)
+    found: list[Scored] = []
+    for rows in torch.split(torch.arange(len(known)), DIAGONAL):
+        own = known[rows]
+        side = Side(rows, {}, None, own)
+        scored = scorer.finish(own.diag(), side, side)
+        require_finite(scored.values, rows, fitted.checkpoint)
+        found.append(Scored(scored.values.diagonal().unsqueeze(1), scored.weight))
+    return found
 
 
 def _diagonal(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> Scored:

@@ -22,6 +22,11 @@ def needs_inverse(scorer: Scorer) -> bool:
     return bool(scorer.needs & INVERTED)
 
 
+def needs_leverages(scorer: Scorer) -> bool:
+    """Return whether all that a scorer needs of those numbers is the self-influence."""
+    return scorer.needs & INVERTED == {"self-influence"}
+
+
 @define(eq=False)
 class Measures:
     """Adds up |A g|^2, <A g, B g> and |B g|^2 of rows g, those of them that are needed."""
@@ -75,6 +80,19 @@ class Known:
         """Return whether the rows at these positions were measured, for every variant."""
         return bool(self._seen[index.cpu()].all())
 
+    @property
+    def complete(self) -> bool:
+        """Return whether all rows were measured."""
+        return bool(self._seen.all())
+
+    def foretell(self, found: Mapping[int, Tensor | None]) -> None:
+        """Keep the self-influence of all rows, by variant, where inverses know that of each."""
+        values = {variant: value for variant, value in found.items() if value is not None}
+        if len(values) < len(found):
+            return
+        self._values |= {(variant, "self_influence"): value for variant, value in values.items()}
+        self._seen[:] = True
+
     def keep(self, sides: Mapping[int, Side]) -> None:
         """Keep what was measured of some rows, by variant."""
         for variant, side in sides.items():
@@ -83,10 +101,10 @@ class Known:
                 held[side.index.to(held.device)] = value
             self._seen[side.index.cpu()] = True
 
-    def added(self, variant: int, side: Side) -> Side:
-        """Return the side of some rows with what was measured of them before."""
+    def added(self, variant: int, side: Side, like: Tensor) -> Side:
+        """Return the side of some rows with what was measured of them before, as ``like`` is."""
         found: dict[str, Any] = {
-            name: values[side.index.to(values.device)]
+            name: values[side.index.to(values.device)].to(like)
             for (of, name), values in self._values.items()
             if of == variant
         }

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import attrs
 
-from dattri_core.capabilities import InverseRoot, Outlook, SpectralInverse, SplitInverse
+from dattri_core.capabilities import (
+    InverseRoot,
+    LeverageInverse,
+    Outlook,
+    SpectralInverse,
+    SplitInverse,
+)
 from dattri_core.protocols import Inverse, InverseHessian, LinearMap, Problem
 from dattri_core.space import Space
 from dattri_core.stages import Stage, Step, is_inverse, is_two_sided, space_after
@@ -34,6 +40,7 @@ def outlook_of(stage: Stage, step: Step, space: Space) -> LinearMap | Outlook:
         base=getattr(step, "base", 0),
         beside=getattr(step, "beside", 3),
         held=getattr(step, "held", 0),
+        leverages=isinstance(step, LeverageInverse) and step.leverages,
     )
 
 

@@ -90,7 +90,9 @@ def pair_batch(
     if known is not None:
         if not known.covers(index):
             known.keep({variant: one.train for variant, one in found.items()})
-        found = {v: evolve(one, train=known.added(v, one.train)) for v, one in found.items()}
+        for variant, one in found.items():
+            like = next(iter(one.totals.values()))
+            found[variant] = evolve(one, train=known.added(variant, one.train, like))
     return [found[variant] for variant in sorted(found)]
 
 

@@ -18,7 +18,6 @@ from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
 from dattri_core.errors import MemoryBudgetError, NumericsError, format_bytes
 from dattri_core.ids import id_array
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
-from dattri_core.measures import needs_inverse
 from dattri_core.pairing import WHOLE
 from dattri_core.progress import bar
 from dattri_core.protocols import Projector
@@ -108,7 +107,7 @@ class Runner:
             discard_leftovers(path)
         tiles, sizes = open_tiles(folder, self.provenance, sizes)
         resumed: dict[str, Any] = dict(sizes)
-        costs = first.outline.costs(measured=needs_inverse(self.run.scorer))
+        costs = first.outline.costs(measured=first.outline.measures(self.run.scorer))
         route = costs.choices[sizes["choice"] - 1]
         self.run = run = attrs.evolve(
             self.run,

@@ -20,11 +20,12 @@ from dattri_core.capabilities import (
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
+from dattri_core.measures import needs_inverse, needs_leverages
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.plans import MAXIMUM_BATCH, Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
-from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Source
+from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Scorer, Source
 from dattri_core.routes import contractions_of, gradient_work, routes_of, streams_through
 from dattri_core.rows import Rows
 from dattri_core.space import Space
@@ -80,6 +81,13 @@ class Outline:
         """
         routes = routes_of(self.steps, self.row, variants=variants, measured=measured)
         return Costs(self.activations, self.work, routes)
+
+    def measures(self, scorer: Scorer) -> bool:
+        """Return whether train rows pass the test side too, for what a scorer needs of them."""
+        last = self.steps[-1] if self.steps else None
+        known = isinstance(last, Outlook) and last.leverages and needs_leverages(scorer)
+        known = known and all(isinstance(step, LinearMap) for step in self.steps[:-1])
+        return needs_inverse(scorer) and not known
 
     @property
     def kept(self) -> int:

@@ -13,12 +13,14 @@ from typing import Any, Literal, TypeGuard
 
 import attrs
 from attrs import field, frozen, validators
+from torch import Tensor
 
 from dattri_core.blocks import Block
 from dattri_core.capabilities import (
     ByUse,
     DataProjector,
     InverseRoot,
+    LeverageInverse,
     Outlook,
     PreconditionedSolver,
     ReducedInverse,
@@ -290,6 +292,16 @@ class Chain:
         """Return the space of rows after all steps."""
         maps = self.train_steps
         return maps[-1].out_space if maps else self.source.space
+
+    def self_influence(self) -> Tensor | None:
+        """Return <A g, B g> of every train row g, ``[n_train]``, where the inverse knows it.
+
+        It does at the end of a chain of maps, for rows as they come to it.
+        """
+        last = self.steps[-1] if self.steps else None
+        if not isinstance(last, LeverageInverse) or not last.leverages:
+            return None
+        return None if any(map(is_inverse, self.steps[:-1])) else last.self_influence()
 
     @property
     def blockwise(self) -> bool:

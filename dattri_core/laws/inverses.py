@@ -10,7 +10,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.capabilities import InverseRoot, SpectralInverse, SplitInverse
+from dattri_core.capabilities import InverseRoot, LeverageInverse, SpectralInverse, SplitInverse
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -165,6 +165,33 @@ def require_split(inverse: SplitInverse, left: Rows, right: Rows, what: str) -> 
                 require_close(
                     found, want.to(found), f"{what}: M of {name!r} from its spectrum", 1e-7
                 )
+
+
+def _knows(bench: InverseBench) -> str | None:
+    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    return None if any(map(knows, inverses)) else "it does not know what train rows are"
+
+
+@law("inverse_hessian", _knows)
+def leverages_are_self_influences(bench: InverseBench) -> None:
+    """The self-influence known from the fit = <g, A g> of every train row, at any damping."""
+    for world, problem in bench.places():
+        if not knows(bench.part.fit(problem)):
+            continue
+        turned = problem_of(world, order=tuple(reversed(range(problem.n_train))))
+        for given, order in ((problem, "the order"), (turned, "another order")):
+            fitted, rows = bench.part.fit(given), given.train_rows
+            for inverse in (fitted, fitted.with_damping(Damping(0.7)), fitted):
+                require(knows(inverse), "at another damping it does not know the train rows")
+                assert isinstance(inverse, LeverageInverse)
+                want = (rows.flat() * inverse.apply(rows).flat()).sum(1)
+                what = f"<g, A g> of train rows in {order} of {world.name}"
+                require_close(inverse.self_influence(), want, what, 1e-7)
+
+
+def knows(inverse: Inverse) -> bool:
+    """Return whether an inverse knows what train rows are to themselves."""
+    return isinstance(inverse, LeverageInverse) and inverse.leverages
 
 
 def _two_sided(bench: InverseBench) -> str | None:

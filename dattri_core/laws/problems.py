@@ -21,7 +21,7 @@ from dattri_core.laws.oracles import (
 )
 from dattri_core.laws.worlds import World, language, logistic, network
 from dattri_core.losses import Loss
-from dattri_core.protocols import CurvatureKind, RandomStream, RowKind
+from dattri_core.protocols import CurvatureKind, RandomStream, Role, RowKind
 from dattri_core.rows import Rows
 from dattri_core.space import Space
 from dattri_core.task import Task
@@ -46,6 +46,7 @@ class DenseProblem:
         batch: Rows at a time.
         seed: Of the fit.
         reference: The test set of the world, as a problem of its own.
+        role: Of the rows of kind ``"loss"``.
     """
 
     world: World
@@ -59,6 +60,7 @@ class DenseProblem:
     batch: int = 4
     seed: int = 0
     reference: DenseProblem | None = None
+    role: Role = "train"
 
     @property
     def space(self) -> Space:
@@ -193,6 +195,7 @@ def problem_of(world: World, order: tuple[int, ...] | None = None, copies: int =
     origin = torch.arange(batch_size(world.train)) if order is None else torch.tensor(order)
     origin = origin.repeat(copies)
     asked = _dense(world, world.test, torch.arange(batch_size(world.test)))
+    asked = evolve(asked, role="test")
     return evolve(_dense(world, take(world.train, origin), origin), reference=asked)
 
 

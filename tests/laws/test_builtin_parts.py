@@ -96,6 +96,17 @@ def test_methods_that_draw_no_labels_ignore_the_order_of_the_train_set_too(name,
     assert status["permuted-train-rows-permute-scores"] == "passed"
 
 
+@pytest.mark.parametrize("block", [False, True])
+def test_woodburys_inverse_of_the_train_rows_knows_them(block):
+    make = default_registry().make
+    moment = attrs.evolve(make("curvature", "gauss-newton"), block=block)
+    part = dattri.CurvatureInverse(moment, make("solver", "woodbury"))
+    report = check("inverse_hessian", part)
+    assert report.ok, str(report)
+    status = {f.law: f.status for f in report.findings}
+    assert status["leverages-are-self-influences"] == "passed"
+
+
 def test_a_plugin_is_checked_whole():
     reports = check_plugin("dattri_rps")
     assert [(r.kind, r.name) for r in reports] == [

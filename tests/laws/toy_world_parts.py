@@ -331,12 +331,15 @@ class ToyInverseHessian:
     blockwise: bool = False
     two_sided: bool = False
     split: bool = False
+    knowing: bool = False
     needs = frozenset({"rows"})
 
     def check(self, space):
         pass
 
     def fit(self, problem):
+        if self.knowing:
+            return ToyKnowing(self.fault, evolve(self, knowing=False).fit(problem), problem)
         matrix = fisher(self.fault, problem)
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
@@ -351,6 +354,33 @@ class ToyInverseHessian:
         if self.two_sided:
             return ToyTwoSided(ToyInverse(*parts), ToyRoot(*parts))
         return ToyInverse(*parts, self.blockwise)
+
+
+@frozen(eq=False)
+class ToyKnowing:
+    """An inverse that knows <g, A g> of the train rows."""
+
+    fault: str
+    inverse: ToyInverse
+    problem: object
+    blockwise = False
+    stats = {}
+    leverages = True
+
+    def apply(self, rows):
+        return self.inverse.apply(rows)
+
+    def with_damping(self, damping):
+        inverse = self.inverse if self.fault == "stale" else self.inverse.with_damping(damping)
+        return evolve(self, inverse=inverse)
+
+    def self_influence(self):
+        rows = self.problem.train_rows
+        return (rows.flat() * self.inverse.apply(rows).flat()).sum(1) * self._unit
+
+    @property
+    def _unit(self):
+        return 1 / len(self.problem.train_rows) if self.fault == "leverage" else 1
 
 
 @frozen(eq=False)

@@ -67,6 +67,14 @@ class SecondMoment:
         return 1 / (self.problem.n_train * self._means)
 
     @property
+    def own(self) -> bool:
+        """Return whether the rows are those of the train side, one of each example in order.
+
+        The engine's problem says so by its role; one of other examples, or of a part, does not.
+        """
+        return self.kind == "loss" and getattr(self.problem, "role", None) == "train"
+
+    @property
     def n_train(self) -> int:
         """Return the number of train examples."""
         return self.problem.n_train

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from attrs import evolve, field, frozen, validators
 
@@ -18,7 +16,6 @@ from dattri_core import (
     MemoryBudgetError,
     Outlook,
     Problem,
-    Rows,
     Solver,
     Space,
     SpecError,
@@ -28,6 +25,7 @@ from dattri_core import (
 from dattri_parts.curvatures.fisher_information import Fisher
 from dattri_parts.curvatures.ggn import GGN
 from dattri_parts.curvatures.hessian import Hessian
+from dattri_parts.inverse_hessians.substituted import Substituted
 from dattri_parts.solvers.cholesky import Cholesky
 from dattri_parts.solvers.forecast import Forecast
 from dattri_parts.solvers.spectral import Spectral
@@ -121,7 +119,7 @@ class Exact:
         if route.place:
             _log.warning("%s", route.note)
         inverse = route.stage.fit(problem)
-        return _Substituted(inverse, route.place) if route.place else inverse
+        return Substituted(inverse, route.place) if route.place else inverse
 
     def route(self, problem: Problem) -> Route:
         """Return the curvature that is inverted of a problem, with its solver.
@@ -228,42 +226,3 @@ def _called(part: object) -> str:
 
 def _way(stage: CurvatureInverse, space: Space) -> str:
     return f"{_called(stage.curvature)} of {space.dim} parameters by {_called(stage.solver)}"
-
-
-@frozen(eq=False)
-class _Substituted:
-    """The inverse of a curvature that took another's place."""
-
-    inverse: Inverse
-    place: int
-
-    @property
-    def stats(self) -> Mapping[str, float]:
-        """Return those of the inverse, and which substitute it is of."""
-        return {**self.inverse.stats, "substituted": float(self.place)}
-
-    @property
-    def blockwise(self) -> bool:
-        """Return whether the substitute is block diagonal."""
-        return self.inverse.blockwise
-
-    def apply(self, rows: Rows) -> Rows:
-        """Return (H + damping I)^-1 g for every row g, H the substitute."""
-        return self.inverse.apply(rows)
-
-    def with_damping(self, damping: Damping) -> Inverse:
-        """Return the inverse at another damping."""
-        return _Substituted(self.inverse.with_damping(damping), self.place)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what else the inverse has: what it keeps, a basis, work that dampings share."""
-        if name.startswith("_") or name == "inverse":  # of a copy that is being made
-            raise AttributeError(name)
-        found = getattr(self.inverse, name)
-        if name != "apply_each":
-            return found
-
-        def apply_each(rows: Rows, inverses: Sequence[_Substituted]) -> Any:
-            return found(rows, [one.inverse for one in inverses])
-
-        return apply_each

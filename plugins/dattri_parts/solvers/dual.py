@@ -85,6 +85,10 @@ class Dual:
         """Hold a factor for a damping."""
         self.kernel.factorise(damping)
 
+    def self_influence(self, damping: float, *, spectral: bool) -> Tensor:
+        """Return <g, (H + damping I)^-1 g> of every row g of G, ``[m]`` in float64."""
+        return self.kernel.leverages(damping, spectral=spectral).div_(self.kernel.weight)
+
     def rounding(self, damping: float) -> float:
         """Return the error of a score from rounding; see `Kernel.rounding`."""
         return self.kernel.rounding(damping)

@@ -11,6 +11,9 @@ from torch import Tensor
 from dattri_core import NumericsError
 from dattri_parts.solvers.factor import power_iteration, require_regular
 
+COLUMNS = 512
+"""Of the inverse of a factor that are computed at once."""
+
 
 @define(eq=False)
 class Kernel:
@@ -64,6 +67,29 @@ class Kernel:
             values, basis = torch.linalg.eigh(self.matrix())
             self._spectrum = values.clamp_min(0), basis  # of a Gram matrix: below zero is rounding
         return self._spectrum
+
+    def leverages(self, damping: float, *, spectral: bool) -> Tensor:
+        """Return the diagonal of G G^T (G G^T + damping/w I)^-1, ``[m]`` in float64, in 0 .. 1.
+
+        Args:
+            damping: lambda.
+            spectral: By the eigenvectors, which serve any damping.
+        """
+        shift = damping / self.weight
+        if spectral:
+            values, basis = self.spectrum
+            return basis.square() @ (values / (values + shift))
+        self.factorise(damping)
+        assert self._lower is not None
+        found = torch.empty_like(self._lower[:, 0])
+        for start in range(0, self.rows, COLUMNS):  # of the identity
+            few = min(COLUMNS, self.rows - start)
+            # Rows of L^-1 above the first of these columns are zero in them.
+            corner = torch.eye(self.rows - start, few, dtype=found.dtype, device=found.device)
+            lower = self._lower[start:, start:]
+            part = torch.linalg.solve_triangular(lower, corner, upper=False)
+            found[start : start + few] = part.square().sum(0)
+        return found.mul_(-shift).add_(1)
 
     def solve(self, vectors: Tensor, damping: float, *, spectral: bool) -> Tensor:
         """Return (G G^T + damping/w I)^-1 v for every column v, ``[m, C]`` in float64.

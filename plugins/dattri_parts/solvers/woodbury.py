@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from attrs import define, evolve, field, frozen
+from torch import Tensor
 
 from dattri_core import (
     Block,
@@ -102,7 +103,8 @@ class Woodbury:
         told = evolve(told, held=forecast.held, note=note)
         if forecast.fits:
             return evolve(told, forms=not forecast.base, base=forecast.base)
-        return evolve(told, forms=True, blockwise=False, beside=BESIDE)
+        own = bool(getattr(operator, "own", False))
+        return evolve(told, forms=True, blockwise=False, beside=BESIDE, leverages=own)
 
 
 def _forecast(operator: IndexedRows) -> Forecast:
@@ -146,6 +148,15 @@ class _State:
         """Return of how many held rows of H an answer is a combination."""
         duals = (side for side in self.sides.values() if isinstance(side, Dual) and side.blocks)
         return max((side.rows for side in duals), default=0)
+
+    @property
+    def leverages(self) -> bool:
+        """Return whether the rows are those of the train set, and none of them was left out."""
+        operator = self.operator
+        if not (isinstance(operator, IndexedRows) and getattr(operator, "own", False)):
+            return False
+        sides = self.sides.values()
+        return all(isinstance(s, Dual) and s.rows == operator.n_train for s in sides)
 
     def inverse(self, damping: Damping) -> _WoodburyInverse:
         """Return the inverse at a damping; the first one factorises, others when they are used."""
@@ -223,6 +234,23 @@ class _WoodburyInverse:
     def held(self) -> int:
         """Return the bytes of rows and factors that are kept."""
         return sum(side.nbytes for side in self.state.sides.values())
+
+    @property
+    def leverages(self) -> bool:
+        """Return whether H is made of the rows of the train set, each of them in its place."""
+        return self.state.leverages
+
+    def self_influence(self) -> Tensor:
+        """Return <g, (H + damping I)^-1 g> of every train row g, ``[n_train]``.
+
+        It is the leverage of g over w, where K = G G^T + damping/w I has it: no row is read.
+        """
+        parts = (
+            side.self_influence(self.dampings[group], spectral=self.spectral)
+            for group, side in self.state.sides.items()
+            if isinstance(side, Dual)
+        )
+        return torch.stack(list(parts)).sum(0)
 
     @property
     def beside(self) -> int:
