@@ -29,19 +29,27 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 class TrainingStep:
     """The step of gradient descent that was taken from a checkpoint.
 
-    theta' = theta - eta ((1/|B|) sum_{i in B} grad loss_i(theta) + weight_decay theta), with eta
-    the learning rate of the checkpoint and theta' the next one.
+    theta' = theta - eta d with d = (1/|B|) sum_{i in B} grad loss_i(theta) + weight_decay theta,
+    eta the learning rate of the checkpoint and theta' the next one. With momentum it is theta' =
+    theta - eta v', v' = momentum v + (1 - dampening) d, where the first step of a run has v' = d;
+    with Nesterov's, theta' = theta - eta (d + momentum v').
 
     Args:
         batch: B, positions in the train set ``[B]``, an example as often as it was drawn; None: the
             whole train set. An empty batch is no step: the end of the run.
         weight_decay: As optimisers define it.
         epoch: Which pass over the train set the step belongs to.
+        momentum: As `torch.optim.SGD` defines it, the same at all steps of a run.
+        dampening: Likewise.
+        nesterov: Likewise.
     """
 
     batch: Tensor | None
     weight_decay: float = 0.0
     epoch: int = 0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
 
 
 @frozen(eq=False)

@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from dattri_core import Checkpoint, Evaluator, Examples, InputError, leaves, map_tensors
 
 ROUNDING = 8
 """Units in the last place by which weights may differ besides the tolerance."""
+
+
+@frozen(eq=False)
+class Previous:
+    """The step before another one, from which the velocity is known.
+
+    Args:
+        evaluator: At its weights.
+        checkpoint: Whose step it is.
+        batch: Positions of its examples, ``[B]``.
+    """
+
+    evaluator: Evaluator
+    checkpoint: Checkpoint
+    batch: Tensor
 
 
 def require_step(
@@ -21,8 +37,13 @@ def require_step(
     train: Examples,
     tolerance: float,
     size: int,
+    previous: Previous | None = None,
 ) -> None:
     """Raise unless theta - eta (mean gradient of the batch + weight_decay theta) is theta'.
+
+    With momentum the velocity before the step is the one that the step before it shows, from the
+    difference of its weights, and of its own gradient where it was Nesterov's. A step after one of
+    learning rate 0, which shows nothing, is not looked at.
 
     Args:
         evaluator: At theta.
@@ -32,22 +53,33 @@ def require_step(
         train: The train set.
         tolerance: Largest |theta' - expected| / |expected - theta| to accept.
         size: Examples at a time.
+        previous: The step before, where there is one and it has momentum.
 
     Raises:
         InputError: The weights went elsewhere.
     """
-    assert checkpoint.step is not None
-    rate, decay = checkpoint.learning_rate or 0.0, checkpoint.step.weight_decay
-    gradient = _mean_gradient(evaluator, batch, train, size)
+    step, rate = checkpoint.step, checkpoint.learning_rate or 0.0
+    assert step is not None
+    if previous is not None and not previous.checkpoint.learning_rate:
+        return
+    descent = _descent(evaluator, checkpoint, batch, train, size)
+    velocity = None if previous is None else _velocity(previous, evaluator, train, size)
     gap = move = scale = 0.0
     for name, theta in evaluator.selected.items():
-        start = theta.double()
-        expected = -rate * (gradient[name].double() + decay * start)
+        start, direct = theta.double(), descent[name]
+        turned = direct
+        if velocity is not None:
+            turned = step.momentum * velocity[name] + (1 - step.dampening) * direct
+        if step.nesterov:
+            turned = direct + step.momentum * turned
+        expected = -rate * turned
         got = after[name].double() - start
         gap += float((got - expected).square().sum())
         move += float(expected.square().sum())
         scale += float(start.square().sum())
     slack = ROUNDING * torch.finfo(evaluator.dtype).eps * scale**0.5
+    if previous is not None:  # the velocity is known as well as a difference of weights is
+        slack *= 1 + rate / (previous.checkpoint.learning_rate or rate)
     if not gap**0.5 <= tolerance * move**0.5 + slack:
         raise InputError(
             f"dvemb: the step recorded at {checkpoint.name!r} is not that of gradient descent on "
@@ -57,6 +89,34 @@ def require_step(
             "minimised, a mean over the batch, without clipping, dropout or batch statistics; "
             "where this is known, dattri.method('dvemb', tolerance=...) accepts it"
         )
+
+
+def _descent(
+    evaluator: Evaluator, checkpoint: Checkpoint, batch: Tensor, train: Examples, size: int
+) -> dict[str, Tensor]:
+    """Return d = mean gradient of the batch + weight_decay theta by parameter, in float64."""
+    assert checkpoint.step is not None
+    decay = checkpoint.step.weight_decay
+    gradient = _mean_gradient(evaluator, batch, train, size)
+    return {
+        name: gradient[name].double() + decay * theta.double()
+        for name, theta in evaluator.selected.items()
+    }
+
+
+def _velocity(previous: Previous, now: Evaluator, train: Examples, size: int) -> dict[str, Tensor]:
+    """Return v after the step before, in float64."""
+    step, rate = previous.checkpoint.step, previous.checkpoint.learning_rate
+    assert step is not None
+    assert rate
+    found = {
+        name: (theta.double() - now.selected[name].double()) / rate
+        for name, theta in previous.evaluator.selected.items()
+    }
+    if not step.nesterov:
+        return found
+    descent = _descent(previous.evaluator, previous.checkpoint, previous.batch, train, size)
+    return {name: (value - descent[name]) / step.momentum for name, value in found.items()}
 
 
 def _mean_gradient(

@@ -31,8 +31,8 @@ class ApproximateUnrolling:
     taken. Batches are not needed: every train example is taken to have been seen as often.
 
     Source: Bae et al. 2024, Training Data Attribution via Approximate Unrolled Differentiation
-    (arXiv 2405.12186); EK-FAC of the checkpoints of a segment together, as there. For SGD without
-    momentum; with momentum m their learning rate is eta / (1 - m).
+    (arXiv 2405.12186); EK-FAC of the checkpoints of a segment together, as there. With momentum m a
+    learning rate is eta / (1 - m), which a recorded run says by itself.
 
     Args:
         source: Gives the gradients.

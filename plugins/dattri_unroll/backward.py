@@ -9,8 +9,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core import Checkpoint, NumericsError, Rows, SpecError, TrainingStep
-from dattri_unroll.agreement import require_step
+from dattri_core import Checkpoint, NumericsError, Rows, SpecError, TrainingStep, TrainProblem
+from dattri_unroll.agreement import Previous, require_step
 from dattri_unroll.points import Points
 from dattri_unroll.step_problem import StepProblem
 from dattri_unroll.walk import Add
@@ -22,6 +22,15 @@ CHECKED = 8
 @frozen(eq=False)
 class Backward:
     """psi_(s-1) = ((1 - eta_s weight_decay) I - eta_s H_s) psi_s, from the test rows at the end.
+
+    A step with momentum m and dampening d changes weights and velocity, and is carried back by the
+    transpose of that change: with phi, less the derivative in the velocity, beside psi, that in the
+    weights,
+
+        t = eta psi + phi,  u = (1 - d) t,  psi' = psi - (H + weight_decay I) u,  phi' = m t,
+
+    where u is what the batch's rows meet; Nesterov's has t = eta m psi + phi and u = (1 - d) t +
+    eta psi. After the last step phi is zero, and at the first d is. Without momentum u = eta psi.
 
     Args:
         points: Of the run.
@@ -62,6 +71,7 @@ class Backward:
         points, checkpoints = self.points, self.points.task.checkpoints
         checked = {*np.linspace(0, max(0, len(checkpoints) - 2), CHECKED).astype(int).tolist()}
         carried: Rows | None = None
+        velocity: Tensor | None = None  # phi, [C, d]
         after: Mapping[str, Tensor] = {}
         for checkpoint in reversed(checkpoints):
             problem = points.problem(checkpoint.position)
@@ -69,26 +79,29 @@ class Backward:
             if carried is None:
                 carried = points.test_rows(problem, columns)
             elif checkpoint.position in checked and columns.start == 0 and len(batch):
-                given = (points.train, self.tolerance, problem.batch)
-                require_step(problem.evaluator, after, checkpoint, batch, *given)
+                self._require(problem, checkpoint, batch, after)
             after = problem.evaluator.selected
             if not len(batch):
                 continue
+            met, velocity = _through(carried.flat(), velocity, checkpoint)
+            taken = Rows.from_flat(carried.space, met, carried.index)
             seen = StepProblem(problem, batch, points.memory // 4)
-            scale = len(points.train) * (checkpoint.learning_rate or 0.0) / len(batch)
+            scale = len(points.train) / len(batch)
             for part in seen.rows():
                 epoch = step_of(checkpoint).epoch
-                add(epoch, part.index, columns, part.inner(carried) * scale)
+                add(epoch, part.index, columns, part.inner(taken) * scale)
                 advance(len(part))
             if checkpoint.position > 0:
-                carried = self._earlier(carried, seen, checkpoint)
+                carried = self._earlier(carried, taken, seen, checkpoint)
 
-    def _earlier(self, carried: Rows, seen: StepProblem, checkpoint: Checkpoint) -> Rows:
-        """Return the test rows carried through one more step."""
-        rate, decay = checkpoint.learning_rate or 0.0, step_of(checkpoint).weight_decay
+    def _earlier(
+        self, carried: Rows, taken: Rows, seen: StepProblem, checkpoint: Checkpoint
+    ) -> Rows:
+        """Return psi' = psi - (H + weight_decay I) u."""
         operator = self.points.curvature.fit(seen)
-        product = operator.apply(carried.to(dtype=operator.dtype)).flat().to(carried.dtype)
-        flat = carried.flat().mul(1 - rate * decay).sub_(product, alpha=rate)
+        product = operator.apply(taken.to(dtype=operator.dtype)).flat().to(carried.dtype)
+        decay = step_of(checkpoint).weight_decay
+        flat = carried.flat().sub(product).sub_(taken.flat(), alpha=decay)
         if not bool(torch.isfinite(flat).all()):
             raise NumericsError(
                 f"dvemb: the test rows carried back to {checkpoint.name!r} are not finite; the "
@@ -98,9 +111,48 @@ class Backward:
             )
         return Rows.from_flat(carried.space, flat, carried.index)
 
+    def _require(
+        self,
+        problem: TrainProblem,
+        checkpoint: Checkpoint,
+        batch: Tensor,
+        after: Mapping[str, Tensor],
+    ) -> None:
+        """Raise `InputError` unless a step is the one that its batch and those before it give."""
+        points, before = self.points, None
+        at = checkpoint.position
+        if step_of(checkpoint).momentum and at > 0:
+            previous = points.task.checkpoints[at - 1]
+            before = Previous(points.problem(at - 1).evaluator, previous, self._batch(previous))
+        require_step(
+            problem.evaluator,
+            after,
+            checkpoint,
+            batch,
+            points.train,
+            self.tolerance,
+            problem.batch,
+            before,
+        )
+
     def _batch(self, checkpoint: Checkpoint) -> Tensor:
         batch = step_of(checkpoint).batch
         return torch.arange(len(self.points.train)) if batch is None else batch.cpu()
+
+
+def _through(
+    psi: Tensor, phi: Tensor | None, checkpoint: Checkpoint
+) -> tuple[Tensor, Tensor | None]:
+    """Return u and phi' of a step, from psi and phi after it; see `Backward`."""
+    step, rate = step_of(checkpoint), checkpoint.learning_rate or 0.0
+    if not step.momentum:
+        return psi * rate, None
+    direct = psi * rate
+    turned = direct * step.momentum if step.nesterov else direct
+    if phi is not None:
+        turned = turned + phi
+    damped = turned * (1 - step.dampening) if checkpoint.position else turned
+    return damped + direct if step.nesterov else damped, turned * step.momentum
 
 
 def step_of(checkpoint: Checkpoint) -> TrainingStep:

@@ -32,7 +32,8 @@ class DataValueEmbedding:
     first order, prod_{k > s} ((1 - eta_k weight_decay) I - eta_k H_k) (eta_s / |B_s|) g_i(theta_s)
     from where they did, H_k the curvature of the step's own batch. The product is taken from the
     left: psi_(T-1)j = h_j(theta_T), psi_(s-1)j = ((1 - eta_s weight_decay) I - eta_s H_s) psi_sj,
-    so that no matrix is formed, and only the rows of the batch are evaluated at each step.
+    so that no matrix is formed, and only the rows of the batch are evaluated at each step. Of a run
+    with momentum, Nesterov's too, the velocity is carried back beside psi: see `Backward`.
 
     ``removal_effect()``, S / n, is the predicted change of the test loss of this one run, its order
     and its batches, were i left out wherever it occurred and the sums still divided by |B_s|. An

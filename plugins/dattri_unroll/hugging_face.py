@@ -18,7 +18,7 @@ def hugging_face_callback(folder: str | Path, column: str = "index") -> Any:
     A callback of the Trainer does not see batches, so the data set says where its examples stand: a
     column of positions in the train set, which is taken out of the batch before the model is
     called (``TrainingArguments(remove_unused_columns=False)`` lets it come so far). The run must be
-    one of plain SGD on one device, one batch a step, without clipping, as `record` says:
+    one of SGD on one device, one batch a step, without clipping, as `record` says:
     ``TrainingArguments(optim="sgd", max_grad_norm=0, gradient_accumulation_steps=1)``.
 
     Args:

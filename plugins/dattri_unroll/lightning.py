@@ -19,7 +19,7 @@ Indices = Callable[[Any], "Tensor | Sequence[int]"]
 def lightning_callback(folder: str | Path, indices: Indices) -> Any:
     """Return a callback for ``lightning.Trainer(callbacks=[...])`` that records the run.
 
-    The run must be one of a single device, of plain SGD with automatic optimisation, one batch a
+    The run must be one of a single device, of SGD with automatic optimisation, one batch a
     step (``accumulate_grad_batches=1``) and without clipping; see `record`.
 
     Args:

@@ -24,8 +24,8 @@ from dattri_core import (
     parse_bytes,
 )
 
-COPIES = 4
-"""Of the carried test rows that are alive at once: themselves, a product, and what they become."""
+COPIES = 6
+"""Of the carried test rows that are alive at once: two of them, a product, what they become."""
 LARGEST_BATCH = 4096
 SAMPLE = 3
 

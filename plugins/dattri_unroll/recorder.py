@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attrs import define, field
@@ -22,8 +22,8 @@ from dattri_unroll.run_folder import (
     write_step,
 )
 
-PLAIN = {"momentum": 0, "dampening": 0, "nesterov": False, "maximize": False}
-"""Settings of SGD with which a step depends on nothing but the weights and its own batch."""
+BUFFER = "momentum_buffer"
+"""Of a parameter, in the state of `torch.optim.SGD`."""
 
 _log = logging.getLogger("dattri")
 
@@ -49,9 +49,8 @@ def record(
 
     Args:
         model: In training; only read.
-        optimizer: Plain `torch.optim.SGD`, of all trainable parameters. Weight decay and changing
-            learning rates are followed; momentum is refused, since a step would depend on the
-            batches of all steps before it.
+        optimizer: `torch.optim.SGD`, of all trainable parameters. Weight decay and changing
+            learning rates are followed, and momentum, Nesterov's too, that stays the same.
         folder: Of the run; made where there is none.
 
     Raises:
@@ -71,8 +70,8 @@ class Recorder:
     """A run that is being recorded.
 
     In a folder that holds a run that was stopped, it goes on at the last recorded step whose
-    weights the model has now, as restored by the user; from there on steps are recorded again.
-    `position` says which step comes next.
+    weights the model has now, as restored by the user, and with momentum the state of the optimiser
+    too; from there on steps are recorded again. `position` says which step comes next.
 
     Args:
         model: In training.
@@ -89,9 +88,10 @@ class Recorder:
     _recorded: int = field(default=0, init=False)  # since this object was made
     _taken: int = field(default=0, init=False)  # by the optimiser, since then
     _hook: Any = field(default=None, init=False)
+    _momentum: _Momentum = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        _settings(self.optimizer)
+        self._momentum = _settings(self.optimizer)[2]
         _require_all_parameters(self.model, self.optimizer)
         steps = recorded_steps(self.folder) if self.folder.exists() else []
         self._run = steps[0].run if steps else secrets.token_hex(8)
@@ -100,6 +100,7 @@ class Recorder:
             discard_leftovers(step_file(self.folder, position))
         if steps:
             self.position = self._resume(steps)
+            self._require_buffers()
         self._hook = self.optimizer.register_step_post_hook(self._count)
 
     def step(self, batch: Tensor | Sequence[int] | None = None, *, epoch: int = 0) -> None:
@@ -110,11 +111,16 @@ class Recorder:
             epoch: Which pass over the train set the step belongs to.
 
         Raises:
-            InputError: The optimiser has taken a step that was not recorded, or is not plain SGD
-                any more; or the batch is empty or holds no positions.
+            InputError: The optimiser has taken a step that was not recorded, or has another
+                momentum than before; or the batch is empty or holds no positions.
         """
         self._require_in_step("step")
-        rate, decay = _settings(self.optimizer)
+        rate, decay, momentum = _settings(self.optimizer)
+        if momentum != self._momentum:
+            raise InputError(
+                f"record: the momentum of the optimiser changed from {self._momentum} to "
+                f"{momentum} at step {self.position}; a recorded run has one at all steps"
+            )
         self._write(rate, decay, epoch, None if batch is None else _positions(batch))
         self._recorded += 1
 
@@ -133,7 +139,7 @@ class Recorder:
         self._hook.remove()
 
     def _write(self, rate: float, decay: float, epoch: int, batch: list[int] | None) -> None:
-        facts = StepFacts(self._run, self.position, rate, decay, epoch, batch)
+        facts = StepFacts(self._run, self.position, rate, decay, epoch, batch, *self._momentum)
         while self._found > self.position + 1:  # steps of the run that was stopped, the last first
             self._found -= 1
             step_file(self.folder, self._found).unlink()
@@ -172,6 +178,18 @@ class Recorder:
         _log.info("record: goes on at step %d of %r", facts.position, str(self.folder))
         return facts.position
 
+    def _require_buffers(self) -> None:
+        """Refuse to go on with momentum where the optimiser does not have what it gathered."""
+        groups = self.optimizer.param_groups
+        known = self.optimizer.state
+        lacking = sum(known.get(p, {}).get(BUFFER) is None for g in groups for p in g["params"])
+        if self.position and self._momentum.momentum and lacking:
+            raise InputError(
+                f"record: a run with momentum goes on at step {self.position}, and the optimiser "
+                f"has no momentum of {lacking} parameters; load its state of that step "
+                "(optimizer.load_state_dict) besides the weights, or record the run anew"
+            )
+
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of parameters and persistent buffers, each once, on the CPU."""
@@ -188,27 +206,41 @@ def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Return learning rate and weight decay of plain SGD."""
+class _Momentum(NamedTuple):
+    """How a step depends on those before it; as `StepFacts` has it."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> tuple[float, float, _Momentum]:
+    """Return learning rate, weight decay and momentum of SGD."""
     if type(optimizer) is not torch.optim.SGD:
         raise InputError(
             f"record: the optimiser is {type(optimizer).__name__}, whose steps are not those of "
-            "gradient descent; a recorded run is one of torch.optim.SGD without momentum"
+            "gradient descent; a recorded run is one of torch.optim.SGD"
         )
-    for group in optimizer.param_groups:
-        other = {k: group[k] for k, plain in PLAIN.items() if group.get(k, plain) != plain}
-        if other:
-            raise InputError(
-                f"record: SGD with {other}: a step would depend on the batches of all steps before "
-                "it; a recorded run is one of torch.optim.SGD(lr=..., weight_decay=...) alone"
-            )
-    found = {(float(g["lr"]), float(g["weight_decay"])) for g in optimizer.param_groups}
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise InputError(
+            "record: SGD with maximize=True climbs; a recorded run is one of gradient descent, "
+            "torch.optim.SGD(lr=..., weight_decay=..., momentum=...)"
+        )
+    found = {
+        (
+            float(g["lr"]),
+            float(g["weight_decay"]),
+            _Momentum(float(g["momentum"]), float(g["dampening"]), bool(g["nesterov"])),
+        )
+        for g in optimizer.param_groups
+    }
     if len(found) != 1:
         raise InputError(
-            f"record: parameter groups with different (lr, weight_decay): {sorted(found)}; a "
-            "recorded run has one learning rate and one weight decay at each step"
+            f"record: parameter groups with different (lr, weight_decay, momentum): "
+            f"{sorted(found)}; a recorded run has one of each at a step"
         )
-    return found.pop()
+    rate, decay, momentum = found.pop()
+    return rate, decay, momentum if momentum.momentum else _Momentum(0.0, 0.0, False)
 
 
 def _require_all_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

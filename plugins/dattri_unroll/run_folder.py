@@ -33,6 +33,9 @@ class StepFacts:
         weight_decay: Likewise.
         epoch: Which pass over the train set.
         batch: Positions of its examples; None: all of them. Empty at the end of the run.
+        momentum: Of the optimiser, the same at all steps.
+        dampening: Likewise.
+        nesterov: Likewise.
     """
 
     run: str
@@ -41,6 +44,9 @@ class StepFacts:
     weight_decay: float
     epoch: int
     batch: list[int] | None
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
 
     @property
     def ends(self) -> bool:
@@ -160,7 +166,14 @@ def _checkpoint(folder: Path, facts: StepFacts, count: int) -> Checkpoint:
         count,
         facts.learning_rate,
         path,
-        step=TrainingStep(batch, facts.weight_decay, facts.epoch),
+        step=TrainingStep(
+            batch,
+            facts.weight_decay,
+            facts.epoch,
+            facts.momentum,
+            facts.dampening,
+            facts.nesterov,
+        ),
     )
 
 

@@ -182,9 +182,16 @@ def _mean_decline(x: Tensor) -> Tensor:
 
 
 def _rate(checkpoint: Checkpoint) -> float:
+    """Return how far a step goes along a gradient that stays: with recorded momentum m further.
+
+    v = m v + (1 - dampening) g tends to (1 - dampening) / (1 - m) g.
+    """
     if checkpoint.learning_rate is None:
         raise SpecError(
             f"source: the checkpoint {checkpoint.name!r} has no learning rate; give "
             "Task(..., checkpoints=[...], learning_rates=[...])"
         )
-    return checkpoint.learning_rate
+    step, rate = checkpoint.step, checkpoint.learning_rate
+    if step is None or not step.momentum:
+        return rate
+    return rate * (1 - step.dampening) / (1 - step.momentum)

@@ -19,6 +19,9 @@ class Descent:
         batches: Positions of each step.
         rates: Learning rate of each step.
         decay: Weight decay.
+        momentum, dampening, nesterov: Of the velocity v' = momentum v + (1 - dampening) d, where d
+            is the gradient with decay and the first v' is d; theta' = theta - rate v', or theta -
+            rate (d + momentum v').
     """
 
     model: torch.nn.Module
@@ -27,6 +30,9 @@ class Descent:
     batches: list[list[int]]
     rates: list[float]
     decay: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
 
     def start(self) -> Tensor:
         """Return the weights now, flat."""
@@ -47,7 +53,7 @@ class Descent:
 
     def path(self, weights: Tensor) -> list[Tensor]:
         """Return the weights before each step and after the last, with w_i on example i."""
-        theta, path = self.start(), []
+        theta, path, velocity = self.start(), [], None
         for step, rate in enumerate(self.rates):
             path.append(theta)
             index = torch.tensor(self.batches[step])
@@ -55,7 +61,13 @@ class Descent:
             def mean(theta: Tensor, step: int = step, index: Tensor = index) -> Tensor:
                 return (weights[index] * self.losses(theta, self.batch(step))).sum() / len(index)
 
-            theta = theta - rate * (grad(mean)(theta) + self.decay * theta)
+            slope = grad(mean)(theta) + self.decay * theta
+            if velocity is None:
+                velocity = slope
+            else:
+                velocity = self.momentum * velocity + (1 - self.dampening) * slope
+            way = velocity if self.momentum else slope
+            theta = theta - rate * (slope + self.momentum * way if self.nesterov else way)
         return [*path, theta]
 
     def gradients(self, theta: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:

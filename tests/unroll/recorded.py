@@ -54,13 +54,13 @@ def train_step(model, optimizer, loss, data, indices):
     loss(model(data[0][indices]), data[1][indices]).mean().backward()
 
 
-def run_recorded(world, folder, *, batches=None, rates=None, decay=0.0):
+def run_recorded(world, folder, *, batches=None, rates=None, decay=0.0, **momentum):
     """Train the model and record it; return the run as the oracles take it."""
     model, loss, train, _ = world
     if batches is None:
         batches, rates = schedule()
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=decay, **momentum)
     with record(model, optimizer, folder) as run:
         for step, (indices, rate) in enumerate(zip(batches, rates, strict=True)):
             optimizer.param_groups[0]["lr"] = rate
@@ -68,4 +68,4 @@ def run_recorded(world, folder, *, batches=None, rates=None, decay=0.0):
             run.step(indices, epoch=step * len(indices) // N)
             optimizer.step()
     model.load_state_dict(start)  # the oracle begins where the run did
-    return Descent(model, LOSSES[loss], train, batches, rates, decay)
+    return Descent(model, LOSSES[loss], train, batches, rates, decay, **momentum)

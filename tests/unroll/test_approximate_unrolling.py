@@ -140,6 +140,27 @@ def test_it_nears_the_derivative_of_the_whole_run_as_steps_grow_small(tmp_path):
     assert 8 < gaps[0] / gaps[1] < 12  # to first order in the learning rate
 
 
+@pytest.mark.parametrize("dampening", [0.0, 0.25])
+def test_a_recorded_momentum_lengthens_the_steps(dampening, tmp_path):
+    made = network()
+    run_recorded(made, tmp_path, decay=0.1, momentum=0.5, dampening=dampening)
+    model, loss, train, test = made
+    checkpoints = read_run(tmp_path)
+    method = dattri.method("source", segments=3)
+    task = dattri.Task(model, loss, checkpoints=checkpoints)
+    got = method.attribute(task, train, test, progress=False).values
+    longer = [
+        attrs.evolve(
+            c,
+            learning_rate=c.learning_rate * (1 - dampening) / 0.5,
+            step=attrs.evolve(c.step, momentum=0.0, dampening=0.0),
+        )
+        for c in checkpoints
+    ]
+    plain = dattri.Task(model, loss, checkpoints=longer)
+    close(got, method.attribute(plain, train, test, progress=False).values, 1e-12)
+
+
 # --- invariance -----------------------------------------------------------------------------------
 def test_memory_groups_and_disk_do_not_show(tmp_path, monkeypatch):
     import dattri_unroll.points as module

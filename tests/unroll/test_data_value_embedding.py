@@ -43,6 +43,65 @@ def test_with_the_hessian_it_is_the_derivative_of_the_whole_run(world, decay, tm
     close(got.values, N * want, 1e-8)
 
 
+MOMENTA = [
+    {"momentum": 0.9},
+    {"momentum": 0.7, "dampening": 0.4},
+    {"momentum": 0.8, "nesterov": True},
+]
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("world", [linear, network])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_with_momentum_it_is_the_derivative_of_the_whole_run_too(world, decay, momentum, tmp_path):
+    made = world()
+    run = run_recorded(made, tmp_path, decay=decay, **momentum)
+    got = scores_of(made, tmp_path, curvature="hessian", tolerance=1e-9)  # each step is as expected
+    want = differentiated(run, made[3])
+    close(got.removal_effect(), want, 1e-8)
+    plain = attrs.evolve(run, momentum=0.0, dampening=0.0, nesterov=False)
+    assert (want - differentiated(plain, made[3])).abs().max() > 0.1 * want.abs().max()
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_epochs_of_a_run_with_momentum_add_up(momentum, tmp_path):
+    made = network()
+    run_recorded(made, tmp_path, **momentum)
+    model, loss, train, test = made
+    task = dattri.Task(model, loss, checkpoints=read_run(tmp_path))
+    method = dattri.method("dvemb")
+    epochs = method.by_epoch(task, train, test, progress=False)
+    whole = method.attribute(task, train, test, progress=False).values
+    close(torch.stack([s.values for s in epochs.values()]).sum(0), whole, 1e-12)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("wrong", ["momentum", "batch"])
+def test_steps_with_another_momentum_or_batch_are_refused(momentum, wrong, tmp_path):
+    made = network()
+    run_recorded(made, tmp_path, **momentum)
+    model, loss, train, test = made
+    checkpoints = list(read_run(tmp_path))
+    at = 4 if wrong == "batch" else slice(None)
+    changes = {"batch": torch.tensor([0, 0, 0, 1])} if wrong == "batch" else {"momentum": 0.5}
+    for place in [at] if wrong == "batch" else range(len(checkpoints)):
+        step = attrs.evolve(checkpoints[place].step, **changes)
+        checkpoints[place] = attrs.evolve(checkpoints[place], step=step)
+    task = dattri.Task(model, loss, checkpoints=checkpoints)
+    with pytest.raises(dattri.InputError, match="not that of gradient descent"):
+        dattri.attribute(task, train, test, method="dvemb", progress=False)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_a_step_after_one_of_rate_zero_is_not_looked_at(momentum, tmp_path):
+    made = network()
+    batches, rates = schedule()
+    rates[3] = 0.0
+    run = run_recorded(made, tmp_path, batches=batches, rates=rates, **momentum)
+    got = scores_of(made, tmp_path, curvature="hessian")
+    close(got.removal_effect(), differentiated(run, made[3]), 1e-8)
+
+
 def test_on_a_quadratic_problem_the_ggn_is_exact_too(tmp_path):
     made = linear()
     run = run_recorded(made, tmp_path, decay=0.1)

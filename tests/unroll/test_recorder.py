@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dattri_unroll import read_run, record
-from dattri_unroll.run_folder import read_weights, step_file
+from dattri_unroll.run_folder import read_facts, read_weights, step_file
 from recorded import LOSSES, N, network, run_recorded, schedule, train_step
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,10 +22,15 @@ class KilledError(Exception):
     """The training stops here."""
 
 
-def train(world, folder, *, first=0, stop=None, rate=0.1):
-    """Record steps from ``first`` on; raise `KilledError` before step ``stop`` is taken."""
+def train(world, folder, *, first=0, stop=None, rate=0.1, momentum=0.0, state=None):
+    """Record steps from ``first`` on; raise `KilledError` before step ``stop`` is taken.
+
+    It carries the state of the optimiser, with which another call may begin.
+    """
     model, loss, data, _ = world
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=0.1)
+    if state is not None:
+        optimizer.load_state_dict(state)
     batches = schedule()[0]
     with record(model, optimizer, folder) as run:
         assert run.position == first
@@ -33,7 +38,7 @@ def train(world, folder, *, first=0, stop=None, rate=0.1):
             train_step(model, optimizer, LOSSES[loss], data, batches[step])
             run.step(torch.tensor(batches[step]), epoch=step // 3)
             if step == stop:
-                raise KilledError
+                raise KilledError(optimizer.state_dict())
             optimizer.step()
 
 
@@ -104,6 +109,31 @@ def test_a_run_that_was_stopped_goes_on_and_is_the_one_it_would_have_been(tmp_pa
         model = network()[0]
         for name, tensor in left.load(model).items():
             assert torch.equal(tensor, right.load(model)[name])
+
+
+def test_a_stopped_run_with_momentum_goes_on_with_the_state_of_the_optimiser(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(network(), whole, momentum=0.9)
+    world = network()
+    with pytest.raises(KilledError) as killed:
+        train(world, stopped, stop=5, momentum=0.9)
+    before = files(stopped)
+    with pytest.raises(dattri.InputError, match="has no momentum of 4 parameters; load its state"):
+        train(world, stopped, first=5, momentum=0.9)
+    assert files(stopped) == before
+    train(world, stopped, first=5, momentum=0.9, state=killed.value.args[0])
+    for left, right in zip(read_run(whole), read_run(stopped), strict=True):
+        model = network()[0]
+        assert right.step.momentum == 0.9
+        for name, tensor in left.load(model).items():
+            assert torch.equal(tensor, right.load(model)[name])
+
+
+def test_runs_that_were_recorded_before_there_was_momentum_are_read(tmp_path):
+    path = step_file(tmp_path, 0)
+    facts = {"run": "a", "position": 0, "learning_rate": 0.1, "weight_decay": 0.0, "epoch": 0}
+    save_file({"w": torch.ones(1)}, path, {"dattri_step": json.dumps({**facts, "batch": [1]})})
+    assert read_facts(path).momentum == 0.0
 
 
 def test_it_goes_on_at_an_earlier_step_whose_weights_the_user_restored(tmp_path):
@@ -220,8 +250,6 @@ def test_steps_after_the_end_are_refused(whole, tmp_path):
 
 
 def read_id(folder):
-    from dattri_unroll.run_folder import read_facts
-
     return read_facts(step_file(folder, 0)).run
 
 
@@ -239,8 +267,7 @@ def test_no_run_is_refused(tmp_path):
     ("make", "message"),
     [
         (lambda p: torch.optim.AdamW(p), "the optimiser is AdamW"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), r"SGD with \{'momentum': 0.9\}"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), r"SGD with \{'maximize': True\}"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "SGD with maximize=True climbs"),
         (lambda p: torch.optim.SGD(list(p)[:2], lr=0.1), r"parameters \['2.weight', '2.bias'\]"),
         (
             lambda p: torch.optim.SGD([*p, nn.Parameter(torch.ones(1))], lr=0.1),
@@ -250,7 +277,7 @@ def test_no_run_is_refused(tmp_path):
             lambda p: torch.optim.SGD(
                 [{"params": [q], "weight_decay": 0.1 * (q.dim() > 1)} for q in p], lr=0.1
             ),
-            r"different \(lr, weight_decay\)",
+            r"different \(lr, weight_decay, momentum\)",
         ),
     ],
 )
@@ -262,6 +289,12 @@ def test_steps_that_are_not_plain_gradient_descent_are_refused(make, message, tm
     ):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_dampening_without_momentum_is_none(tmp_path):
+    made = network()
+    run_recorded(made, tmp_path, dampening=0.5)
+    assert {c.step.dampening for c in read_run(tmp_path)} == {0.0}
 
 
 def test_momentum_that_is_switched_on_later_is_refused(tmp_path):
