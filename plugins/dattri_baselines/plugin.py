@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dattri_core as dattri
 
+FEATURES = {"name": "representation", "label": None}
+"""Their similarity reads no label, so that examples need not have one, such as sequences."""
+
 
 @dattri.hookimpl
 def register(registry: dattri.Registry) -> None:
@@ -75,7 +78,7 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.method(
         "embedding-similarity",
-        {"source": "representation", "scorer": "cosine", "fold": "mean"},
+        {"source": FEATURES, "scorer": "cosine", "fold": "mean"},
         summary="Cosine of features, by default those before the last linear layer",
         formula="S_ij = <f_i, f_j> / (|f_i| |f_j|)",
         citation="Hanawa et al. 2021, Evaluation of Similarity-based Explanations "
@@ -83,7 +86,7 @@ def register(registry: dattri.Registry) -> None:
     )
     registry.method(
         "embedding-distance",
-        {"source": "representation", "scorer": "negative-distance", "fold": "mean"},
+        {"source": FEATURES, "scorer": "negative-distance", "fold": "mean"},
         summary="Minus the L2 distance of features, by default those before the last linear layer",
         formula="S_ij = -|f_i - f_j|",
         citation="Hanawa et al. 2021, Evaluation of Similarity-based Explanations "

@@ -1,12 +1,15 @@
 """Similarity of features: cosine and minus L2, against numpy."""
 
 import numpy as np
+import pytest
 import torch
 from dattri_parts.scorers.negative_distance import NegativeDistance
 from oracles.toy_tasks import examples, mlp
 from scipy.spatial.distance import cdist
+from torch import nn
 
 import dattri_core as dattri
+from dattri_core.laws import worlds
 
 TRAIN, TEST = examples(13, seed=1), examples(5, seed=5)
 
@@ -30,6 +33,23 @@ def test_embedding_similarity_is_the_cosine_of_features():
 def test_embedding_distance_is_minus_the_distance_of_features():
     f, q = (features(mlp(), side) for side in (TRAIN, TEST))
     assert np.abs(values("embedding-distance") + cdist(f, q)).max() < 1e-13
+
+
+@pytest.mark.parametrize("name", ["embedding-similarity", "embedding-distance"])
+def test_sequences_need_no_label(name):
+    world = worlds.language()
+    task = world.task()
+    scores = dattri.attribute(task, world.train, world.test, method=name, pooling="mean")
+    last = [m for m in task.model.modules() if isinstance(m, nn.Linear)][-1]
+    seen = []
+    handle = last.register_forward_hook(lambda _, given, __: seen.append(given[0].mean(1)))
+    with torch.no_grad():
+        for side in (world.train, world.test):
+            task.loss.forward(task.model, side)
+    handle.remove()
+    f, q = (part.numpy() for part in seen)
+    want = 1 - cdist(f, q, "cosine") if name == "embedding-similarity" else -cdist(f, q)
+    assert np.abs(scores.values.numpy() - want).max() < 1e-10
 
 
 def test_any_source_gives_the_features():
