@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dattri_core as dattri
 
-FEATURES = {"name": "representation", "label": None}
+FEATURES = {"name": "representation", "label": "none"}
 """Their similarity reads no label, so that examples need not have one, such as sequences."""
 
 

@@ -280,7 +280,7 @@ def test_what_a_column_cannot_answer_is_refused():
     with pytest.raises(SpecError, match="label"):
         dattri.Method(source="per-example", scorer="knn-shapley").check(task=task)
     with pytest.raises(SpecError, match="label"):
-        dattri.method("knn-shapley", label=None).check(task=task)
+        dattri.method("knn-shapley", label="none").check(task=task)
     for bad in ({"neighbours": 0}, {"distance": "far"}, {"bandwidth": 0.0}):
         with pytest.raises((SpecError, ValueError)):
             dattri.method("knn-shapley", **bad)

@@ -30,8 +30,8 @@ from dattri_parts.sources.pooling import CHANNELS, POOLINGS, Channels, Pooling, 
 Role = Literal["train", "test"]
 Sink = Callable[[str, Block], None]
 Function = Callable[[nn.Module, Any], Tensor]
-FOUND = "auto"
-"""The label that `dattri_core.labels_of` finds."""
+FOUND, ABSENT = "auto", "none"
+"""The label that `dattri_core.labels_of` finds; no label."""
 MIXED = {torch.float64: 1e-8, torch.float32: 1e-3}
 """By how much features may depend on the batch, relative to the largest number, by dtype."""
 
@@ -55,8 +55,8 @@ class Representation:
         channels: Which axis of the features is not one of positions, ``"first"`` after that of the
             examples or ``"last"``; None: the last of ``[B, T, D]``, the first of ``[B, C, H, W]``.
         label: Where the label of an example is: ``"auto"``: the last item of a tuple, or the key
-            ``"labels"`` or ``"label"``; a key of the batch or the position of an item; None: rows
-            come without labels.
+            ``"labels"`` or ``"label"``; a key of the batch or the position of an item;
+            ``"none"``: rows come without labels.
     """
 
     module: str | None = None
@@ -66,12 +66,12 @@ class Representation:
     channels: Channels | None = field(
         default=None, validator=validators.optional(validators.in_(CHANNELS))
     )
-    label: str | int | None = FOUND
+    label: str | int = FOUND
 
     @property
     def provides(self) -> frozenset[str]:
         """Return the label, unless rows come without."""
-        return frozenset() if self.label is None else frozenset({"label"})
+        return frozenset() if self.label == ABSENT else frozenset({"label"})
 
     def bind(self, task: Task, checkpoint: Checkpoint, sample: Any) -> BoundRepresentation:
         """Find the features, and try them and the labels on a few examples.
@@ -97,7 +97,7 @@ class Representation:
             self, evaluator, Space((BlockSpec(name, "dense", features.shape[1:]),)), read
         )
         _require_apart(features[:1], bound.features(take(sample, slice(0, 1))), name)
-        if self.label is not None:
+        if self.label != ABSENT:
             self.labels(sample)
         return bound
 
@@ -112,7 +112,7 @@ class Representation:
             raise SpecError(
                 f"source 'representation': labels of shape {tuple(labels.shape)} for "
                 f"{batch_size(batch)} examples; a scorer reads one number an example: name another "
-                "with label=, or give label=None where the scorer reads none"
+                "with label=, or give label='none' where the scorer reads none"
             )
         return labels.reshape(-1).detach()
 
@@ -190,7 +190,7 @@ class BoundRepresentation:
                 "checkpoint, or for inputs that are not finite"
             )
         sink(spec.name, DenseBlock(features))
-        return {} if self.part.label is None else {"label": self.part.labels(batch)}
+        return {} if self.part.label == ABSENT else {"label": self.part.labels(batch)}
 
     def features(self, batch: Any) -> Tensor:
         """Return the features of a batch, pooled, ``[B, ...]``.
@@ -271,14 +271,14 @@ def _last_linear(evaluator: Evaluator, sample: Any) -> str:
     return called[-1]
 
 
-def _item(batch: Any, label: str | int | None) -> Tensor:
-    if label == FOUND or label is None:
+def _item(batch: Any, label: str | int) -> Tensor:
+    if label in (FOUND, ABSENT):
         try:
             return labels_of(batch)
         except InputError as error:
             raise SpecError(
-                f"source 'representation': {error}; name the label with label=, or give label=None "
-                "where the scorer reads none"
+                f"source 'representation': {error}; name the label with label=, or give "
+                "label='none' where the scorer reads none"
             ) from error
     try:
         return torch.as_tensor(batch[label])
@@ -290,12 +290,12 @@ def _item(batch: Any, label: str | int | None) -> Tensor:
         ) from error
 
 
-def _item_or_none(batch: Any, label: str | int | None) -> Tensor | None:
+def _item_or_none(batch: Any, label: str | int) -> Tensor | None:
     """Return the label, or where rows come without, what would be taken for it."""
     try:
         return _item(batch, label)
     except SpecError:
-        if label is None:
+        if label == ABSENT:
             return None
         raise
 

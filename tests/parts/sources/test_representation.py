@@ -80,13 +80,13 @@ def test_the_output_of_a_module_and_the_first_tensor_of_it():
 def test_the_input_itself_is_the_tensor_that_is_no_label():
     task, batch, _ = world()
     same(values(Representation(inputs=True), task, batch), batch[0])
-    same(values(Representation(inputs=True, label=None), task, batch), batch[0])
+    same(values(Representation(inputs=True, label="none"), task, batch), batch[0])
     numbers = normal(13, seed=9)
     regression = Task(mlp((4, 5, 1)), loss="squared-error")
     got = rows(Representation(inputs=True), regression, (batch[0], numbers[:, None]))
     same(got.blocks["inputs"].values, batch[0])
     assert torch.equal(got.aux["label"], numbers)  # [B, 1] is one number an example
-    got = rows(Representation(inputs=True, label=None), regression, (batch[0], numbers[:, None]))
+    got = rows(Representation(inputs=True, label="none"), regression, (batch[0], numbers[:, None]))
     assert not got.aux
 
 
@@ -123,7 +123,7 @@ def test_labels_by_key_and_by_position():
     task = Task(mlp(), loss=lambda model, batch: model(batch[0]).square().sum(1))
     got = rows(Representation(label=1), task, (*TRAIN, TRAIN[1] // 2))
     assert torch.equal(got.aux["label"], TRAIN[1])
-    assert Representation(label=None).provides == frozenset()
+    assert Representation(label="none").provides == frozenset()
     assert Representation().provides == {"label"}
 
 
@@ -157,7 +157,7 @@ def given(**options):
 def test_pooling_over_the_positions(pooling, want):
     sequences, images = normal(7, 5, 3, seed=1), normal(7, 4, 3, 2, seed=2)
     flat = images.movedim(1, -1).flatten(1, 2)  # [B, positions, channels]
-    source = Representation(module="features", pooling=pooling, label=None)
+    source = Representation(module="features", pooling=pooling, label="none")
     same(values(source, given(), {"x": sequences}), want(sequences))
     got = values(source, given(), {"x": images})
     same(got, images if pooling == "none" else want(flat))
@@ -172,7 +172,7 @@ def test_pooling_over_the_positions(pooling, want):
 @pytest.mark.parametrize("pooling", ["mean", "first", "last", "max"])
 def test_padding_does_not_show(pooling):
     x, lengths = normal(6, 5, 3, seed=3) - 4, [5, 2, 3, 1, 5, 4]
-    source = Representation(module="features", pooling=pooling, label=None)
+    source = Representation(module="features", pooling=pooling, label="none")
 
     def padded(front, back):
         total = front + 5 + back
@@ -202,11 +202,11 @@ def test_padding_does_not_show(pooling):
     "changes",
     [
         {"inputs": True},
-        {"label": None},
-        {"label": None, "inputs": True},
-        {"label": None, "pooling": "mean"},
-        {"label": None, "pooling": "last"},
-        {"label": None, "pooling": "max"},
+        {"label": "none"},
+        {"label": "none", "inputs": True},
+        {"label": "none", "pooling": "mean"},
+        {"label": "none", "pooling": "last"},
+        {"label": "none", "pooling": "max"},
         {"module": "conv", "pooling": "mean", "channels": "first"},
         {"module": "hidden"},
         {"function": lambda model, batch: dattri.labels_of(batch)[..., None] * torch.ones(2)},
@@ -215,7 +215,7 @@ def test_padding_does_not_show(pooling):
 )
 def test_other_settings_meet_the_laws(changes):
     if "function" in changes:
-        changes = {"function": _logits, "label": None}
+        changes = {"function": _logits, "label": "none"}
     report = check("source", Representation(**changes))
     assert report.ok, str(report)
     assert report.run >= 7
@@ -267,7 +267,7 @@ def test_features_that_are_no_rows_are_refused():
 
 
 def test_features_that_change_their_shape_or_are_not_finite_are_named():
-    source = Representation(module="features", label=None)
+    source = Representation(module="features", label="none")
     bound = source.bind(given(), given().checkpoints[0], {"x": normal(3, 5, 2, seed=1)})
     with pytest.raises(InputError, match=r"shape \(4, 2\), those of the first .* have \(5, 2"):
         bound.stream({"x": normal(3, 4, 2, seed=1)}, "train", lambda name, block: None)
@@ -317,7 +317,7 @@ def test_rows_are_read_from_a_store_with_their_labels(tmp_path):
 
 def test_the_embeddings_of_two_sets_are_compared_by_any_scorer():
     task, train, test = world()
-    method = dattri.Method(source={"name": "representation", "label": None}, scorer="cosine")
+    method = dattri.Method(source={"name": "representation", "label": "none"}, scorer="cosine")
     left, right = (task.model[:2](side[0]).detach() for side in (train, test))
     want = nn.functional.cosine_similarity(left[:, None], right[None], dim=2)
     torch.testing.assert_close(method.attribute(task, train, test).values, want)
