@@ -139,6 +139,9 @@ class World:
         true_labels: ``[n_train]``, the train labels before some were changed; None without classes.
         pictures: Of the train and of the test examples, ``[n, height, width]`` bytes where 0 is
             background and 255 ink, or ``[n, height, width, 3]``; None where there are none.
+        steps: Gives the run of ``trajectory`` step by step, trained again: its checkpoints are the
+            weights before every step, with the `TrainingStep` that was taken, and those at the end.
+            None where it was not one of gradient descent.
     """
 
     task: Task
@@ -154,6 +157,7 @@ class World:
     facts: Mapping[str, Any]
     true_labels: Array | None = None
     pictures: tuple[Array, Array] | None = None
+    steps: Callable[[], Task] | None = None
 
     @property
     def flipped(self) -> Array:

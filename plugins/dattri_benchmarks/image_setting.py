@@ -100,10 +100,10 @@ class ImageSetting:
         given = change_labels(train.labels, self.classes, share, seed)
         network = self.network(size[0])
         retraining = self._retraining(network, (train, given), (test, test.labels))
-        run = finished_run(retraining, whole)
+        run, along = finished_run(retraining, whole), retraining
         if self.path is not None:
-            path = attrs.evolve(retraining, recipe=self.path)
-            run = _joined(finished_run(path, whole), run)
+            along = attrs.evolve(retraining, recipe=self.path)
+            run = _joined(finished_run(along, whole), run)
         model = _model(network, run, seed, retraining.device)
         facts = {
             "data": self.title,
@@ -137,6 +137,7 @@ class ImageSetting:
             facts=facts,
             true_labels=train.labels.astype(np.int64),
             pictures=(self.scaling.pictures(train.images), self.scaling.pictures(test.images)),
+            steps=lambda: Task(model, retraining.loss, checkpoints=along.steps(whole)),
         )
 
     def _retraining(self, network: Network, *parts: tuple[Images, Array]) -> ModelRetraining:

@@ -53,7 +53,7 @@ class DataValueEmbedding:
         seed: Of the projector, and of labels that a curvature draws.
     """
 
-    reads: ClassVar[str] = "trajectory"
+    reads: ClassVar[str] = "steps"
     source: Source = field(factory=PerExample)
     projector: Projector = field(factory=Identity)
     curvature: Curvature = field(factory=GaussNewton)

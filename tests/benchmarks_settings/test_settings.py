@@ -7,14 +7,17 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from dattri_parts.measuring.attribution import task_of
 from dattri_parts.training import ModelRetraining, Recipe
 from oracles.models import check
 
+import dattri_core as dattri
 from dattri_core import (
     Counterfactual,
     InputError,
     Retraining,
     Setting,
+    SpecError,
     World,
     causal_lm,
     cross_entropy,
@@ -209,6 +212,27 @@ def test_the_trajectory_ends_where_the_task_is(load):
     assert all(largest_difference(run[-1], state) > 1e-6 for state in run[:-1])
     assert all(c.learning_rate > 0 for c in world.trajectory.checkpoints)
     assert len(world.facts["checkpoints"]) == len(run)
+
+
+def test_the_run_step_by_step_passes_through_the_trajectory(load):
+    world = load()
+    if world.steps is None:
+        assert world.retraining.recipe.optimizer == "adamw"
+        with pytest.raises(SpecError, match="trained by another optimiser, or with clipped"):
+            task_of(dattri.method("dvemb"), world)
+        return
+    task = task_of(dattri.method("dvemb"), world)
+    run = states(task)
+    batches = [c.step.batch for c in task.checkpoints]
+    per_epoch, epochs = -(-TINY[0] // len(batches[0])), world.facts["checkpoints"]
+    assert len(run) == per_epoch * epochs[-1] + 1
+    for epoch, state in list(zip(epochs, states(world.trajectory), strict=True))[:-1]:
+        assert largest_difference(run[epoch * per_epoch], state) == 0
+    seen = torch.cat(batches[:per_epoch]).sort().values
+    assert torch.equal(seen, torch.arange(TINY[0]))
+    scores = dattri.method("dvemb").attribute(task, world.train, world.test, progress=False)
+    assert torch.isfinite(scores.values).all()  # every step that is looked at is one of descent
+    assert float(scores.values.abs().max()) > 0
 
 
 def test_outcomes_are_those_of_the_model(load):

@@ -20,6 +20,7 @@ from dattri_core import (
     FittedMethod,
     Method,
     Scores,
+    SpecError,
     Task,
     method,
 )
@@ -29,8 +30,8 @@ Array = np.ndarray[Any, Any]
 ITERATIVE = "each train example would need an iterative solve over the whole train set"
 WHOLE_COLUMNS = "the scorer sees all train examples at once and gives none a score for itself"
 NOT_OFFERED = "the method gives no score of an example for itself"
-TRAJECTORY = "trajectory"
-"""What an attributor's ``reads`` says where it follows a training run."""
+TRAJECTORY, STEPS = "trajectory", "steps"
+"""What an attributor's ``reads`` says where it follows a training run, or every step of one."""
 
 
 @frozen
@@ -143,7 +144,19 @@ def _timed(work: Callable[[], Tensor]) -> SelfInfluence:
 
 
 def task_of(made: Any, world: Any) -> Task:
-    """Return what a method is asked about: the end of training, or checkpoints along the run."""
+    """Return what a method is asked about: the end of training, or checkpoints along the run.
+
+    Raises:
+        SpecError: It reads every step, and the world was not trained by gradient descent.
+    """
+    if getattr(made, "reads", None) == STEPS:
+        if world.steps is None:
+            raise SpecError(
+                f"{type(made).__name__} reads every step of a run of SGD, and this setting was "
+                "trained by another optimiser, or with clipped gradients; take a setting that was "
+                "not, such as 'mnist-mlp', or a run of your own (dattri_unroll.record)"
+            )
+        return referenced(made, world.steps(), world)
     return referenced(made, world.trajectory if follows_run(made) else world.task, world)
 
 
@@ -163,7 +176,7 @@ def follows_run(made: Any) -> bool:
     """Return whether a method reads checkpoints along one training run."""
     if isinstance(made, Method):
         return "learning-rate" in made.fold.needs
-    return getattr(made, "reads", None) == TRAJECTORY
+    return getattr(made, "reads", None) in (TRAJECTORY, STEPS)
 
 
 def retrains(made: Any) -> bool:

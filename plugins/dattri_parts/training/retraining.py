@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dattri_core import (
+    Checkpoint,
     Counterfactual,
     InputError,
     Loss,
@@ -34,6 +35,7 @@ from dattri_parts.training.rehearsal import rehearse
 from dattri_parts.training.run import Run
 from dattri_parts.training.sequential import Build, built, seeded, train_one, with_threads
 from dattri_parts.training.stacked import Member, check_stackable, train_stacked
+from dattri_parts.training.steps import step_by_step
 
 Array = np.ndarray[Any, Any]
 MEASURED = 512
@@ -168,6 +170,29 @@ class ModelRetraining:
                 _positions(counterfactual),
                 counterfactual.seed,
                 keep,
+                self.device,
+            )
+
+    def steps(self, counterfactual: Counterfactual) -> tuple[Checkpoint, ...]:
+        """Return the checkpoints of a run before each of its steps and at its end.
+
+        Raises:
+            InputError: The mask is not one of this train set, or the recipe's steps are not those
+                of SGD without clipping.
+            MemoryBudgetError: They do not fit the free memory.
+            NumericsError: The loss is not finite.
+        """
+        self._check(counterfactual)
+        if isinstance(self.recipe, Optimum):
+            raise InputError("steps of a run: an optimum is found by a search and has none")
+        with with_threads(self.threads):
+            return step_by_step(
+                self.build,
+                self.recipe,
+                self._loss,
+                self._on_device[0],
+                _positions(counterfactual),
+                counterfactual.seed,
                 self.device,
             )
 

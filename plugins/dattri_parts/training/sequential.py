@@ -16,6 +16,8 @@ from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.run import Run, copy_of
 
 Build = Callable[[], nn.Module]
+Before = Callable[[nn.Module, Tensor, float, int], None]
+"""Called before a step with the model, the positions of its batch, its rate and its epoch."""
 _seeding = threading.RLock()  # torch has one generator for all threads
 
 
@@ -75,6 +77,7 @@ def train_one(
     seed: int,
     keep: tuple[int, ...],
     device: torch.device,
+    before: Before | None = None,
 ) -> Run:
     """Return the run of a new model on the examples ``index [k]`` of the data.
 
@@ -87,6 +90,7 @@ def train_one(
         seed: Of initial weights, order of examples and dropout.
         keep: Epochs after which the state is kept, beside the last.
         device: To train on.
+        before: Called before every step.
 
     Raises:
         NumericsError: The loss is not finite.
@@ -100,6 +104,8 @@ def train_one(
             total = torch.zeros((), device=device)
             for chosen in torch.split(order, recipe.batch):
                 rate = recipe.rate(step, per_epoch)
+                if before is not None:
+                    before(model, chosen, rate, epoch)
                 total += _step(model, optimizer, rate, loss, take(data, chosen), recipe.clip)
                 step += 1
             require_finite(total, epoch, f"{len(index)} examples, seed {seed}")
