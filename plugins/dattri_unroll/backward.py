@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -15,6 +16,9 @@ from dattri_unroll.points import Points
 from dattri_unroll.step_problem import StepProblem
 from dattri_unroll.walk import Add
 
+TINY = 1e-30
+GROWTH = 5
+"""By how much a row may grow on its way back before a warning is given."""
 CHECKED = 8
 """Steps, evenly spaced, that are compared with what gradient descent would have done."""
 
@@ -72,12 +76,14 @@ class Backward:
         checked = {*np.linspace(0, max(0, len(checkpoints) - 2), CHECKED).astype(int).tolist()}
         carried: Rows | None = None
         velocity: Tensor | None = None  # phi, [C, d]
+        size = growth = torch.zeros(())  # of the rows at the end, and the most since then
         after: Mapping[str, Tensor] = {}
         for checkpoint in reversed(checkpoints):
             problem = points.problem(checkpoint.position)
             batch = self._batch(checkpoint)
             if carried is None:
                 carried = points.test_rows(problem, columns)
+                size = carried.flat().norm(dim=1)
             elif checkpoint.position in checked and columns.start == 0 and len(batch):
                 self._require(problem, checkpoint, batch, after)
             after = problem.evaluator.selected
@@ -93,6 +99,17 @@ class Backward:
                 advance(len(part))
             if checkpoint.position > 0:
                 carried = self._earlier(carried, taken, seen, checkpoint)
+                lengths = carried.flat().norm(dim=1)
+                growth = torch.maximum(growth, (lengths / size.clamp_min(TINY)).max().cpu())
+        if float(growth) > GROWTH:
+            warnings.warn(
+                f"dvemb: on the way back a test row grew to {float(growth):.3g} times its length "
+                "at the end, and so did what is said of early steps: the learning rate times an "
+                "eigenvalue of the curvature is above 2 in some steps, where the run itself may "
+                "have been stable; use the curvature 'ggn', or 'hessian', which is that of the run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _earlier(
         self, carried: Rows, taken: Rows, seen: StepProblem, checkpoint: Checkpoint

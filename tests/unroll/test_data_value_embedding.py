@@ -1,5 +1,7 @@
 """`dvemb`: against a run that is differentiated whole, dense recursions, and runs without i."""
 
+import warnings
+
 import attrs
 import pytest
 import torch
@@ -282,6 +284,17 @@ def test_it_meets_the_laws_of_attributors():
         report = check("attributor", dattri.method("dvemb", curvature=curvature))
         assert report.ok, str(report)
         assert report.run >= 12
+
+
+def test_rows_that_grow_on_the_way_back_are_told(tmp_path):
+    model, loss, train, test = linear()
+    made = model, loss, (train[0], 6 * train[1]), test  # residuals make outer products large
+    run_recorded(made, tmp_path)
+    with pytest.warns(RuntimeWarning, match="times its length at the end.*use the curvature 'ggn'"):
+        scores_of(made, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores_of(made, tmp_path, curvature="ggn")
 
 
 # --- what is refused ------------------------------------------------------------------------------
