@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "if-arnoldi": {"curvature": "ggn", "rank": 20, "iterations": 40},
     "MLP, if-woodbury": {"curvature": "gauss-newton"},
     "transformer, if-woodbury": {"curvature": "gauss-newton"},
+    "ResNet-9, relatif-explicit": {"curvature": "gauss-newton"},
     "transformer, if-arnoldi": {"curvature": "ggn", "rank": 16, "iterations": 30},
     "ResNet-9, if-lissa": {"curvature": "ggn", "depth": 100, "batch": 4, "damping": 1e-2},
     "transformer, if-lissa": {"curvature": "ggn", "depth": 100, "batch": 4, "damping": 1e-2},
@@ -47,7 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Ten iterations, a hundred steps, a small Krylov space: minutes to hours of products on two cores.
 The Gauss-Newton matrix, since networks that are trained briefly have negative Hessian eigenvalues.
 In the dual it has a row for every example and class, or character and class; `gauss-newton` is the
-second moment of the gradients, a row for every example.
+second moment of the gradients, a row for every example, whose inverse knows each one's
+self-influence.
 """
 SUBSETS = {
     "ResNet-9, if-cg": ["5.*", "8.*"],
