@@ -6,8 +6,7 @@ import pytest
 import torch
 from dattri_parts.solvers import kernel, woodbury
 from oracles.networks import (
-    dense_ggn,
-    dense_second_moment,
+    convolutional,
     diagonal_blocks,
     problem_of,
     solved,
@@ -25,26 +24,7 @@ DAMPING = 0.05
 @pytest.fixture(scope="module")
 def setting():
     """Return a convolutional network in float64 with its rows, and its dense curvatures."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AvgPool2d(2),
-            nn.Flatten(), nn.Linear(72, 3),
-        ).double()  # fmt: skip
-    sets = []
-    for n in (N, M):
-        inputs = torch.randn(n, 2, 10, 10, generator=generator, dtype=torch.float64)
-        sets.append((inputs, torch.randint(3, (n,), generator=generator)))
-    task = dattri.Task(model)
-    space = problem_of(task, sets[0]).space
-    left = row_matrix(task, space, sets[0])
-    right = row_matrix(task, space, sets[1], "test")
-    curvatures = {
-        "ggn": dense_ggn(task, space, sets[0]),
-        "fisher": dense_second_moment(task, space, sets[0]),
-    }
-    return task, *sets, left, right, curvatures, space
+    return convolutional(N, M)
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ import logging
 
 import pytest
 import torch
-from oracles.networks import dense_ggn, dense_second_moment, problem_of, solved
-from torch import nn
+from oracles.networks import convolutional, solved
 
 import dattri_core as dattri
-from dattri_core.laws.oracles import row_matrix
 
 N, M = 60, 6
 SMALL, LARGE = "1MiB", "64MiB"
@@ -19,26 +17,7 @@ SMALL, LARGE = "1MiB", "64MiB"
 @pytest.fixture(scope="module")
 def setting():
     """Return a convolutional network in float64 whose rows take 740 KB, and dense curvatures."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AvgPool2d(2),
-            nn.Flatten(), nn.Linear(72, 3),
-        ).double()  # fmt: skip
-    sets = []
-    for n in (N, M):
-        inputs = torch.randn(n, 2, 10, 10, generator=generator, dtype=torch.float64)
-        sets.append((inputs, torch.randint(3, (n,), generator=generator)))
-    task = dattri.Task(model)
-    space = problem_of(task, sets[0]).space
-    left = row_matrix(task, space, sets[0])
-    right = row_matrix(task, space, sets[1], "test")
-    curvatures = {
-        "ggn": dense_ggn(task, space, sets[0]),
-        "fisher": dense_second_moment(task, space, sets[0]),
-    }
-    return task, *sets, left, right, curvatures
+    return convolutional(N, M)[:-1]
 
 
 def close(found, want, tolerance=1e-8):

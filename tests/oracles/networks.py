@@ -103,3 +103,31 @@ def solved(matrix, damping, flat):
     """Return (matrix + damping I)^-1 v for every row v."""
     shifted = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
     return torch.linalg.solve(shifted, flat.double().mT).mT
+
+
+def convolutional(n, m):
+    """Return the task of a convolutional network in float64, its sets and dense oracles.
+
+    Its train and test set of n and m examples, their rows ``[n, d]`` and ``[m, d]``, the GGN and
+    the empirical Fisher matrix by name, and the space of the rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AvgPool2d(2),
+            nn.Flatten(), nn.Linear(72, 3),
+        ).double()  # fmt: skip
+    sets = []
+    for size in (n, m):
+        inputs = torch.randn(size, 2, 10, 10, generator=generator, dtype=torch.float64)
+        sets.append((inputs, torch.randint(3, (size,), generator=generator)))
+    task = Task(model)
+    space = problem_of(task, sets[0]).space
+    left = row_matrix(task, space, sets[0])
+    right = row_matrix(task, space, sets[1], "test")
+    curvatures = {
+        "ggn": dense_ggn(task, space, sets[0]),
+        "fisher": dense_second_moment(task, space, sets[0]),
+    }
+    return task, *sets, left, right, curvatures, space
