@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 from dattri_parts.solvers import kernel, woodbury
@@ -170,3 +171,16 @@ def test_only_rows_of_the_train_side_are_the_train_sets_own(setting):
     assert not make("curvature", "leading-ggn").fit(problem).own
     problem.role = "test"  # of reference examples
     assert not moment.fit(problem).own
+
+
+@pytest.mark.parametrize(("n", "memory", "known"), [(110, 800_000, True), (180, 1_300_000, False)])
+def test_what_is_foreseen_of_rows_that_are_read_again_is_what_is_known(n, memory, known):
+    # 180 rows are more than 1.5 times the numbers of the first layer, which is inverted as a matrix
+    task, train, *_ = convolutional(n, 2)
+    problem = problem_of(task, train, memory=memory)
+    make = dattri.default_registry().make
+    moment = attrs.evolve(make("curvature", "gauss-newton"), block=True)
+    stage = dattri.CurvatureInverse(moment, make("solver", "woodbury"))
+    inverse = stage.fit(problem)
+    assert inverse.stats["rows_held"] == 0.0
+    assert stage.foresee(problem).leverages == inverse.leverages == known

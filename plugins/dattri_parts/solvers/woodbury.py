@@ -103,8 +103,9 @@ class Woodbury:
         told = evolve(told, held=forecast.held, note=note)
         if forecast.fits:
             return evolve(told, forms=not forecast.base, base=forecast.base)
-        own = bool(getattr(operator, "own", False))
-        return evolve(told, forms=True, blockwise=False, beside=BESIDE, leverages=own)
+        dual = not any(group.primal(forecast.rows) for group in forecast.groups)
+        known = dual and bool(getattr(operator, "own", False))
+        return evolve(told, forms=True, blockwise=False, beside=BESIDE, leverages=known)
 
 
 def _forecast(operator: IndexedRows) -> Forecast:
