@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import attrs
@@ -266,6 +267,99 @@ def test_factors_half_precision_and_scales_of_rows():
         small = rows_of((given_rows.flat() * scale).float())
         answer = solver.solve_for(single, CPU).apply(small).flat().double() / scale
         assert gap(answer, want) < 1e-4
+
+
+# --- an estimated scale that is too small ---------------------------------------------------------
+def outlier(count=40, size=6, weight=30.0):
+    """Return an operator of alike examples but one, whose eigenvalue is by far the largest."""
+    generator = torch.Generator().manual_seed(0)
+    diagonal = torch.rand(count, size, generator=generator, dtype=torch.float64)
+    diagonal[:, 0] = 0.0
+    diagonal[17] = 0.0
+    diagonal[17, 0] = weight
+    return MeanOperator(torch.diag_embed(diagonal))
+
+
+def widened(operator, flat, solver, scale):
+    """Return the series of every row at the first of scale, 2 scale, ... that bounds it."""
+    answers, scales = [], []
+    for row in flat:
+        for factor in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0):
+            unit = row / row.norm()
+            steps = [
+                recursion(operator, unit[None], 0.5, scale * factor, t, solver.batch, 1, seed=0)
+                for t in (*range(1, solver.depth, 10), solver.depth)
+            ]
+            lengths = [scale * factor * float(v.norm()) for v in steps]
+            looks = (*range(1, solver.depth, 10), solver.depth)
+            if all(a <= 1.001 * (t + 1) for a, t in zip(lengths, looks, strict=True)):
+                answers.append(steps[-1][0] * row.norm())
+                scales.append(scale * factor)
+                break
+    return torch.stack(answers), scales
+
+
+def test_rows_that_diverge_at_an_estimated_scale_are_summed_at_twice_it():
+    operator = outlier()
+    flat = rows(6, 6).flat()
+    flat[:, 0] = torch.tensor([5.0, 0.5, 0.0, 0.0, 0.0, 0.0])  # four never see the outlier
+    solver = LiSSA(damping=0.5, batch=2, depth=80)
+    inverse = solver.solve_for(operator, CPU)
+    with pytest.warns(ConvergenceWarning, match=r"\d of 6 rows diverged at the.* give scale="):
+        got = inverse.apply(rows_of(flat)).flat()
+    base = inverse.stats["scale"]
+    assert base < 2  # the outlier is in none of the samples that were probed
+    want, scales = widened(operator, flat, solver, base)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert len(want) == 6
+    assert inverse.stats["widened"] == sum(scale > base for scale in scales) > 0
+    assert inverse.stats["widest_scale"] == max(scales) > base
+    assert base in scales  # the others keep theirs
+    for k in range(6):  # each row for itself, whatever it comes with
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            alone = solver.solve_for(operator, CPU).apply(rows_of(flat[k : k + 1])).flat()
+        torch.testing.assert_close(alone[0], got[k], rtol=1e-10, atol=1e-13)
+
+
+def test_a_run_that_diverges_in_a_later_repeat_starts_over():
+    operator = outlier(weight=60.0)
+    flat = rows(6, 4).flat()
+    found = set()
+    for seed in range(12):
+        operator.seed = seed
+        solver = LiSSA(damping=0.5, batch=2, depth=12, repeats=3)
+        inverse = solver.solve_for(operator, CPU)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            got = inverse.apply(rows_of(flat)).flat()
+        scales = [inverse.stats["scale"] * 2**k for k in range(7)]
+        each = [recursion(operator, flat, 0.5, s, 12, 2, 3, seed) for s in scales]
+        gaps = torch.stack([(got - want).norm(dim=1) for want in each]) / got.norm(dim=1)
+        assert float(gaps.min(0).values.max()) < 1e-10  # one scale through all repeats of a row
+        used = gaps.argmin(0)
+        assert inverse.stats.get("widened", 0) == int((used > 0).sum())
+        found |= set(used.tolist())
+    assert len(found) > 1
+
+
+def test_negative_curvature_is_no_matter_of_the_scale():
+    operator = squares()
+    operator.matrices -= 3.0 * torch.eye(6, dtype=torch.float64)
+    inverse = LiSSA(damping=0.1, batch=10, depth=2000).solve_for(operator, CPU)
+    message = r"diverged by step \d+ of repeat 1 .* scale (\S+): .* negative"
+    with pytest.raises(NumericsError, match=message) as caught:
+        inverse.apply(rows(6))
+    said = re.search(message, str(caught.value))
+    assert said is not None
+    largest = 1.1 * (inverse.largest_eigenvalue + 0.1)
+    assert float(said[1]) == pytest.approx(largest, rel=1e-2)  # and not twice that
+
+
+def test_a_scale_that_was_given_is_kept():
+    operator = outlier()
+    with pytest.raises(NumericsError, match=r"diverged by step \d+ of repeat 1.*scale 2"):
+        LiSSA(damping=0.5, batch=2, depth=200, scale=2.0).solve_for(operator, CPU).apply(rows(6))
 
 
 # --- as a method ----------------------------------------------------------------------------------
