@@ -96,24 +96,36 @@ class CurvatureInverse:
         it holds for solvers that take the curvature as it is, by its spectrum or its rows. A solver
         whose answers are not formed may say so by ``forms``.
         """
-        asked, told = self.solver.needs, Outlook()
-        if asked <= {"spectral", "rows"} and hasattr(self.curvature, "outlook"):
-            told = self.curvature.outlook(space, asked)
-        forms = getattr(self.solver, "forms", True)
-        splits = told.splits and "spectral" in asked
-        return attrs.evolve(told, splits=splits, spectral=splits, forms=forms)
+        told = Outlook()
+        if self._takes_all and hasattr(self.curvature, "outlook"):
+            told = self.curvature.outlook(space, self.solver.needs)
+        return self._through_solver(told)
 
     def foresee(self, problem: Problem) -> Outlook:
         """Return what is known of the inverse before the fit, some train rows read.
 
-        As `outlook`, or as the solver says by ``foresee(operator, outlook)``; then the curvature
-        must be one that does its work when its operator is used, as those of rows do.
+        As `outlook`, or as the curvature says by ``foresee(problem, asked)`` in its place; and as
+        the solver says by ``foresee(operator, outlook)``; then the curvature must be one that does
+        its work when its operator is used, as those of rows do.
         """
         told = self.outlook(problem.space)
+        if self._takes_all and hasattr(self.curvature, "foresee"):
+            told = self._through_solver(self.curvature.foresee(problem, self.solver.needs))
         if not hasattr(self.solver, "foresee"):
             return told
         foreseen: Outlook = self.solver.foresee(self.curvature.fit(problem), told)
         return foreseen
+
+    @property
+    def _takes_all(self) -> bool:
+        """Return whether the solver takes the curvature as it is, by its spectrum or its rows."""
+        return self.solver.needs <= {"spectral", "rows"}
+
+    def _through_solver(self, told: Outlook) -> Outlook:
+        """Return what is known of the inverse from what the curvature says of it."""
+        splits = told.splits and "spectral" in self.solver.needs
+        forms = getattr(self.solver, "forms", True)
+        return attrs.evolve(told, splits=splits, spectral=splits, forms=forms)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the solver asks for what the curvature does not give."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen, validators
+from dattri_parts.curvatures.block_spectrum import count_rows, spans, spectrum_of
 from dattri_parts.curvatures.eigenbasis import BlockBasis
-from dattri_parts.curvatures.second_moment import SecondMoment, answers, outlook, spectrum_of
+from dattri_parts.curvatures.second_moment import SecondMoment, answers, foreseen, outlook
 from torch import Tensor
 
 from dattri_core import DenseBlock, Operator, Outlook, Problem, ReferencedProblem, Rows, Space
@@ -48,6 +49,10 @@ class Mixed:
         """Return what an inverse made from its eigenvectors will be."""
         return outlook(space, asked, blockwise=self.block)
 
+    def foresee(self, problem: Problem, asked: frozenset[str]) -> Outlook:
+        """Return the same where the number of rows is known."""
+        return foreseen(self.fit(problem), asked, blockwise=self.block)
+
     def fit(self, problem: Problem) -> Operator:
         """Return the operator; rows are read when it is used."""
         assert isinstance(problem, ReferencedProblem)
@@ -64,7 +69,6 @@ class _MixedMoment:
     asked: SecondMoment
     train: SecondMoment
     weight: float
-    complete: ClassVar[bool] = True
 
     @property
     def space(self) -> Space:
@@ -104,14 +108,15 @@ class _MixedMoment:
         """Return the eigenvalues of every block, in float64."""
         return self._spectrum[1]
 
+    @property
+    def complete(self) -> bool:
+        """Return whether the eigenvectors span every block: not where there are few rows."""
+        return spans(self.space, count_rows([self.asked, self.train]))
+
     @cached_property
     def _spectrum(self) -> tuple[BlockBasis, dict[str, Tensor]]:
-        return spectrum_of(self.space, self._moments, self.memory)
-
-    def _moments(self) -> dict[str, Tensor]:
-        train = self.train.moments()
-        asked = self.asked.moments().items()
-        return {name: self._mix(moment, train.pop(name)) for name, moment in asked}
+        mixed = [(self.asked, self.weight), (self.train, 1 - self.weight)]
+        return spectrum_of(self.space, mixed, self.memory)
 
     def _mix(self, asked: Tensor, train: Tensor) -> Tensor:
         """Return the mixture in place of the first, so that no third copy is made."""

@@ -64,6 +64,17 @@ def test_layer_by_layer_it_is_the_closed_form(weight):
     assert want.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.9, 1.0])
+def test_of_few_rows_it_is_the_closed_form(weight):
+    train, asked = (tuple(x[:k] for x in batch) for batch, k in ((TRAIN, 2), (ASKED, 3)))
+    task = task_of(asked)
+    fitted = trackstar(weight=weight).fit(task, train)
+    (rows, cuts), (test, _), (reference, _) = map(gradients, (train, TEST, asked))
+    assert min(cut.stop - cut.start for cut in cuts) < 4 * 5 <= cuts[0].stop  # on either side
+    want = closed_form(rows, test, reference, weight, cuts)
+    assert (fitted.attribute(TEST).values - want).abs().max() <= 1e-9
+
+
 def test_of_whole_rows_without_blocks():
     method = trackstar(block=False, solver={"name": "cholesky", "damping": DAMPING})
     scores = method.attribute(task_of(), TRAIN, TEST)

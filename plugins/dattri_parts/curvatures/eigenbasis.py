@@ -18,7 +18,7 @@ class BlockBasis:
 
     Args:
         space: Of the rows.
-        columns: By block, ``[size, size]`` in float64.
+        columns: By block, ``[size, k]`` in float64; k < size where the others have no curvature.
     """
 
     space: Space
@@ -28,7 +28,17 @@ class BlockBasis:
     @property
     def out_space(self) -> Space:
         """Return the blocks in the coordinates of their eigenvectors."""
-        return Space(tuple(BlockSpec(spec.name, "dense", (spec.size,)) for spec in self.space))
+        return Space(
+            tuple(
+                BlockSpec(spec.name, "dense", (self.columns[spec.name].shape[1],))
+                for spec in self.space
+            )
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the columns."""
+        return sum(values.numel() * values.element_size() for values in self.columns.values())
 
     def map(self, rows: Rows) -> Rows:
         """Return Q^T g, in float32 or better; the rows may hold a part of the blocks."""

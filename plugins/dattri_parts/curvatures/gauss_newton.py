@@ -7,7 +7,7 @@ from typing import ClassVar
 from attrs import frozen
 
 from dattri_core import Operator, Outlook, Problem, Space
-from dattri_parts.curvatures.second_moment import SecondMoment, answers, outlook
+from dattri_parts.curvatures.second_moment import SecondMoment, answers, foreseen, outlook
 
 
 @frozen
@@ -38,6 +38,10 @@ class GaussNewton:
     def outlook(self, space: Space, asked: frozenset[str]) -> Outlook:
         """Return what an inverse made from its eigenvectors or its rows will be."""
         return outlook(space, asked, blockwise=self.block)
+
+    def foresee(self, problem: Problem, asked: frozenset[str]) -> Outlook:
+        """Return the same where the number of rows is known."""
+        return foreseen(self.fit(problem), asked, blockwise=self.block)
 
     def fit(self, problem: Problem) -> Operator:
         """Return the operator; rows are read when it is used."""

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import ClassVar
+from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core import (
     Block,
     DenseBlock,
-    MemoryBudgetError,
     Outlook,
     Problem,
     RandomStream,
     RowKind,
     Rows,
     Space,
-    format_bytes,
+)
+from dattri_parts.curvatures.block_spectrum import (
+    count_rows,
+    require_room,
+    spans,
+    spectrum_of,
+    squares,
 )
 from dattri_parts.curvatures.eigenbasis import BlockBasis
 
@@ -149,7 +154,7 @@ class SecondMoment:
         require_room(self.space, 8 * size**2, f"a {size} x {size} matrix", self.memory)
         matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
         if self.blockwise:
-            for name, moment in self.moments().items():
+            for name, moment in squares(self.space, [(self, 1.0)]).items():
                 start = self.space.offsets[name]
                 where = slice(start, start + len(moment))
                 matrix[where, where] = moment
@@ -170,54 +175,14 @@ class SecondMoment:
         """Return the eigenvalues of every block, in float64."""
         return self._spectrum[1]
 
-    complete: ClassVar[bool] = True
+    @property
+    def complete(self) -> bool:
+        """Return whether the eigenvectors span every block: not where there are few rows."""
+        return spans(self.space, count_rows([self]))
 
     @cached_property
     def _spectrum(self) -> tuple[BlockBasis, dict[str, Tensor]]:
-        return spectrum_of(self.space, self.moments, self.memory)
-
-    def moments(self) -> dict[str, Tensor]:
-        """Return the diagonal blocks of H in float64."""
-        device = self.problem.device
-        total = {
-            spec.name: torch.zeros(spec.size, spec.size, dtype=torch.float64, device=device)
-            for spec in self.space
-        }
-
-        def add(name: str, block: Block, _: Tensor) -> None:
-            flat = block.flat().double()
-            total[name].addmm_(flat.T, flat, alpha=self.weight)
-
-        for draw in range(self.draws):
-            self.problem.stream(add, kind=self.kind, draw=draw)
-        return total
-
-
-def spectrum_of(
-    space: Space, moments: Callable[[], Mapping[str, Tensor]], memory: int
-) -> tuple[BlockBasis, dict[str, Tensor]]:
-    """Return the eigenvectors and eigenvalues of the diagonal blocks of a second moment.
-
-    Raises:
-        MemoryBudgetError: They do not fit the memory; before the blocks are made.
-    """
-    needed = 16 * sum(spec.size**2 for spec in space)
-    require_room(space, needed, "the eigenvectors of its blocks", memory)
-    columns, values = {}, {}
-    for name, moment in moments().items():
-        found, columns[name] = torch.linalg.eigh(moment)
-        values[name] = found.clamp_min(0)  # a second moment: below zero is rounding
-    return BlockBasis(space, columns), values
-
-
-def require_room(space: Space, needed: int, what: str, memory: int) -> None:
-    """Raise `MemoryBudgetError` when a part of a second moment needs more than the memory."""
-    if needed > memory:
-        raise MemoryBudgetError(
-            f"second moment of rows of {space.dim} numbers: {what} needs {format_bytes(needed)}, "
-            f"{format_bytes(memory)} may be used; use a solver that needs rows alone "
-            "('woodbury'), or a projector"
-        )
+        return spectrum_of(self.space, [(self, 1.0)], self.memory)
 
 
 def answers(space: Space, *, blockwise: bool) -> frozenset[str]:
@@ -232,3 +197,9 @@ def outlook(space: Space, asked: frozenset[str], *, blockwise: bool) -> Outlook:
     if "spectral" not in asked:
         return Outlook(blockwise=blockwise)
     return Outlook(blockwise=True, splits=all(spec.kind == "dense" for spec in space))
+
+
+def foreseen(operator: Any, asked: frozenset[str], *, blockwise: bool) -> Outlook:
+    """Return the same of an operator whose number of rows is known, before any is read."""
+    told = outlook(operator.space, asked, blockwise=blockwise)
+    return evolve(told, splits=told.splits and operator.complete)

@@ -35,6 +35,8 @@ from dattri_core import (
     take,
 )
 from dattri_core.laws.oracles import gradients_of, output_hessian, place, row_matrix, singles
+from dattri_core.outlook import outlook_before_fit, outlook_of
+from dattri_core.stages import CurvatureInverse
 
 CPU = torch.device("cpu")
 
@@ -170,6 +172,65 @@ def test_eigenvectors_of_small_blocks_serve_the_spectral_solver(block):
     inverse = Spectral(0.01).solve_for(operator, CPU)
     assert gap(inverse.apply(rows).flat(), solved(matrix, 0.01, rows.flat())) < 1e-10
     assert all(float(values.min()) >= 0 for values in operator.eigenvalues.values())
+
+
+def wide(count):
+    """Return a network of a wide and a narrow layer, and so many examples."""
+    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    inputs = torch.randn(count, 30, generator=generator, dtype=torch.float64)
+    return Task(model), (inputs, torch.randint(0, 3, (count,), generator=generator))
+
+
+@pytest.mark.parametrize("count", [1, 20, 62, 63, 90])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_blocks_of_few_rows_are_decomposed_by_their_rows(count, draws):
+    problem = problem_of(*wide(count), batch=7)
+    curvature = Fisher(block=True, draws=draws) if draws > 1 else GaussNewton(block=True)
+    operator, sizes = curvature.fit(problem), [248, 27]
+    rows = count * draws
+    kept = [rows if 4 * rows <= size else size for size in sizes]
+    assert [values.shape[0] for values in operator.eigenvalues.values()] == kept
+    assert [operator.basis.columns[n].shape for n in ("0", "2")] == list(
+        zip(sizes, kept, strict=True)
+    )
+    assert operator.complete == (kept == sizes)
+    assert operator.basis.nbytes == 8 * sum(a * b for a, b in zip(sizes, kept, strict=True))
+    matrix, read = operator.dense(), Rows.concatenate(list(problem.rows()))
+    for name, columns in operator.basis.columns.items():
+        eye = torch.eye(columns.shape[1], dtype=torch.float64)
+        assert gap(columns.mT @ columns, eye) < 1e-12
+        start = problem.space.offsets[name]
+        here = slice(start, start + len(columns))
+        rebuilt = columns * operator.eigenvalues[name] @ columns.mT
+        assert gap(rebuilt, matrix[here, here]) < 1e-12
+    for given in (read, vectors(problem.space)):
+        for damping in (1e-6, 0.01):
+            want = solved(matrix, damping, given.flat())
+            inverse = Spectral(damping).solve_for(operator, CPU)
+            assert gap(inverse.apply(given).flat(), want) < 1e-6
+            root = Spectral(damping).root_for(operator, CPU)
+            assert gap(root.apply(root.apply(given)).flat(), want) < 1e-6
+
+
+@pytest.mark.parametrize("count", [20, 90])
+def test_before_the_fit_it_is_known_whether_few_rows_leave_a_basis(count):
+    task, train = wide(count)
+    problem = problem_of(task, train, sketches=[FlatSketch(250)])
+    for curvature in (GaussNewton(block=True), Fisher(block=True), LeadingGGN(block=True)):
+        stage = CurvatureInverse(curvature, Spectral(0.01))
+        told = outlook_before_fit(stage, problem.space, problem)
+        known = outlook_of(stage, stage.fit(problem), problem.space)
+        assert told.splits == known.splits == (count == 90)
+        assert told.spectral == known.spectral == (count == 90)
+
+
+def test_the_room_for_few_rows_is_that_of_their_eigenvectors():
+    needed = 16 * (248 * 20 + 27 * 27)
+    GaussNewton(block=True).fit(problem_of(*wide(20), memory=needed)).basis
+    with pytest.raises(MemoryBudgetError, match="the eigenvectors of its blocks"):
+        GaussNewton(block=True).fit(problem_of(*wide(20), memory=needed - 1)).basis
 
 
 def test_what_is_given_is_told_from_the_space():
