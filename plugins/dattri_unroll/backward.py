@@ -74,32 +74,34 @@ class Backward:
         """
         points, checkpoints = self.points, self.points.task.checkpoints
         checked = {*np.linspace(0, max(0, len(checkpoints) - 2), CHECKED).astype(int).tolist()}
-        carried: Rows | None = None
+        psi: Tensor | None = None  # [C, d], written over step by step: it is as large as it gets
         velocity: Tensor | None = None  # phi, [C, d]
         size = growth = torch.zeros(())  # of the rows at the end, and the most since then
         after: Mapping[str, Tensor] = {}
+        index = torch.arange(columns.start, columns.stop)
         for checkpoint in reversed(checkpoints):
             problem = points.problem(checkpoint.position)
             batch = self._batch(checkpoint)
-            if carried is None:
-                carried = points.test_rows(problem, columns)
-                size = carried.flat().norm(dim=1)
+            if psi is None:
+                psi = points.test_rows(problem, columns).flat()
+                size = psi.norm(dim=1)
             elif checkpoint.position in checked and columns.start == 0 and len(batch):
                 self._require(problem, checkpoint, batch, after)
             after = problem.evaluator.selected
             if not len(batch):
                 continue
-            met, velocity = _through(carried.flat(), velocity, checkpoint)
-            taken = Rows.from_flat(carried.space, met, carried.index)
+            direction, rate, velocity = _through(psi, velocity, checkpoint)
+            taken = Rows.from_flat(problem.space, direction, index)
             seen = StepProblem(problem, batch, points.memory // 4)
-            scale = len(points.train) / len(batch)
+            scale = rate * len(points.train) / len(batch)
             for part in seen.rows():
                 epoch = step_of(checkpoint).epoch
                 add(epoch, part.index, columns, part.inner(taken) * scale)
                 advance(len(part))
             if checkpoint.position > 0:
-                carried = self._earlier(carried, taken, seen, checkpoint)
-                lengths = carried.flat().norm(dim=1)
+                self._go_back(psi, taken, rate, seen, checkpoint)
+                lengths = psi.norm(dim=1)
+                _require_finite(lengths, checkpoint)
                 growth = torch.maximum(growth, (lengths / size.clamp_min(TINY)).max().cpu())
         if float(growth) > GROWTH:
             warnings.warn(
@@ -111,22 +113,19 @@ class Backward:
                 stacklevel=2,
             )
 
-    def _earlier(
-        self, carried: Rows, taken: Rows, seen: StepProblem, checkpoint: Checkpoint
-    ) -> Rows:
-        """Return psi' = psi - (H + weight_decay I) u."""
+    def _go_back(
+        self, psi: Tensor, taken: Rows, rate: float, seen: StepProblem, checkpoint: Checkpoint
+    ) -> None:
+        """Write psi - (H + weight_decay I) u over psi, u being rate times what was taken."""
         operator = self.points.curvature.fit(seen)
-        product = operator.apply(taken.to(dtype=operator.dtype)).flat().to(carried.dtype)
+        product = operator.apply(taken.to(dtype=operator.dtype))
         decay = step_of(checkpoint).weight_decay
-        flat = carried.flat().sub(product).sub_(taken.flat(), alpha=decay)
-        if not bool(torch.isfinite(flat).all()):
-            raise NumericsError(
-                f"dvemb: the test rows carried back to {checkpoint.name!r} are not finite; the "
-                "learning rate times an eigenvalue of the curvature is above 2 in many steps, "
-                "where gradient descent on it diverges; use the curvature 'hessian', which is that "
-                "of the run itself, or train with a smaller learning rate"
-            )
-        return Rows.from_flat(carried.space, flat, carried.index)
+        for spec in taken.space:
+            start = taken.space.offsets[spec.name]
+            here = psi[:, start : start + spec.size]
+            if decay:  # first: what was taken may be psi itself
+                here.sub_(taken.blocks[spec.name].flat() * (rate * decay))
+            here.sub_(product.blocks[spec.name].flat().to(psi.dtype), alpha=rate)
 
     def _require(
         self,
@@ -159,17 +158,32 @@ class Backward:
 
 def _through(
     psi: Tensor, phi: Tensor | None, checkpoint: Checkpoint
-) -> tuple[Tensor, Tensor | None]:
-    """Return u and phi' of a step, from psi and phi after it; see `Backward`."""
+) -> tuple[Tensor, float, Tensor | None]:
+    """Return u and phi' of a step, from psi and phi after it; u as a tensor and a factor.
+
+    See `Backward`. Without momentum the tensor is psi itself, so that nothing is copied.
+    """
     step, rate = step_of(checkpoint), checkpoint.learning_rate or 0.0
     if not step.momentum:
-        return psi * rate, None
+        return psi, rate, None
     direct = psi * rate
     turned = direct * step.momentum if step.nesterov else direct
     if phi is not None:
         turned = turned + phi
     damped = turned * (1 - step.dampening) if checkpoint.position else turned
-    return damped + direct if step.nesterov else damped, turned * step.momentum
+    return damped + direct if step.nesterov else damped, 1.0, turned * step.momentum
+
+
+def _require_finite(lengths: Tensor, checkpoint: Checkpoint) -> None:
+    """Raise when a carried row is not finite, by its length."""
+    if bool(torch.isfinite(lengths).all()):
+        return
+    raise NumericsError(
+        f"dvemb: the test rows carried back to {checkpoint.name!r} are not finite; the learning "
+        "rate times an eigenvalue of the curvature is above 2 in many steps, where gradient "
+        "descent on it diverges; use the curvature 'hessian', which is that of the run itself, or "
+        "train with a smaller learning rate"
+    )
 
 
 def step_of(checkpoint: Checkpoint) -> TrainingStep:
