@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import LeverageInverse as LeverageInverse
     from dattri_core.capabilities import ModelProblem as ModelProblem
+    from dattri_core.capabilities import MovableSource as MovableSource
     from dattri_core.capabilities import Outlook as Outlook
     from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
@@ -188,6 +189,7 @@ _EXPORTS = {
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
+    "MovableSource": "capabilities",
     "OutputSource": "capabilities",
     "Outlook": "capabilities",
     "ParameterView": "space",

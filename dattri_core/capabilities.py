@@ -94,6 +94,19 @@ class RehearsedSource(BoundSource, Protocol):
 
 
 @runtime_checkable
+class MovableSource(Source, Protocol):
+    """A source that can be taken from one checkpoint to other weights of the same model.
+
+    What it learnt of the model when it was bound holds at any weights, so that the many checkpoints
+    of a run need not all be looked at.
+    """
+
+    def move(self, bound: Any, checkpoint: Any) -> BoundSource:
+        """Return what `bind` gives at another checkpoint, from what it gave at one."""
+        ...
+
+
+@runtime_checkable
 class DataProjector(Projector, Protocol):
     """A sketch that may have to be fitted on the train set."""
 

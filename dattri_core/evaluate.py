@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import TypeVar
 
 import torch
@@ -49,8 +50,22 @@ class Evaluator:
 
     def __init__(self, task: Task, checkpoint: Checkpoint, sample: Batch) -> None:
         self.task = task
-        self.checkpoint = checkpoint
         self.device = task.device
+        self._runner = _Runner(task.model)
+        self._reduction: Reduction = "each"
+        self._in_session = False
+        self._load(checkpoint)
+        self._check(sample)
+
+    def moved_to(self, checkpoint: Checkpoint) -> Evaluator:
+        """Return the same at another checkpoint; it is not tried on a sample again."""
+        other = copy(self)
+        other._load(checkpoint)
+        return other
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        task = self.task
+        self.checkpoint = checkpoint
         self.state = checkpoint.load(task.model)
         names = {name for name, _ in task.model.named_parameters()}
         self.parameters: dict[str, Tensor] = {k: v for k, v in self.state.items() if k in names}
@@ -61,10 +76,6 @@ class Evaluator:
             self.buffers = {k: v.clone() for k, v in self.buffers.items()}
             self.state = {**self.state, **self.buffers}
         self.selected: dict[str, Tensor] = {k: self.parameters[k] for k in task.parameter_names}
-        self._runner = _Runner(task.model)
-        self._reduction: Reduction = "each"
-        self._in_session = False
-        self._check(sample)
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, join, move, take
 from dattri_core.blocks import Block
-from dattri_core.capabilities import DataSource, EnsembleSource, OutputSource
+from dattri_core.capabilities import DataSource, EnsembleSource, MovableSource, OutputSource
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.evaluate import Evaluator
@@ -315,6 +315,22 @@ def rows_are_at_the_checkpoint(bench: SourceBench) -> None:
                 weight.mul_(-0.5)
         got = flat_of(bench.bind(task, world), world.train)
         require_close(got, want, f"rows at a checkpoint in {world.name}")
+
+
+@law("source")
+def moved_rows_are_bound_rows(bench: SourceBench) -> None:
+    """Rows of a source moved to a checkpoint = rows bound there; those where it was stay."""
+    if not isinstance(bench.part, MovableSource):
+        raise NotApplicable("it is bound to every checkpoint anew: it has no move")
+    for world, task, bound in bench.places():
+        before, names = flat_of(bound, world.train), dict(task.model.named_parameters())
+        state = {k: -0.5 * v if k in names else v for k, v in task.model.state_dict().items()}
+        other = world.task(checkpoints=[state])
+        moved, there = bench.part.move(bound, other.checkpoints[-1]), bench.bind(other, world)
+        for role in ("train", "test"):
+            want = flat_of(there, world.train, role)
+            require_close(flat_of(moved, world.train, role), want, f"moved rows in {world.name}")
+        require_identical(flat_of(bound, world.train), before, f"rows that stayed in {world.name}")
 
 
 @law("source")

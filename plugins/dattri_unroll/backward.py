@@ -80,12 +80,13 @@ class Backward:
         after: Mapping[str, Tensor] = {}
         index = torch.arange(columns.start, columns.stop)
         for checkpoint in reversed(checkpoints):
-            problem = points.problem(checkpoint.position)
+            at = checkpoint.position
+            problem = points.problem(at, along=at not in checked)
             batch = self._batch(checkpoint)
             if psi is None:
                 psi = points.test_rows(problem, columns).flat()
                 size = psi.norm(dim=1)
-            elif checkpoint.position in checked and columns.start == 0 and len(batch):
+            elif at in checked and columns.start == 0 and len(batch):
                 self._require(problem, checkpoint, batch, after)
             after = problem.evaluator.selected
             if not len(batch):
@@ -139,7 +140,8 @@ class Backward:
         at = checkpoint.position
         if step_of(checkpoint).momentum and at > 0:
             previous = points.task.checkpoints[at - 1]
-            before = Previous(points.problem(at - 1).evaluator, previous, self._batch(previous))
+            evaluator = points.problem(at - 1, along=True).evaluator
+            before = Previous(evaluator, previous, self._batch(previous))
         require_step(
             problem.evaluator,
             after,

@@ -8,10 +8,13 @@ import torch
 from attrs import evolve, field, frozen
 
 from dattri_core import (
+    BoundSource,
+    Checkpoint,
     Curvature,
     Evaluator,
     Examples,
     LinearMap,
+    MovableSource,
     Projector,
     RandomStream,
     Rows,
@@ -82,6 +85,7 @@ class Points:
     test: Examples
     memory: int
     _maps: dict[Space, LinearMap] = field(factory=dict, init=False)
+    _bound: list[BoundSource] = field(factory=list, init=False)  # the last one that was bound
 
     @classmethod
     def of(
@@ -124,15 +128,19 @@ class Points:
         size, count = max(1, self.memory // 2 // each), len(self.test)
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def problem(self, position: int) -> TrainProblem:
+    def problem(self, position: int, *, along: bool = False) -> TrainProblem:
         """Return the train set at a checkpoint, after the projector.
+
+        Args:
+            position: Of the checkpoint; -1 for the last one.
+            along: Whether a source that was bound before may be moved there, as there are many
+                steps in a run and one model.
 
         Raises:
             SpecError: The source gives no gradients, or the curvature not what is asked.
         """
         checkpoint, device = self.task.checkpoints[position], self.task.device
-        sample = map_tensors(lambda t: t.to(device), self.train.sample(SAMPLE))
-        bound = self.source.bind(self.task, checkpoint, sample)
+        bound = self._bind(checkpoint, along=along)
         if not isinstance(getattr(bound, "evaluator", None), Evaluator):
             raise SpecError(
                 f"{self.name}: the rows of {type(self.source).__name__} are not gradients of "
@@ -157,6 +165,14 @@ class Points:
                 f"curvatures that give {self.asked!r} with: dattri parts"
             )
         return problem
+
+    def _bind(self, checkpoint: Checkpoint, *, along: bool) -> BoundSource:
+        if along and self._bound and isinstance(self.source, MovableSource):
+            return self.source.move(self._bound[-1], checkpoint)
+        sample = map_tensors(lambda t: t.to(self.task.device), self.train.sample(SAMPLE))
+        bound = self.source.bind(self.task, checkpoint, sample)
+        self._bound[:] = [bound]
+        return bound
 
     def test_rows(self, problem: TrainProblem, columns: slice) -> Rows:
         """Return rows of some test examples, formed, in float32 or better."""

@@ -35,6 +35,11 @@ class ToySource:
         space = Space(tuple(evolve(block, kind="dense") for block in blocks))
         return BoundToySource(self.fault, evaluator, space)
 
+    def move(self, bound, checkpoint):
+        if self.fault == "stays":
+            return bound
+        return evolve(bound, evaluator=bound.evaluator.moved_to(checkpoint))
+
 
 @frozen
 class ToyEnsemble:

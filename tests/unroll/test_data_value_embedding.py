@@ -5,6 +5,7 @@ import warnings
 import attrs
 import pytest
 import torch
+from dattri_parts.sources.per_example import PerExample
 from dattri_unroll import read_run
 from oracles.unrolled import carried_back, differentiated
 from recorded import LOSSES, N, linear, network, run_recorded, schedule
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dattri_core as dattri
+from dattri_core import MovableSource
 from dattri_core.laws import check
 
 
@@ -260,6 +262,44 @@ def test_any_curvature_that_multiplies_rows_can_be_that_of_a_step(curvature, tmp
     plain = scores_of(made, tmp_path).values
     assert torch.isfinite(got).all()
     assert (got - plain).abs().max() > 1e-6 * plain.abs().max()
+
+
+@attrs.define(eq=False)
+class BoundAnew:
+    """Per-example gradients of a source that is bound to every checkpoint."""
+
+    inner: object = attrs.field(factory=PerExample)
+    places: list = attrs.field(factory=list)
+    provides = frozenset()
+
+    def bind(self, task, checkpoint, sample):
+        self.places.append(checkpoint.position)
+        return self.inner.bind(task, checkpoint, sample)
+
+
+@attrs.define(eq=False)
+class Moved(BoundAnew):
+    """The same of one that is moved from step to step."""
+
+    def move(self, bound, checkpoint):
+        return self.inner.move(bound, checkpoint)
+
+
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}])
+def test_a_source_is_bound_at_a_few_steps_and_moved_to_the_others(momentum, tmp_path):
+    made = network()
+    batches, rates = schedule(steps=40)
+    run_recorded(made, tmp_path, batches=batches, rates=rates, **momentum)
+    assert isinstance(Moved(), MovableSource)
+    assert isinstance(PerExample(), MovableSource)
+    assert not isinstance(BoundAnew(), MovableSource)
+    anew, moved = BoundAnew(), Moved()
+    want = scores_of(made, tmp_path, source=anew)
+    got = scores_of(made, tmp_path, source=moved)
+    assert torch.equal(got.values, want.values)
+    assert set(anew.places) == set(range(41))
+    assert len(moved.places) <= 11
+    assert {0, 5, 11, 16, 22, 27, 33, 39} <= set(moved.places)  # those that are looked at
 
 
 def test_epochs_add_up(tmp_path):

@@ -66,6 +66,10 @@ class Functional:
                 bound.stream(sample, role, _drop)
         return bound
 
+    def move(self, bound: BoundFunctional, checkpoint: Checkpoint) -> BoundFunctional:
+        """Return the source at other weights of the model."""
+        return BoundFunctional(bound.evaluator.moved_to(checkpoint), bound.space, bound.chunk)
+
 
 @define(eq=False)
 class BoundFunctional:

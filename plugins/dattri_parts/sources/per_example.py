@@ -64,6 +64,10 @@ class PerExample:
         with torch.inference_mode(False):
             return _bind(task, checkpoint, plain(sample))
 
+    def move(self, bound: BoundPerExample, checkpoint: Checkpoint) -> BoundPerExample:
+        """Return the source at other weights of the model; its modules' calls are known."""
+        return BoundPerExample(bound.evaluator.moved_to(checkpoint), bound.plan, bound.habits)
+
 
 @define(eq=False)
 class BoundPerExample:
