@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core import Checkpoint, NumericsError, Rows, SpecError, TrainingStep, TrainProblem
+from dattri_core import (
+    Checkpoint,
+    DenseBlock,
+    NumericsError,
+    Rows,
+    SpecError,
+    TrainingStep,
+    TrainProblem,
+)
 from dattri_unroll.agreement import Previous, require_step
 from dattri_unroll.points import Points
 from dattri_unroll.step_problem import StepProblem
 from dattri_unroll.walk import Add
+
+Named: TypeAlias = dict[str, Tensor]
+"""Values of C rows by block, ``[C, *shape]``."""
 
 TINY = 1e-30
 GROWTH = 5
@@ -74,8 +86,8 @@ class Backward:
         """
         points, checkpoints = self.points, self.points.task.checkpoints
         checked = {*np.linspace(0, max(0, len(checkpoints) - 2), CHECKED).astype(int).tolist()}
-        psi: Tensor | None = None  # [C, d], written over step by step: it is as large as it gets
-        velocity: Tensor | None = None  # phi, [C, d]
+        psi: Named | None = None  # written over step by step: nothing here is as large
+        turned: Named | None = None  # t of the step after
         size = growth = torch.zeros(())  # of the rows at the end, and the most since then
         after: Mapping[str, Tensor] = {}
         index = torch.arange(columns.start, columns.stop)
@@ -84,15 +96,17 @@ class Backward:
             problem = points.problem(at, along=at not in checked)
             batch = self._batch(checkpoint)
             if psi is None:
-                psi = points.test_rows(problem, columns).flat()
-                size = psi.norm(dim=1)
+                ends = points.test_rows(problem, columns).blocks.items()
+                psi = {name: block.dense().values.contiguous() for name, block in ends}
+                size = _lengths(psi)
             elif at in checked and columns.start == 0 and len(batch):
                 self._require(problem, checkpoint, batch, after)
             after = problem.evaluator.selected
             if not len(batch):
                 continue
-            direction, rate, velocity = _through(psi, velocity, checkpoint)
-            taken = Rows.from_flat(problem.space, direction, index)
+            direction, rate, turned = _through(psi, turned, checkpoint)
+            blocks = {name: DenseBlock(values) for name, values in direction.items()}
+            taken = Rows(problem.space, blocks, index)
             seen = StepProblem(problem, batch, points.memory // 4)
             scale = rate * len(points.train) / len(batch)
             for part in seen.rows():
@@ -101,7 +115,7 @@ class Backward:
                 advance(len(part))
             if checkpoint.position > 0:
                 self._go_back(psi, taken, rate, seen, checkpoint)
-                lengths = psi.norm(dim=1)
+                lengths = _lengths(psi)
                 _require_finite(lengths, checkpoint)
                 growth = torch.maximum(growth, (lengths / size.clamp_min(TINY)).max().cpu())
         if float(growth) > GROWTH:
@@ -115,18 +129,16 @@ class Backward:
             )
 
     def _go_back(
-        self, psi: Tensor, taken: Rows, rate: float, seen: StepProblem, checkpoint: Checkpoint
+        self, psi: Named, taken: Rows, rate: float, seen: StepProblem, checkpoint: Checkpoint
     ) -> None:
         """Write psi - (H + weight_decay I) u over psi, u being rate times what was taken."""
         operator = self.points.curvature.fit(seen)
         product = operator.apply(taken.to(dtype=operator.dtype))
         decay = step_of(checkpoint).weight_decay
-        for spec in taken.space:
-            start = taken.space.offsets[spec.name]
-            here = psi[:, start : start + spec.size]
+        for name, values in psi.items():
             if decay:  # first: what was taken may be psi itself
-                here.sub_(taken.blocks[spec.name].flat() * (rate * decay))
-            here.sub_(product.blocks[spec.name].flat().to(psi.dtype), alpha=rate)
+                values.sub_(taken.blocks[name].dense().values, alpha=rate * decay)
+            values.sub_(product.blocks[name].dense().values.to(values.dtype), alpha=rate)
 
     def _require(
         self,
@@ -159,21 +171,34 @@ class Backward:
 
 
 def _through(
-    psi: Tensor, phi: Tensor | None, checkpoint: Checkpoint
-) -> tuple[Tensor, float, Tensor | None]:
-    """Return u and phi' of a step, from psi and phi after it; u as a tensor and a factor.
+    psi: Named, turned: Named | None, checkpoint: Checkpoint
+) -> tuple[Named, float, Named | None]:
+    """Return u and t of a step, from psi and the t of the step after; u as tensors and a factor.
 
-    See `Backward`. Without momentum the tensor is psi itself, so that nothing is copied.
+    See `Backward`: phi is momentum times the t of the step after, over which that of this step is
+    written. Without momentum the tensors are psi itself; only Nesterov's are new ones.
     """
     step, rate = step_of(checkpoint), checkpoint.learning_rate or 0.0
     if not step.momentum:
         return psi, rate, None
-    direct = psi * rate
-    turned = direct * step.momentum if step.nesterov else direct
-    if phi is not None:
-        turned = turned + phi
-    damped = turned * (1 - step.dampening) if checkpoint.position else turned
-    return damped + direct if step.nesterov else damped, 1.0, turned * step.momentum
+    share = rate * step.momentum if step.nesterov else rate
+    if turned is None:
+        turned = {name: values * share for name, values in psi.items()}
+    else:
+        for name, values in turned.items():
+            values.mul_(step.momentum).add_(psi[name], alpha=share)
+    kept = 1 - step.dampening if checkpoint.position else 1.0
+    if not step.nesterov:
+        return turned, kept, turned
+    ahead = {n: torch.add(v * kept, psi[n], alpha=rate) for n, v in turned.items()}
+    return ahead, 1.0, turned
+
+
+def _lengths(rows: Named) -> Tensor:
+    """Return the length of each row over all blocks, ``[C]``."""
+    norms = [torch.linalg.vector_norm(values.flatten(1), dim=1) for values in rows.values()]
+    lengths: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return lengths
 
 
 def _require_finite(lengths: Tensor, checkpoint: Checkpoint) -> None:
