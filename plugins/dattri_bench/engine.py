@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -169,10 +170,23 @@ def spell_answer(record: Mapping[str, Any]) -> str:
 def _facts(world: World) -> dict[str, Any]:
     """Return what is recorded of a world."""
     return {
-        "fingerprint": world.retraining.fingerprint,
+        "fingerprint": _fingerprint(world),
         "damping": world.damping,
         "target": world.target,
         "n_train": world.retraining.n_train,
         "n_test": world.retraining.n_test,
         "facts": dict(world.facts),
     }
+
+
+def _fingerprint(world: World) -> str:
+    """Return a hash of how a world was trained and of what came out.
+
+    Training in another number of threads, or on another device, may end at other weights: what was
+    said of one network then stands in no table beside what is said of another.
+    """
+    digest = hashlib.sha256(world.retraining.fingerprint.encode())
+    for task in (world.task, world.trajectory):
+        for checkpoint in task.checkpoints:
+            digest.update(str(checkpoint.fingerprint(task.model)).encode())
+    return digest.hexdigest()

@@ -190,7 +190,7 @@ def _resnet9(classes: int) -> Callable[[int], Network]:
     def network(n_train: int) -> Network:
         if n_train <= FEW:
             return Network("ResNet-9 of width 8 on 16 x 16 pixels, group norm", few)
-        return Network("ResNet-9 of width 64, group norm", many)
+        return Network("ResNet-9 of width 64, group norm", many, threads=None)
 
     return network
 
@@ -219,7 +219,6 @@ cifar2_setting = ImageSetting(
     network=_resnet9(2),
     recipe=RECIPE,
     damping=DAMPING,
-    training_threads=None,
     accelerated=True,
 )
 """Cats and dogs with ResNet-9.

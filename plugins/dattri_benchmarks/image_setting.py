@@ -23,10 +23,18 @@ TARGETS = ("loss", "margin", "correct")
 
 @frozen
 class Network:
-    """A model that can be built again and again, and what to call it."""
+    """A model that can be built again and again, and what to call it.
+
+    Args:
+        title: For people.
+        build: Makes one, at initial weights.
+        threads: Of training one; None leaves them to the library. Their number shows in the last
+            bits, from which a network that is not smooth goes another way.
+    """
 
     title: str
     build: Callable[[], nn.Module]
+    threads: int | None = 1
 
 
 @frozen
@@ -53,7 +61,6 @@ class ImageSetting:
             those of the trajectory.
         together: Networks that are trained at once.
         threads: See `dattri_core.World`.
-        training_threads: Of training one network; None leaves them to the library.
         accelerated: Whether a CUDA device is used where there is one.
         sides: What the ids of train and of test images begin with.
         fact: Name, in ``World.facts``, of what is known of each image (`Images.known`), for the
@@ -73,7 +80,6 @@ class ImageSetting:
     path: Recipe | None = None
     together: int = 1
     threads: int | None = None
-    training_threads: int | None = 1
     accelerated: bool = False
     sides: tuple[str, str] = ("train", "test")
     fact: str | None = None
@@ -156,7 +162,7 @@ class ImageSetting:
             about={"setting": self.name, "network": network.title},
             together=self.together,
             device="cuda" if cuda else "cpu",
-            threads=self.training_threads,
+            threads=network.threads,
         )
 
     def _size(self, size: Any) -> Size:

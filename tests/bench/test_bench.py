@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
+import torch
 import toy_bench
 from toy_bench import CALLS, Agreement, Flips, ToySetting, ToyStore
 
 import dattri_core as dattri
-from dattri_core import Scores
+from dattri_core import Scores, Task
 from dattri_core.cli import main
 from dattri_core.registry import Registry, default_registry, using
 
@@ -191,6 +193,28 @@ def test_a_setting_that_changed_is_another_world(tmp_path, registry):
     assert calls.count("load") == 1
     assert json.loads(world.read_text()) == record  # the world as it is
     assert calls.count("metric") == 0  # whose cell is there
+
+
+def test_what_was_said_of_another_network_is_not_resumed(tmp_path, monkeypatch):
+    words = ("--methods", "counted", "--metrics", "agreement")
+    bench(tmp_path, *words)
+    load = toy_bench.ToySetting.load
+
+    def elsewhere(self, *args, **kwargs):
+        """Train as ever, and end in the last bits of the weights elsewhere."""
+        world = load(self, *args, **kwargs)
+        model = world.task.model
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + 1e-6)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        return attrs.evolve(world, task=Task(model, checkpoints=[state]))
+
+    monkeypatch.setattr(toy_bench.ToySetting, "load", elsewhere)
+    _, calls = bench(tmp_path, *words)
+    assert calls == []  # nothing is missing, so no network is trained
+    _, calls = bench(tmp_path, "--methods", "counted", "grad-dot", "--metrics", "agreement")
+    assert (calls.count("attribute"), calls.count("metric")) == (1, 2)  # both, of one network
 
 
 def test_models_of_an_ensemble_are_trained_once(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import attrs
 import numpy as np
 import pytest
+import torch
 from dattri_benchmarks import cifar
 from dattri_benchmarks import fetch as fetching
 
@@ -98,6 +99,16 @@ def test_the_world_of_an_archive(small, monkeypatch):
     assert np.allclose(world.train[0].numpy(), (images[at] / 255 - mean) / deviation, atol=1e-6)
     with pytest.raises(InputError, match="61 are asked for, and there are 60"):
         quick.load((61, 20))
+    # The same network whatever the threads around it.
+    before, fingerprints = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            task = quick.load((50, 20), seed=1).task
+            fingerprints.add(task.checkpoints[-1].fingerprint(task.model))
+    finally:
+        torch.set_num_threads(before)
+    assert len(fingerprints) == 1
 
 
 def test_the_size_decides_the_network():
@@ -106,6 +117,7 @@ def test_the_size_decides_the_network():
         for n, width in ((small, 8), (full, 64)):
             network = setting.network(n)
             assert f"width {width}" in network.title
+            assert network.threads == (1 if n == small else None)
             model = network.build()
             assert model[-1].weight.shape == (classes, 8 * width)
 
