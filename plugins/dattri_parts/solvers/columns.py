@@ -7,7 +7,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import DenseBlock, Inverse, NumericsError, Rows, Space
-from dattri_parts.solvers.rowwise import column, lengths, row_slices, squares
+from dattri_parts.solvers.rowwise import column, row_slices, squares, unit_rows
 
 
 @define(eq=False)
@@ -32,23 +32,11 @@ class Columns:
 
     @staticmethod
     def start(rows: Rows, tolerance: float, preconditioner: Inverse | None = None) -> Columns:
-        """Return the state at x = 0 for right-hand sides g / |g|, in float32 or better.
-
-        At unit length no square underflows, however small the gradient of a well-fitted example is.
-        """
-        formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
-        wide = {n: v.float() if v.element_size() < 4 else v for n, v in formed.items()}
-        length = lengths(wide)
-        if not bool(torch.isfinite(length).all()):
-            raise NumericsError("solver 'cg': a right-hand side is not finite")
-        tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
-        length = length.where(length >= tiny, 0.0)
-        inverse = (1 / length).where(length > 0, 0.0)
-        # Made anew, since the rows may share their tensors and the state changes in place.
-        units = {n: v * column(inverse, v) for n, v in wide.items()}
+        """Return the state at x = 0 for right-hand sides g / |g|, in float32 or better."""
+        units, length = unit_rows(rows, "cg")  # new tensors: the state changes in place
         columns = Columns(
             space=rows.space,
-            solution={n: torch.zeros_like(v) for n, v in wide.items()},
+            solution={n: torch.zeros_like(v) for n, v in units.items()},
             residuals=units,
             direction={n: v.clone() for n, v in units.items()},
             live=torch.arange(len(rows), device=length.device),

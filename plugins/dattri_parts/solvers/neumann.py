@@ -9,7 +9,7 @@ from attrs import define, field
 from torch import Tensor
 
 from dattri_core import DenseBlock, NumericsError, Rows
-from dattri_parts.solvers.rowwise import Named, column, lengths, row_slices, squares
+from dattri_parts.solvers.rowwise import Named, column, lengths, row_slices, squares, unit_rows
 
 CHECK = 10
 """Steps on samples between two looks at the lengths: each waits for the device."""
@@ -72,16 +72,7 @@ class NeumannSeries:
         Raises:
             NumericsError: A row is not finite, or the series of one diverges.
         """
-        formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
-        wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in formed.items()}
-        length = lengths(wide)
-        if not bool(torch.isfinite(length).all()):
-            raise NumericsError("solver 'lissa': a right-hand side is not finite")
-        # At unit length no square underflows, however small the gradient of an example is.
-        tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
-        length = length.where(length >= tiny, 0.0)
-        inverse = (1 / length).where(length > 0, 0.0)
-        unit = {name: value * column(inverse, value) for name, value in wide.items()}
+        unit, length = unit_rows(rows, "lissa")
         total, scale = self._widening(unit, rows.index)
         factor = length / (self.repeats * scale)
         blocks = {

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from dattri_core import NumericsError, Rows
+
 Named: TypeAlias = dict[str, Tensor]
 """Values of C rows by block, ``[C, *shape]``."""
 
@@ -39,6 +41,30 @@ def lengths(values: Mapping[str, Tensor]) -> Tensor:
         parts.append(torch.cat(norms))
     length: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return length
+
+
+def unit_rows(rows: Rows, solver: str) -> tuple[Named, Tensor]:
+    """Return g / |g| of every row, in new tensors of float32 or better, and |g|: ``[C]``.
+
+    At unit length no square underflows, however small the gradient of a well-fitted example is. A
+    row whose length does is zero.
+
+    Args:
+        rows: The right-hand sides of a solver.
+        solver: Its name, for the error.
+
+    Raises:
+        NumericsError: A row is not finite.
+    """
+    formed = {name: rows.blocks[name].dense().values for name in rows.space.names}
+    wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in formed.items()}
+    length = lengths(wide)
+    if not bool(torch.isfinite(length).all()):
+        raise NumericsError(f"solver {solver!r}: a right-hand side is not finite")
+    tiny = max(torch.finfo(value.dtype).tiny for value in wide.values())
+    length = length.where(length >= tiny, 0.0)
+    inverse = (1 / length).where(length > 0, 0.0)
+    return {name: value * column(inverse, value) for name, value in wide.items()}, length
 
 
 def squares(values: Mapping[str, Tensor]) -> Tensor:

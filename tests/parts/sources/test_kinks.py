@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from attrs import field, frozen
-from dattri_parts.sources.layers.linear import LinearRule
 from dattri_parts.sources.per_example import PerExample
 from oracles.loops import stream_rows
+from oracles.toy_rules import Twice
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -17,27 +16,6 @@ import dattri_core as dattri
 from dattri_core.registry import Registry, using
 
 WIDTH = 4
-
-
-class Twice(nn.Linear):
-    """A layer that a rule may get wrong."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
-
-
-@frozen
-class WrongRule:
-    """Forgets the factor."""
-
-    leading = False
-    inner: LinearRule = field(factory=LinearRule)
-
-    def spec(self, name: str, module: nn.Module, trained: Any) -> Any:
-        return self.inner.spec(name, module, trained)
-
-    def rows(self, module: nn.Module, trained: Any, inputs: Tensor, grads: Tensor) -> Any:
-        return self.inner.rows(module, trained, inputs, grads)
 
 
 class Rounding(nn.Module):
@@ -94,7 +72,7 @@ def test_a_unit_at_a_kink_is_no_mismatch() -> None:
 def test_a_wrong_rule_beside_a_kink_is_found() -> None:
     own = Registry()
     own.merge(dattri.default_registry())
-    own.part("layer_rule", f"{__name__}.Twice", f"{__name__}:WrongRule")
+    own.part("layer_rule", "oracles.toy_rules.Twice", "oracles.toy_rules:WrongRule")
     with using(own), pytest.raises(dattri.InputError, match=r"rows of '0.weight' \(by .*differ"):
         bind(network(Twice))
 

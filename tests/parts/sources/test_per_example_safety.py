@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attrs import evolve, field, frozen
+from attrs import evolve
 from dattri_parts.sources import per_example, rules
 from dattri_parts.sources.functional import Functional
-from dattri_parts.sources.layers.linear import LinearRule
 from dattri_parts.sources.per_example import PerExample
 from oracles.loops import loop_gradients, stream_rows, worst_difference
+from oracles.toy_rules import Twice
 from torch import Tensor, nn
 
 import dattri_core as dattri
@@ -331,35 +331,6 @@ def test_a_sum_that_overflows_is_no_error() -> None:
 
 
 # --- layer rules of others ----------------------------------------------------------------------
-class Twice(nn.Linear):
-    """A third party's layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
-
-
-@frozen
-class TwiceRule:
-    """Its rule."""
-
-    leading = False
-    inner: LinearRule = field(factory=LinearRule)
-
-    def spec(self, name: str, module: nn.Module, trained: Any) -> Any:
-        return self.inner.spec(name, module, trained)
-
-    def rows(self, module: nn.Module, trained: Any, inputs: Tensor, grads: Tensor) -> Any:
-        return self.inner.rows(module, trained, inputs, grads * 2)
-
-
-@frozen
-class WrongRule(TwiceRule):
-    """Forgets the factor."""
-
-    def rows(self, module: nn.Module, trained: Any, inputs: Tensor, grads: Tensor) -> Any:
-        return self.inner.rows(module, trained, inputs, grads)
-
-
 def test_a_third_party_adds_a_rule() -> None:
     model, batch = (
         nn.Sequential(Twice(WIDTH, WIDTH), nn.Tanh(), Twice(WIDTH, 2)).double(),
@@ -368,7 +339,7 @@ def test_a_third_party_adds_a_rule() -> None:
     assert {b.kind for b in bind(model, batch).space} == {"dense"}
     own = Registry()
     own.merge(dattri.default_registry())
-    own.part("layer_rule", f"{__name__}.Twice", f"{__name__}:TwiceRule")
+    own.part("layer_rule", "oracles.toy_rules.Twice", "oracles.toy_rules:TwiceRule")
     with using(own):
         bound = bind(model, batch)
         assert [(b.name, b.kind) for b in bound.space] == [("0", "outer"), ("2", "outer")]
@@ -378,7 +349,7 @@ def test_a_third_party_adds_a_rule() -> None:
 def test_a_wrong_rule_is_found_at_bind() -> None:
     own = Registry()
     own.merge(dattri.default_registry())
-    own.part("layer_rule", f"{__name__}.Twice", f"{__name__}:WrongRule")
+    own.part("layer_rule", "oracles.toy_rules.Twice", "oracles.toy_rules:WrongRule")
     model = nn.Sequential(Twice(WIDTH, WIDTH)).double()
     with using(own), pytest.raises(dattri.InputError, match=r"'0.weight' \(by 5.0e-01\)"):
         bind(model, batch_of())
