@@ -53,7 +53,6 @@ class Evaluator:
         self.device = task.device
         self._runner = _Runner(task.model)
         self._reduction: Reduction = "each"
-        self._in_session = False
         self._load(checkpoint)
         self._check(sample)
 
@@ -66,6 +65,7 @@ class Evaluator:
     def _load(self, checkpoint: Checkpoint) -> None:
         task = self.task
         self.checkpoint = checkpoint
+        self._in_session = False
         self.state = checkpoint.load(task.model)
         names = {name for name, _ in task.model.named_parameters()}
         self.parameters: dict[str, Tensor] = {k: v for k, v in self.state.items() if k in names}

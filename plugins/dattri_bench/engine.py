@@ -188,5 +188,5 @@ def _fingerprint(world: World) -> str:
     digest = hashlib.sha256(world.retraining.fingerprint.encode())
     for task in (world.task, world.trajectory):
         for checkpoint in task.checkpoints:
-            digest.update(str(checkpoint.fingerprint(task.model)).encode())
+            digest.update(checkpoint.fingerprint(task.model).encode())
     return digest.hexdigest()

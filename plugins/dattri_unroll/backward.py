@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from attrs import frozen
+from dattri_parts.solvers.rowwise import Named, lengths
 from torch import Tensor
 
 from dattri_core import (
@@ -24,9 +24,6 @@ from dattri_unroll.agreement import Previous, require_step
 from dattri_unroll.points import Points
 from dattri_unroll.step_problem import StepProblem
 from dattri_unroll.walk import Add
-
-Named: TypeAlias = dict[str, Tensor]
-"""Values of C rows by block, ``[C, *shape]``."""
 
 TINY = 1e-30
 GROWTH = 5
@@ -98,7 +95,7 @@ class Backward:
             if psi is None:
                 ends = points.test_rows(problem, columns).blocks.items()
                 psi = {name: block.dense().values.contiguous() for name, block in ends}
-                size = _lengths(psi)
+                size = lengths(psi)
             elif at in checked and columns.start == 0 and len(batch):
                 self._require(problem, checkpoint, batch, after)
             after = problem.evaluator.selected
@@ -115,9 +112,9 @@ class Backward:
                 advance(len(part))
             if checkpoint.position > 0:
                 self._go_back(psi, taken, rate, seen, checkpoint)
-                lengths = _lengths(psi)
-                _require_finite(lengths, checkpoint)
-                growth = torch.maximum(growth, (lengths / size.clamp_min(TINY)).max().cpu())
+                reached = lengths(psi)
+                _require_finite(reached, checkpoint)
+                growth = torch.maximum(growth, (reached / size.clamp_min(TINY)).max().cpu())
         if float(growth) > GROWTH:
             warnings.warn(
                 f"dvemb: on the way back a test row grew to {float(growth):.3g} times its length "
@@ -136,9 +133,10 @@ class Backward:
         product = operator.apply(taken.to(dtype=operator.dtype))
         decay = step_of(checkpoint).weight_decay
         for name, values in psi.items():
-            if decay:  # first: what was taken may be psi itself
-                values.sub_(taken.blocks[name].dense().values, alpha=rate * decay)
-            values.sub_(product.blocks[name].dense().values.to(values.dtype), alpha=rate)
+            move = product.blocks[name].dense().values.to(values.dtype)
+            if decay:  # in a new tensor: what was taken may be psi, and the product what was taken
+                move = torch.add(move, taken.blocks[name].dense().values, alpha=decay)
+            values.sub_(move, alpha=rate)
 
     def _require(
         self,
@@ -194,16 +192,9 @@ def _through(
     return ahead, 1.0, turned
 
 
-def _lengths(rows: Named) -> Tensor:
-    """Return the length of each row over all blocks, ``[C]``."""
-    norms = [torch.linalg.vector_norm(values.flatten(1), dim=1) for values in rows.values()]
-    lengths: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return lengths
-
-
-def _require_finite(lengths: Tensor, checkpoint: Checkpoint) -> None:
+def _require_finite(reached: Tensor, checkpoint: Checkpoint) -> None:
     """Raise when a carried row is not finite, by its length."""
-    if bool(torch.isfinite(lengths).all()):
+    if bool(torch.isfinite(reached).all()):
         return
     raise NumericsError(
         f"dvemb: the test rows carried back to {checkpoint.name!r} are not finite; the learning "

@@ -66,7 +66,7 @@ def spectrum_of(
         MemoryBudgetError: They do not fit the memory; before any row is read.
     """
     rows = count_rows([moment for moment, _ in moments])
-    needed = 16 * sum(spec.size * min(spec.size, _kept(rows, spec.size)) for spec in space)
+    needed = 16 * sum(spec.size * _kept(rows, spec.size) for spec in space)
     require_room(space, needed, "the eigenvectors of its blocks", memory)
     held: dict[str, list[Tensor]] = {s.name: [] for s in space if _few(rows, s.size)}
     columns, values = {}, {}
