@@ -83,13 +83,8 @@ if TYPE_CHECKING:
     from dattri_core.losses import FunctionalLoss as FunctionalLoss
     from dattri_core.losses import Loss as Loss
     from dattri_core.losses import Target as Target
-    from dattri_core.losses import causal_lm as causal_lm
-    from dattri_core.losses import cross_entropy as cross_entropy
     from dattri_core.losses import functional as functional
     from dattri_core.losses import labels_of as labels_of
-    from dattri_core.losses import logit as logit
-    from dattri_core.losses import margin as margin
-    from dattri_core.losses import squared_error as squared_error
     from dattri_core.memory import free_bytes as free_bytes
     from dattri_core.memory import parse_bytes as parse_bytes
     from dattri_core.methods import Method as Method
@@ -130,6 +125,12 @@ if TYPE_CHECKING:
     from dattri_core.rows import Rows as Rows
     from dattri_core.scores import Scores as Scores
     from dattri_core.scores_writer import ScoresWriter as ScoresWriter
+    from dattri_core.shipped_losses import causal_lm as causal_lm
+    from dattri_core.shipped_losses import cross_entropy as cross_entropy
+    from dattri_core.shipped_losses import logit as logit
+    from dattri_core.shipped_losses import margin as margin
+    from dattri_core.shipped_losses import squared_error as squared_error
+    from dattri_core.shipped_losses import token_cross_entropy as token_cross_entropy
     from dattri_core.space import BlockSpec as BlockSpec
     from dattri_core.space import ParameterView as ParameterView
     from dattri_core.space import Space as Space
@@ -242,10 +243,10 @@ _EXPORTS = {
     "attribute": "methods",
     "bar": "progress",
     "batch_size": "batch",
-    "causal_lm": "losses",
+    "causal_lm": "shipped_losses",
     "compact": "blocks",
     "concatenate": "blocks",
-    "cross_entropy": "losses",
+    "cross_entropy": "shipped_losses",
     "default_registry": "registry",
     "describe_part": "assemble",
     "discard_leftovers": "atomic",
@@ -260,18 +261,19 @@ _EXPORTS = {
     "inner_work": "blocks",
     "limit_now": "contract",
     "leaves": "evaluate",
-    "logit": "losses",
+    "logit": "shipped_losses",
     "low_rank": "blocks",
     "map_tensors": "batch",
-    "margin": "losses",
+    "margin": "shipped_losses",
     "method": "methods",
     "nearest": "errors",
     "parse_bytes": "memory",
     "pick_entries": "blocks",
     "share": "blocks",
     "square_sum": "moments",
-    "squared_error": "losses",
+    "squared_error": "shipped_losses",
     "take": "batch",
+    "token_cross_entropy": "shipped_losses",
     "write_text": "atomic",
     "Counterfactual": "experiment",
     "Evidence": "experiment",

@@ -12,7 +12,8 @@ from torch import nn
 
 from dattri_core.checkpoint import Checkpoint, checkpoints_of
 from dattri_core.errors import InputError
-from dattri_core.losses import AnyLoss, FunctionalLoss, Loss, Target, as_loss, as_target
+from dattri_core.losses import AnyLoss, FunctionalLoss, Loss, Target
+from dattri_core.shipped_losses import as_loss, as_target
 
 
 class Task:
@@ -24,8 +25,8 @@ class Task:
     Args:
         model: The module. Its current weights are the checkpoint unless ``checkpoints`` is given.
         loss: The train loss: the name of a shipped loss (``"cross-entropy"``, ``"squared-error"``,
-            ``"causal-lm"``), a function ``(model, batch) -> [B]``, a `Loss`, or a function of
-            parameters marked with `functional`.
+            ``"causal-lm"``, ``"token-cross-entropy"``), a function ``(model, batch) -> [B]``, a
+            `Loss`, or a function of parameters marked with `functional`.
         target: What is attributed, per test example; default the loss. A name (``"logit"``,
             ``"margin"``) or a `Target`.
         checkpoints: A file, a pattern, a folder, a state dict, or a list of them; safetensors or

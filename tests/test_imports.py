@@ -58,6 +58,8 @@ ORDER = [
     "batch",
     "criteria",
     "losses",
+    "forward",
+    "shipped_losses",
     "checkpoint",
     "task",
     "experiment",

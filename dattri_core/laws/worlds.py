@@ -10,7 +10,9 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from dattri_core.batch import Batch, map_tensors
-from dattri_core.losses import Loss, causal_lm, cross_entropy, forward_of, squared_error
+from dattri_core.forward import forward_of
+from dattri_core.losses import Loss
+from dattri_core.shipped_losses import causal_lm, cross_entropy, squared_error
 from dattri_core.task import Task
 
 N_TRAIN, N_TEST = 9, 5

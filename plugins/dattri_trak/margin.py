@@ -34,9 +34,10 @@ class Margin:
     For a label of probability p, f = log(p / (1 - p)), loss = log(1 + exp(-f)) and the residual is
     1 - p, so that residual times row is the gradient of the loss. For a sequence f is the sum over
     its tokens of log(p_t / (1 - p_t)) and the residual the mean of 1 - p_t; ignored tokens count
-    nothing. Which margin it is, the loss says (`Loss.margin`): ``"cross-entropy"`` and
-    ``"causal-lm"`` have one, and any other task gives ``dattri.Loss(..., margin=...,
-    residual=...)``. Rows carry the sign of the loss: minus the margin is what less of is better.
+    nothing. Which margin it is, the loss says (`Loss.margin`): ``"cross-entropy"``,
+    ``"causal-lm"`` and ``"token-cross-entropy"`` have one, and any other task gives
+    ``dattri.Loss(..., margin=..., residual=...)``. Rows carry the sign of the loss: minus the
+    margin is what less of is better.
 
     Test rows are of the target of the task; without one, of the margin, of which more is better.
     Curvatures made of products see minus the margin in place of the loss.
@@ -66,7 +67,8 @@ class Margin:
         if not isinstance(loss, Loss) or loss.margin is None:
             raise SpecError(
                 f"source 'margin': the loss {task.loss_name!r} has no margin; use the loss "
-                "'cross-entropy' or 'causal-lm', or give dattri.Loss(forward=..., criterion=..., "
+                "'cross-entropy', 'causal-lm' or 'token-cross-entropy', or give "
+                "dattri.Loss(forward=..., criterion=..., "
                 "margin=lambda outputs, batch: [B] numbers, log(p / (1 - p)) or the like)"
             )
         minus = _Minus(loss)

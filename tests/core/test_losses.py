@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import losses as dattri_losses
+from dattri_core import shipped_losses
 from dattri_core.criteria import hessian_factor, softmax_factor
-from dattri_core.losses import as_loss, as_target, forward_of
+from dattri_core.shipped_losses import as_loss, as_target
 
 
 class Echo(nn.Module):
@@ -86,31 +86,47 @@ def test_causal_lm_sums_shifted_tokens_and_ignores(n, length, seed, as_mapping):
         assert losses[b].item() == pytest.approx(by_hand, rel=1e-12, abs=1e-12)
 
 
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_token_cross_entropy_sums_labels_in_place_and_ignores(n, length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = seeded(n, length, 5, seed=seed)
+    labels = torch.randint(5, (n, length), generator=generator)
+    labels[torch.rand(n, length, generator=generator) < 0.3] = -100
+    losses = dattri.token_cross_entropy(Echo(), (logits, labels))
+    margins = dattri.token_cross_entropy.margin(logits, (logits, labels))
+    residuals = dattri.token_cross_entropy.residual(logits, (logits, labels))
+    p = logits.softmax(-1)
+    for b in range(n):
+        of = [p[b, t, labels[b, t]].item() for t in range(length) if labels[b, t] != -100]
+        assert losses[b].item() == pytest.approx(-sum(map(math.log, of)), rel=1e-12, abs=1e-12)
+        odds = sum(math.log(one / (1 - one)) for one in of)
+        assert margins[b].item() == pytest.approx(odds, rel=1e-9, abs=1e-9)
+        left = sum(1 - one for one in of) / max(1, len(of))
+        assert residuals[b].item() == pytest.approx(left, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "labels", "message"),
+    [
+        ("cross-entropy", (2, 4, 3), (2, 4), r"\(2, 4, 3\); expected \[examples, classes\].*token"),
+        (
+            "token-cross-entropy",
+            (2, 3),
+            (2,),
+            r"\(2, 3\) and labels of shape \(2,\).*'cross-entropy'",
+        ),
+        ("causal-lm", (2, 5, 3), (2, 4), r"\(2, 5, 3\) and labels of shape \(2, 4\); expected"),
+    ],
+)
+def test_outputs_that_do_not_fit_the_labels_are_refused(loss, shape, labels, message):
+    with pytest.raises(dattri.InputError, match=message):
+        as_loss(loss)(Echo(), (torch.zeros(shape), torch.zeros(labels, dtype=torch.long)))
+
+
 def test_causal_lm_of_nothing_but_ignored_tokens_is_zero():
     losses = dattri.causal_lm(Echo(), (seeded(2, 3, 5), torch.full((2, 3), -100)))
     assert losses.tolist() == [0.0, 0.0]
-
-
-def test_outputs_are_found_in_structured_answers():
-    class Answer(nn.Module):
-        def __init__(self, wrap):
-            super().__init__()
-            self.wrap = wrap
-
-        def forward(self, x, scale=1.0):
-            return self.wrap(x * scale)
-
-    class Named:
-        def __init__(self, logits):
-            self.logits = logits
-
-    x, y = torch.ones(2, 3), torch.zeros(2)
-    for wrap in (lambda t: t, Named, lambda t: {"logits": t}, lambda t: (t, None)):
-        assert torch.equal(forward_of(Answer(wrap), (x, y)), x)
-        assert torch.equal(forward_of(Answer(wrap), {"x": x, "scale": 2.0, "labels": y}), 2 * x)
-        assert torch.equal(forward_of(Answer(wrap), {"x": x, "label": y}), x)
-    with pytest.raises(dattri.InputError, match=r"neither a tensor nor has \.logits"):
-        forward_of(Answer(lambda t: "text"), (x, y))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +192,7 @@ def case(name, n=4, seed=0):
     return 2 * seeded(n, 4, 3, seed=seed), {"labels": labels}
 
 
-SHIPPED = sorted(dattri_losses.LOSSES)
+SHIPPED = sorted(shipped_losses.LOSSES)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -192,7 +208,12 @@ def test_a_factor_is_a_root_of_the_hessian_in_the_outputs(name, generic):
     torch.testing.assert_close(
         squares(factor), output_hessian(loss, outputs, batch), rtol=0, atol=1e-13
     )
-    sizes = {"cross-entropy": 4, "squared-error": 6, "causal-lm": 3 * 2}
+    sizes = {
+        "cross-entropy": 4,
+        "squared-error": 6,
+        "causal-lm": 3 * 2,
+        "token-cross-entropy": 4 * 2,
+    }
     assert generic or len(factor) == sizes[name]
 
 
@@ -263,22 +284,21 @@ def test_a_hessian_in_many_outputs_is_refused():
         hessian_factor(lambda out: out.square().sum(1), torch.zeros(1, 1025), "wide")
 
 
-@pytest.mark.parametrize("name", ["cross-entropy", "causal-lm"])
+@pytest.mark.parametrize("name", ["cross-entropy", "causal-lm", "token-cross-entropy"])
 def test_a_sample_is_the_slope_for_the_label_that_its_number_picks(name):
     """Midpoints between the steps of the distribution function enumerate all labels exactly."""
     loss = as_loss(name)
     outputs, batch = case(name)
-    logits = outputs if name == "cross-entropy" else outputs[:, :-1]
+    shift = int(name == "causal-lm")
+    logits = outputs[:, : outputs.shape[1] - shift]
     p = logits.softmax(-1)
     upper = p.cumsum(-1)
     for label in range(p.shape[-1]):
         numbers = upper[..., label] - p[..., label] / 2
         slope = loss.sample(outputs, batch, lambda *shape, n=numbers: n.reshape(len(n), *shape))
         labels = dattri.labels_of(batch).clone()
-        if name == "cross-entropy":
-            labels[labels != -100] = label
-        else:
-            labels[:, 1:][labels[:, 1:] != -100] = label
+        later = labels[shift:] if name == "cross-entropy" else labels[:, shift:]
+        later[later != -100] = label
         free = outputs.clone().requires_grad_()
         loss.criterion(free, {"labels": labels}).sum().backward()
         torch.testing.assert_close(slope, free.grad, rtol=0, atol=1e-14)

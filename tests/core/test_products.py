@@ -16,8 +16,9 @@ from dattri_core import products
 from dattri_core.activations import activation_bytes
 from dattri_core.errors import InputError, NumericsError
 from dattri_core.evaluate import Evaluator
-from dattri_core.losses import Loss, causal_lm, cross_entropy, functional, labels_of
+from dattri_core.losses import Loss, functional, labels_of
 from dattri_core.products import batch_product, plan_slices
+from dattri_core.shipped_losses import causal_lm, cross_entropy
 from dattri_core.task import Task
 
 KINDS = ("hessian", "ggn")

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dattri_core as dattri
 from dattri_core import SpecError, StoreError, Task
-from dattri_core.losses import true_margin
+from dattri_core.shipped_losses import true_margin
 
 N, M, R, DAMPING = 25, 6, 11, 1e-3
 TRAIN, TEST, ASKED = examples(N), examples(M, seed=300), examples(R, seed=500)

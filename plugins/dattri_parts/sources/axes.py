@@ -8,8 +8,8 @@ from attrs import frozen
 from torch import Tensor
 
 Shape = tuple[int, ...]
-SMALL, LARGE = 2, 3
-"""The two batch sizes at which shapes are compared."""
+EXAMPLES = 3
+"""Of the sample whose shapes are compared with those of one more."""
 
 
 class UnclearAxisError(Exception):
@@ -88,8 +88,13 @@ def spreads_of(shape: Shape) -> list[Spread]:
     return [*first, Spread(new=1), *rest, Spread(new=2), Spread(new=3)]
 
 
-def learn_axis(small: Shape, large: Shape) -> Axis | None:
+def learn_axis(small: Shape, large: Shape, counts: tuple[int, int]) -> Axis | None:
     """Return the axis that counts examples, None if the shapes are equal.
+
+    Args:
+        small: At one batch size.
+        large: At another.
+        counts: The two sizes.
 
     Raises:
         UnclearAxisError: Several axes change, or one not in proportion to the batch size.
@@ -100,16 +105,37 @@ def learn_axis(small: Shape, large: Shape) -> Axis | None:
     if not changed:
         return None
     at = changed[0]
-    if len(changed) > 1 or small[at] * LARGE != large[at] * SMALL:
+    if len(changed) > 1 or small[at] * counts[1] != large[at] * counts[0]:
         raise UnclearAxisError
-    return Axis(at, several=small[at] != SMALL)
+    return Axis(at, several=small[at] != counts[0])
 
 
 @frozen
 class CallLayout:
-    """One call of a module: the axes of its input and output tensors, and how it is spread."""
+    """One call of a module.
+
+    Args:
+        inputs: The axes of its input tensors that count examples.
+        outputs: Those of its output tensors.
+        signature: The numbers of axes of all of them.
+        spreads: How each output is repeated for each example, where all examples share it.
+        shared: The outputs with a gradient that examples share and that are not repeated.
+    """
 
     inputs: tuple[Axis | None, ...]
     outputs: tuple[Axis | None, ...]
     signature: tuple[int, ...]
-    spread: Spread | None = None
+    spreads: tuple[Spread | None, ...]
+    shared: tuple[int, ...] = ()
+
+    @property
+    def is_spread(self) -> bool:
+        """Return whether an output is repeated."""
+        return any(spread is not None for spread in self.spreads)
+
+    def spread(self, outputs: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Return the outputs, those that examples share once for each."""
+        return [
+            values if spread is None else spread.repeat(values, count)
+            for values, spread in zip(outputs, self.spreads, strict=True)
+        ]

@@ -20,7 +20,12 @@ from dattri_core import Block, Evaluator, InputError
 from dattri_parts.sources.axes import CallLayout, Shape
 from dattri_parts.sources.blocks import fold_calls, join_calls, turn, zero_block
 from dattri_parts.sources.fallback import Fallback, ModuleCall
-from dattri_parts.sources.habits import Habits, WrittenInputError, WrittenOutputError
+from dattri_parts.sources.habits import (
+    Habits,
+    UnseenCallError,
+    WrittenInputError,
+    WrittenOutputError,
+)
 from dattri_parts.sources.nest import pull, push
 from dattri_parts.sources.observe import CallShapes, removed
 from dattri_parts.sources.plan import Site, SourcePlan
@@ -148,8 +153,8 @@ class Pass:
             given, token, skeleton = self._entered[module].pop()
             outputs, form = pull(output)
             layout = self._layout(site, CallShapes.of(given, outputs))
-            if layout is not None and layout.spread is not None:
-                outputs = [layout.spread.repeat(outputs[0], self.count)]
+            if layout is not None:
+                outputs = layout.spread(outputs, self.count)
             if token is None or not torch.is_grad_enabled():
                 self.silent[module] = self.silent.get(module, 0) + 1
                 return push(form, outputs)
@@ -193,9 +198,9 @@ class Pass:
         alike = list(dict.fromkeys(one for one in known if _fits(one, shapes, self.count)))
         if len(alike) == 1:
             return alike[0]
-        if self._backward and not any(one.spread for one in alike):
+        if self._backward and not any(one.is_spread for one in alike):
             return None  # needed only if a gradient comes back to the call that is made again
-        raise InputError(
+        raise (InputError if self._backward or alike else UnseenCallError)(
             f"per-example: {type(module).__name__} at {site.path!r} is called with shapes "
             f"{list(shapes.inputs)} -> {list(shapes.outputs)} for {self.count} examples, which "
             f"{'fit two calls' if alike else 'are unlike every call'} seen on the sample, so the "
@@ -277,9 +282,10 @@ class Pass:
             return [rows[next(iter(piece.trained))] for piece in site.pieces]
         grad = grads[0]
         assert grad is not None
-        if layout.spread is not None:
-            grad = layout.spread.lead(grad)
-            first = layout.spread.lead_inputs(inputs[0], self.count)
+        spread = layout.spreads[0]
+        if spread is not None:
+            grad = spread.lead(grad)
+            first = spread.lead_inputs(inputs[0], self.count)
         else:
             input_axis, output_axis = layout.inputs[0], layout.outputs[0]
             assert input_axis is not None

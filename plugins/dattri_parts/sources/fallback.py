@@ -53,7 +53,7 @@ class Fallback:
         chosen = [
             at
             for at, grad in enumerate(call.grads)
-            if grad is not None and (call.layout.outputs[at] or call.layout.spread)
+            if grad is not None and (call.layout.outputs[at] or call.layout.spreads[at])
         ]
         parameters = {local: _swapped_in(self.module, local) for local in trained}
         if not chosen:
@@ -179,8 +179,9 @@ def _gradients(call: ModuleCall, chosen: list[int]) -> tuple[list[Tensor], list[
         grad, axis = call.grads[at], call.layout.outputs[at]
         assert grad is not None
         if axis is None:
-            assert call.layout.spread is not None
-            part, where = call.layout.spread.lead(grad), 0
+            spread = call.layout.spreads[at]
+            assert spread is not None
+            part, where = spread.lead(grad), 0
         else:
             part, where = axis.split(grad, call.count)
         grads.append(part)

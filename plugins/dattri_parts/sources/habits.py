@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from attrs import define, field
 from torch import nn
 
+from dattri_core import InputError
 from dattri_parts.sources.axes import CallLayout
 from dattri_parts.sources.fallback import Fallback
 
@@ -22,6 +23,11 @@ class Habits:
     complete: dict[str, set[nn.Module]] = field(factory=dict)  # whose every call reports
     recomputed: dict[str, set[nn.Module]] = field(factory=lambda: {"train": set(), "test": set()})
     starters: tuple[nn.Module, ...] = ()  # modules that start the graph for reentrant checkpoints
+    refused: set[nn.Module] = field(factory=set)  # whose shared outputs are not to be repeated
+
+
+class UnseenCallError(InputError):
+    """A module is called in the forward pass as it was on no example that was looked at."""
 
 
 class WrittenInputError(Exception):

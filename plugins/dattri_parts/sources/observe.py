@@ -22,7 +22,9 @@ from dattri_parts.sources.axes import (
 )
 from dattri_parts.sources.nest import pull, push
 
-Spreads = Mapping[tuple[nn.Module, int], Spread]
+Output = tuple[nn.Module, int, int]
+"""A module, which of its calls, and which tensor of what that returned."""
+Spreads = Mapping[Output, Spread]
 
 
 @frozen
@@ -47,8 +49,16 @@ class CallShapes:
 
 @define(eq=False)
 class Observation:
-    """What one forward pass showed."""
+    """What one forward pass showed.
 
+    Args:
+        count: Of examples.
+        calls: Of each module.
+        order: In which they were made.
+        total: What the pass returned.
+    """
+
+    count: int
     calls: dict[nn.Module, list[CallShapes]]
     order: list[tuple[nn.Module, int]]
     total: Tensor
@@ -78,8 +88,11 @@ def observe(
         given = [tuple(t.shape) for t in pull((args, kwargs))[0]]
         made.append(CallShapes.of(given, tensors))
         order.append((module, len(made) - 1))
-        spread = spreads.get(order[-1])
-        return output if spread is None else push(skeleton, [spread.repeat(tensors[0], count)])
+        ways = [spreads.get((*order[-1], at)) for at in range(len(tensors))]
+        if not any(ways):
+            return output
+        pairs = zip(tensors, ways, strict=True)
+        return push(skeleton, [t if way is None else way.repeat(t, count) for t, way in pairs])
 
     def run(model: nn.Module) -> Tensor:
         total: Tensor = evaluator.total_of(model, batch, role)
@@ -89,7 +102,7 @@ def observe(
         for module in modules:
             handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         total = evaluator.call(run)
-    return Observation(calls, order, total)
+    return Observation(count, calls, order, total)
 
 
 def layouts_of(
@@ -98,20 +111,21 @@ def layouts_of(
     """Return the layout of each call of a module, or None if the shapes leave an axis unclear.
 
     Args:
-        seen: What was observed at the small and at the large batch size.
+        seen: What was observed at one batch size and at another.
         module: The module; as many calls at both sizes, or it is unclear.
         spreads: How shared outputs were repeated while looking on.
     """
     small, large = (observation.calls.get(module, []) for observation in seen)
     if len(small) != len(large):
         return None
+    counts = (seen[0].count, seen[1].count)
     try:
         return [
-            CallLayout(
-                _axes(one.inputs, two.inputs),
-                _axes(one.outputs, two.outputs),
-                one.signature,
-                spreads.get((module, at)),
+            _layout(
+                one,
+                two,
+                counts,
+                tuple(spreads.get((module, at, i)) for i in range(len(one.outputs))),
             )
             for at, (one, two) in enumerate(zip(small, large, strict=True))
         ]
@@ -119,12 +133,26 @@ def layouts_of(
         return None
 
 
-def is_shared(layout: CallLayout, shapes: CallShapes) -> bool:
-    """Return whether a call gives one tensor that all examples share, and not yet spread."""
-    return layout.spread is None and layout.outputs == (None,) and shapes.floating == (True,)
+def _layout(
+    small: CallShapes,
+    large: CallShapes,
+    counts: tuple[int, int],
+    spreads: tuple[Spread | None, ...],
+) -> CallLayout:
+    outputs = _axes(small.outputs, large.outputs, counts)
+    each = enumerate(zip(outputs, spreads, small.floating, strict=True))
+    return CallLayout(
+        _axes(small.inputs, large.inputs, counts),
+        outputs,
+        small.signature,
+        spreads,
+        tuple(at for at, (axis, spread, own) in each if axis is None and spread is None and own),
+    )
 
 
-def _axes(small: tuple[Shape, ...], large: tuple[Shape, ...]) -> tuple[Axis | None, ...]:
+def _axes(
+    small: tuple[Shape, ...], large: tuple[Shape, ...], counts: tuple[int, int]
+) -> tuple[Axis | None, ...]:
     if len(small) != len(large):
         raise UnclearAxisError
-    return tuple(learn_axis(one, two) for one, two in zip(small, large, strict=True))
+    return tuple(learn_axis(one, two, counts) for one, two in zip(small, large, strict=True))

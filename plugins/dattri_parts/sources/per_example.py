@@ -19,14 +19,14 @@ from dattri_core import (
     batch_size,
     take,
 )
-from dattri_parts.sources.axes import LARGE
+from dattri_parts.sources.axes import EXAMPLES
 from dattri_parts.sources.blocks import formed_stacks
 from dattri_parts.sources.capture import Pass
 from dattri_parts.sources.finite import plain, require_finite
-from dattri_parts.sources.habits import Habits, WrittenInputError
-from dattri_parts.sources.plan import SourcePlan, make_plan
+from dattri_parts.sources.habits import Habits, UnseenCallError, WrittenInputError
+from dattri_parts.sources.plan import SourcePlan, make_plan, suits
 from dattri_parts.sources.rehearse import rehearse
-from dattri_parts.sources.resolve import CURE, paths_of, resolve, slots_of
+from dattri_parts.sources.resolve import CURE, layouts_in, paths_of, resolve, slots_of
 from dattri_parts.sources.verify import mismatches
 
 Role = Literal["train", "test"]
@@ -136,10 +136,17 @@ class BoundPerExample:
     ) -> None:
         batch, role = given
 
-        def once(watched: Sink) -> None:
+        def run(watched: Sink) -> None:
             made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), watched)
+            made.run(objective)
+
+        def once(watched: Sink) -> None:
             try:
-                made.run(objective)
+                try:
+                    run(watched)
+                except UnseenCallError as error:  # nothing was handed over yet
+                    self._learn(batch, role, error)
+                    run(watched)
             except WrittenInputError as error:
                 path = paths_of(self.evaluator.task.model)[error.module]
                 raise InputError(
@@ -148,6 +155,40 @@ class BoundPerExample:
                 ) from error
 
         require_finite(once, sink, self.evaluator.checkpoint, what)
+
+    def _learn(self, batch: Any, role: Role, unseen: UnseenCallError) -> None:
+        """Learn calls that the sample did not show, from the batch in which they are made.
+
+        Of a batch without padding a model may make no mask. The rows of its first examples are
+        compared with autograd, as those of the sample were.
+
+        Raises:
+            UnseenCallError: The calls do not tell examples apart, or the rows are wrong.
+        """
+        sites = {site.module: site for site in self.plan.sites}
+        found = layouts_in(self.evaluator, set(sites), batch, self.habits.refused, role)
+        known = self.habits.layouts[role]
+        if found is None or not all(
+            site.rule is None or suits(site.rule, call)
+            for module, site in sites.items()
+            for call in found[module]
+        ):
+            raise unseen
+        self.habits.layouts = {
+            **self.habits.layouts,
+            role: {m: tuple(dict.fromkeys([*known[m], *found[m]])) for m in known},
+        }
+        size = min(batch_size(batch), EXAMPLES)
+        first, rows = torch.arange(size), dict[str, Block]()
+
+        def keep(name: str, block: Block) -> None:
+            rows[name] = block.take(first)
+
+        made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), keep)
+        made.run(lambda model: self.evaluator.total_of(model, batch, role))
+        if mismatches(self.evaluator, self.space, rows, take(batch, first), role, size):
+            self.habits.layouts = {**self.habits.layouts, role: known}
+            raise unseen
 
     def _learnt(self, role: Role) -> Role:
         """Return the role whose habits hold: a test side without target is the train loss."""
@@ -170,23 +211,24 @@ class BoundPerExample:
 
 def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
     evaluator = Evaluator(task, checkpoint, sample)
-    size = min(batch_size(sample), LARGE)
-    trio = take(sample, torch.arange(LARGE) % size)
+    size = min(batch_size(sample), EXAMPLES)
+    trio = take(sample, torch.arange(EXAMPLES) % size)
     slots = slots_of(task.model, evaluator.selected)
     roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
     while True:
         resolved = resolve(evaluator, slots, trio, refused, roles)
-        bound = BoundPerExample(evaluator, make_plan(evaluator, resolved), Habits(resolved.layouts))
+        habits = Habits(resolved.layouts, refused=refused)
+        bound = BoundPerExample(evaluator, make_plan(evaluator, resolved), habits)
         for role in roles:
             rehearse(evaluator, bound.plan, bound.habits, trio, role)
         wrong = bound.mismatches(trio, size, roles)
         if wrong and _try_strided(bound, set(wrong)):
             wrong = bound.mismatches(trio, size, roles)
-        misled = _spread_sites(bound, set(wrong)) - refused
+        misled = _shared_sites(bound, set(wrong)) - refused
         if not misled:
             break
-        refused |= misled  # repeating its output kept the loss, but not whose gradient is whose
+        refused |= misled  # a shared output, repeated or not, does not tell whose gradient is whose
     if wrong:
         worst = ", ".join(f"{name!r} (by {off:.1e})" for name, off in list(wrong.items())[:6])
         raise InputError(
@@ -198,11 +240,15 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
     return bound
 
 
-def _spread_sites(bound: BoundPerExample, wrong: set[str]) -> set[nn.Module]:
-    """Return the modules at fault that have an output repeated for each example."""
-    calls = bound.habits.layouts.values()
-    spread = {m for layouts in calls for m, each in layouts.items() if any(c.spread for c in each)}
-    return {site.module for site in bound.plan.sites if site.parameters & wrong} & spread
+def _shared_sites(bound: BoundPerExample, wrong: set[str]) -> set[nn.Module]:
+    """Return the modules at fault that have an output which examples share, repeated or not."""
+    shared = {
+        module
+        for layouts in bound.habits.layouts.values()
+        for module, calls in layouts.items()
+        if any(call.is_spread or call.shared for call in calls)
+    }
+    return {site.module for site in bound.plan.sites if site.parameters & wrong} & shared
 
 
 def _try_strided(bound: BoundPerExample, wrong: set[str]) -> bool:

@@ -75,7 +75,7 @@ def _site(
     paths: Mapping[nn.Module, str],
 ) -> Site:
     rule = rule_for(module) if all(slot.owner is module for slot in slots) else None
-    if rule is not None and all(_suits(rule, call) for call in calls):
+    if rule is not None and all(suits(rule, call) for call in calls):
         pieces = _by_rule(rule, module, path, {s.local: s.parameter for s in slots}, shared)
         if pieces is not None:
             return Site(module, path, rule, pieces)
@@ -95,12 +95,14 @@ def _site(
     return Site(module, path, None, pieces)
 
 
-def _suits(rule: LayerRule, call: CallLayout) -> bool:
+def suits(rule: LayerRule, call: CallLayout) -> bool:
+    """Return whether a rule can make rows of a call."""
     if not call.inputs or len(call.outputs) != 1:
         return False
-    if call.spread is not None:
+    spread = call.spreads[0]
+    if spread is not None:
         shared = all(axis is None for axis in call.inputs)
-        return shared and (not rule.leading or call.spread.new == 0 == call.spread.at)
+        return shared and (not rule.leading or spread.new == 0 == spread.at)
     axes = (call.inputs[0], call.outputs[0])
     return all(axis is not None and (axis.at == 0 or not rule.leading) for axis in axes)
 

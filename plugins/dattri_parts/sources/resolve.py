@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor, nn
 
-from dattri_core import Evaluator, InputError, take
-from dattri_parts.sources.axes import LARGE, SMALL, CallLayout, Spread, spreads_of
-from dattri_parts.sources.observe import Observation, is_shared, layouts_of, observe
+from dattri_core import Evaluator, InputError, batch_size, take
+from dattri_parts.sources.axes import CallLayout, Spread, spreads_of
+from dattri_parts.sources.observe import Observation, Output, layouts_of, observe
 
-Call = tuple[nn.Module, int]
+Layouts = dict[str, dict[nn.Module, list[CallLayout]]]
+"""Of the calls of modules, by role."""
 CURE = "use the source 'functional', which differentiates any function of the parameters"
 
 
@@ -31,7 +32,7 @@ class Resolved:
     """For every slot the module that answers for it, and the layouts of the modules' calls."""
 
     handlers: dict[Slot, nn.Module]
-    layouts: dict[str, dict[nn.Module, list[CallLayout]]]
+    layouts: Layouts
 
 
 def slots_of(model: nn.Module, selected: Mapping[str, Any]) -> list[Slot]:
@@ -69,8 +70,9 @@ def resolve(
     A parameter's own module is tried first. When nobody calls it (``out_proj`` of an attention, a
     ``ParameterList``), or its calls do not show which axis counts examples, the module around it
     answers. An output that all examples share is repeated for each of them where it meets them by
-    broadcasting, except those of the modules ``refused``. The functions of all ``roles`` are looked
-    at.
+    broadcasting, except those of the modules ``refused``, which do not answer. One beside others
+    that tell examples apart may also be left as it is: what it is good for is not known yet. The
+    functions of all ``roles`` are looked at.
 
     Raises:
         InputError: No module around a parameter can answer for it.
@@ -79,41 +81,93 @@ def resolve(
     paths, parents = paths_of(model), parents_of(model)
     watched = _around({slot.owner for slot in slots}, parents)
     handlers = {slot: slot.owner for slot in slots}
-    spreads: dict[str, dict[tuple[nn.Module, int], Spread]] = {role: {} for role in roles}
-    batches = [take(sample, torch.arange(size)) for size in (SMALL, LARGE)]
-
+    look = _Look(evaluator, watched, sample, refused, roles)
     while True:
         answering = set(handlers.values())
-        seen = {
-            role: [observe(evaluator, watched, batch, role, spreads[role]) for batch in batches]
-            for role in roles
-        }
-        layouts, stuck = _layouts(seen, answering, spreads)
-        shared = None if stuck else _first_shared(seen, layouts, answering)
-        if shared is not None:
-            role, call = shared
-            found = None
-            if call[0] not in refused:
-                found = _find_spread(evaluator, call, batches, role, seen[role], spreads[role])
-            if found is not None:
-                spreads[role][call] = found
-                continue
-            stuck.add(call[0])
+        layouts, stuck = look.layouts(answering)
+        stuck |= {m for m in answering if not any(calls[m] for calls in layouts.values())}
         if not stuck:
             return Resolved(handlers, layouts)
         for slot, module in list(handlers.items()):
             if module in stuck:
                 handlers[slot] = _parent(slot, module, parents, paths)
-        for role in roles:
-            spreads[role] = {k: s for k, s in spreads[role].items() if k[0] not in stuck}
+        look.forget(stuck)
+
+
+def layouts_in(
+    evaluator: Evaluator,
+    modules: set[nn.Module],
+    batch: Any,
+    refused: set[nn.Module],
+    role: str,
+) -> dict[nn.Module, list[CallLayout]] | None:
+    """Return the layouts of the calls that modules get with a batch, or None if one is unclear."""
+    look = _Look(evaluator, tuple(modules), batch, refused, (role,))
+    layouts, stuck = look.layouts(modules)
+    return None if stuck else layouts[role]
+
+
+@define(eq=False)
+class _Look:
+    """A look at the calls of modules with some examples, and with one more.
+
+    The one more is the first again: what a model does may depend on whether a batch holds an
+    example of some kind (one that needs padding), which then both do.
+    """
+
+    evaluator: Evaluator
+    watched: tuple[nn.Module, ...]
+    sample: Any
+    refused: set[nn.Module]
+    roles: Sequence[str]
+    _spreads: dict[str, dict[Output, Spread]] = field(factory=dict, init=False)
+    _left: set[Output] = field(factory=set, init=False)
+
+    def layouts(self, answering: set[nn.Module]) -> tuple[Layouts, set[nn.Module]]:
+        """Return the layouts of the calls of modules, and which of these cannot answer."""
+        count = batch_size(self.sample)
+        more = torch.cat([torch.arange(count), torch.zeros(1, dtype=torch.long)])
+        batches = [self.sample, take(self.sample, more)]
+        spreads = self._spreads or {role: {} for role in self.roles}
+        self._spreads = spreads
+        while True:
+            seen = {
+                role: [
+                    observe(self.evaluator, self.watched, batch, role, spreads[role])
+                    for batch in batches
+                ]
+                for role in self.roles
+            }
+            layouts, stuck = _layouts(seen, answering, spreads)
+            shared = None if stuck else _first_shared(seen, layouts, answering, self._left)
+            if shared is None:
+                return layouts, stuck
+            role, output = shared
+            module, call, _ = output
+            found = None
+            if module not in self.refused:
+                found = _find_spread(
+                    self.evaluator, output, batches, role, seen[role], spreads[role]
+                )
+            if found is not None:
+                spreads[role][output] = found
+            elif module not in self.refused and len(layouts[role][module][call].outputs) > 1:
+                self._left.add(output)
+            else:
+                return layouts, {module}
+
+    def forget(self, modules: set[nn.Module]) -> None:
+        """Forget how outputs of modules are repeated, which do not answer any more."""
+        for role, known in self._spreads.items():
+            self._spreads[role] = {k: s for k, s in known.items() if k[0] not in modules}
 
 
 def _layouts(
     seen: Mapping[str, list[Observation]],
     answering: set[nn.Module],
-    spreads: Mapping[str, Mapping[tuple[nn.Module, int], Spread]],
-) -> tuple[dict[str, dict[nn.Module, list[CallLayout]]], set[nn.Module]]:
-    layouts: dict[str, dict[nn.Module, list[CallLayout]]] = {role: {} for role in seen}
+    spreads: Mapping[str, Mapping[Output, Spread]],
+) -> tuple[Layouts, set[nn.Module]]:
+    layouts: Layouts = {role: {} for role in seen}
     stuck: set[nn.Module] = set()
     for module in answering:
         for role in seen:
@@ -121,8 +175,6 @@ def _layouts(
             layouts[role][module] = found or []
             if found is None:
                 stuck.add(module)
-        if not any(layouts[role][module] for role in seen):
-            stuck.add(module)
     return layouts, stuck
 
 
@@ -130,30 +182,31 @@ def _first_shared(
     seen: Mapping[str, list[Observation]],
     layouts: Mapping[str, Mapping[nn.Module, list[CallLayout]]],
     answering: set[nn.Module],
-) -> tuple[str, Call] | None:
-    """Return the first call, in the order of the model, whose output all examples share."""
+    left: set[Output],
+) -> tuple[str, Output] | None:
+    """Return the first output, in the order of the model, that all examples share."""
     for role in seen:
         for module, at in seen[role][0].order:
-            if module in answering and is_shared(
-                layouts[role][module][at], seen[role][0].calls[module][at]
-            ):
-                return role, (module, at)
+            shared = layouts[role][module][at].shared if module in answering else ()
+            for output in ((module, at, which) for which in shared):
+                if output not in left:
+                    return role, output
     return None
 
 
 def _find_spread(
     evaluator: Evaluator,
-    call: Call,
+    output: Output,
     batches: list[Any],
     role: str,
     seen: list[Observation],
-    spreads: Mapping[Call, Spread],
+    spreads: Mapping[Output, Spread],
 ) -> Spread | None:
     """Return the first way to repeat a shared output that leaves the loss as it is."""
-    shape = seen[0].calls[call[0]][call[1]].outputs[0]
-    for spread in spreads_of(shape):
-        tried = {**spreads, call: spread}
-        watched = dict.fromkeys(module for module, _ in tried)
+    module, call, which = output
+    for spread in spreads_of(seen[0].calls[module][call].outputs[which]):
+        tried = {**spreads, output: spread}
+        watched = dict.fromkeys(module for module, _, _ in tried)
         try:
             after = [observe(evaluator, watched, batch, role, tried) for batch in batches]
         except (RuntimeError, IndexError, ValueError):  # the shapes do not meet

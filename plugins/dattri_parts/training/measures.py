@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dattri_core import InputError, Loss, causal_lm, labels_of, nearest, squared_error
-from dattri_parts.training.objective import IGNORED
+from dattri_core import InputError, Loss, labels_of, nearest, squared_error
+from dattri_parts.training.objective import IGNORED, SHIFTS
 
 HIGHER_IS_BETTER = {"loss": False, "margin": True, "logit": True, "correct": True}
-"""``loss``: of an example, for ``causal-lm`` the sum over its tokens. ``margin``: log(p / (1 - p))
-of the label. ``logit``: of the label. ``correct``: 1 where the label is the most likely class. The
-last three are summed over tokens too."""
+"""``loss``: of an example. ``margin``: log(p / (1 - p)) of the label. ``logit``: of the label.
+``correct``: 1 where the label is the most likely class. Where tokens have labels all of them are
+summed over these."""
 
 
 def measured(names: Iterable[str]) -> dict[str, bool]:
@@ -68,8 +68,9 @@ def _measures(loss: Loss, target: str, outputs: Tensor, batch: Any) -> Tensor:
         assert loss.margin is not None  # `check_targets` refused it
         return loss.margin(outputs, batch).double()
     labels = labels_of(batch).to(outputs.device)
-    if loss.name == causal_lm.name:
-        outputs, labels = outputs[:, :-1], labels[:, 1:]
+    shift = SHIFTS.get(loss.name, 0)
+    if shift:
+        outputs, labels = outputs[:, :-shift], labels[:, shift:]
     known = labels != IGNORED
     picked = labels.masked_fill(~known, 0)
     if target == "logit":

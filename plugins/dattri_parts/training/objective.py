@@ -16,9 +16,14 @@ from dattri_core import (
     labels_of,
     nearest,
     squared_error,
+    token_cross_entropy,
 )
 
-LOSSES: dict[str, Loss] = {loss.name: loss for loss in (cross_entropy, squared_error, causal_lm)}
+LOSSES: dict[str, Loss] = {
+    loss.name: loss for loss in (cross_entropy, squared_error, causal_lm, token_cross_entropy)
+}
+SHIFTS = {causal_lm.name: 1, token_cross_entropy.name: 0}
+"""Losses of a label for each token, and how far it stands after what predicts it."""
 IGNORED = -100
 """Label of a token that is not predicted."""
 
@@ -43,7 +48,7 @@ def mean_loss(loss: Loss, model: Callable[..., Any], batch: Any) -> Tensor:
         batch: A nest of tensors, labels last.
     """
     values = loss(model, batch)  # type: ignore[arg-type]
-    if loss.name == causal_lm.name:
-        predicted = (labels_of(batch)[:, 1:] != IGNORED).sum()
+    if loss.name in SHIFTS:
+        predicted = (labels_of(batch)[:, SHIFTS[loss.name] :] != IGNORED).sum()
         return values.sum() / torch.clamp_min(predicted, 1)
     return values.mean()

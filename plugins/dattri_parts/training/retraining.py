@@ -68,7 +68,7 @@ class ModelRetraining:
     Args:
         build: Makes a new model; called under the seed of the counterfactual, on the CPU.
         recipe: `Recipe` of minibatch steps, or `Optimum` of a convex model.
-        loss: ``"cross-entropy"``, ``"squared-error"`` or ``"causal-lm"``.
+        loss: A shipped one by name, such as ``"cross-entropy"``.
         train_data: A nest of tensors that begin with ``[n_train]``, labels last.
         test_data: The same for the test set.
         targets: What is measured: names of ``"loss"``, ``"margin"``, ``"logit"`` and ``"correct"``.

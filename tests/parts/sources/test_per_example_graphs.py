@@ -274,6 +274,44 @@ def test_a_shared_output_that_does_not_broadcast_falls_to_the_module_around_it()
     assert [block.kind for block in bound.space] == ["outer", "dense"]
 
 
+class Offset(nn.Module):
+    """As the first layer of T5: beside its answer, numbers of pairs of places for later layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.out = nn.Embedding(5, 2), linear()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        places = torch.arange(x.shape[1])
+        near = (places[:, None] - places[None]).clamp(-2, 2) + 2
+        bias = self.pairs(near).permute(2, 0, 1)[None]  # [1, 2, T, T]: of no example
+        bias = bias if mask is None else bias - mask
+        return self.out(bias.mean(1).softmax(-1) @ x), bias
+
+
+@pytest.mark.parametrize("use", ["added", "unused", "constant", "picked", "summed"])
+def test_one_of_several_outputs_that_all_examples_share(use: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        h, bias = m.first(x)
+        if use == "added":  # to numbers of each example
+            scores = torch.stack([h @ h.mT, h @ x.mT], 1) + bias
+            return m.last(scores.softmax(-1).sum(1) @ x)
+        if use == "picked":  # repeating it would leave the loss as it is, and not the gradients
+            h = torch.einsum("btw,ts->bsw", h, bias[0, 0])
+        if use in ("summed", "constant"):  # repeating it would change the loss
+            bias = bias.detach() if use == "constant" else bias
+            h = torch.einsum("btw,ahts->bsw", h, bias)
+        return m.last(h.tanh())
+
+    parts = {"first": Offset(), "last": linear()}
+    bound = check(Model(run, **parts), vector_loss, vectors(5, 3, WIDTH))
+    kinds = {block.name: block.kind for block in bound.space}
+    assert kinds["last"] == "outer"
+    assert kinds["first.pairs.weight"] == "dense"
+    answers = {site.path for site in bound.plan.sites}
+    assert answers == {"first.out", "last", "" if use in ("picked", "summed") else "first"}
+
+
 def test_a_module_called_once_for_each_example_falls_to_the_module_around_it() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return torch.stack([m.a(row) for row in x])
@@ -295,9 +333,56 @@ def test_calls_that_vary_from_batch_to_batch() -> None:
     check(Model(run, cell=nn.GRUCell(WIDTH, WIDTH), a=linear()), vector_loss, (x, y))
 
 
+def test_calls_that_the_sample_did_not_show_are_learned_from_their_batch() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.a(x) if len(x) <= 4 else m.a(x[:, None, None]).flatten(1)
+
+    check(Model(run, a=linear()), vector_loss, vectors(5))
+
+
+@pytest.mark.parametrize("padded", [0, 4])  # in the sample or only after it
+def test_a_mask_that_is_made_where_an_example_needs_it(padded: int) -> None:
+    """And with it whether the bias of all pairs of places has an axis of examples."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        short = x[:, :, 0] > 9
+        h, bias = m.first(x, short[:, None, None].double() if short.any() else None)
+        scores = torch.stack([h @ h.mT, h @ x.mT], 1) + bias
+        return m.last(scores.softmax(-1).sum(1) @ x)
+
+    x, y = vectors(5, 3, WIDTH)
+    x[padded, -1, 0] = 10.0
+    bound = check(Model(run, first=Offset(), last=linear()), vector_loss, (x, y))
+    assert bound.first_rows() is None
+    calls = bound.habits.layouts["train"][bound.evaluator.task.model.first]
+    assert {call.is_spread for call in calls} == {True, False}
+
+
+def test_learned_calls_whose_rows_are_wrong_are_refused() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+            return x * self.gain if more is None else x.flip(0) * more * self.gain
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)  # whose examples change places inside, and change back after it
+        return m.mixed(h) if len(x) <= 4 else m.mixed(h, h.flip(0)).flip(0)
+
+    model = Model(run, a=linear(), mixed=Mixed()).double()
+    bound, _ = bind(model, vector_loss, vectors(3))
+    with pytest.raises(
+        dattri.InputError, match=r"Mixed at 'mixed' is called with shapes .* unlike"
+    ):
+        stream_rows(bound, vectors(5))
+    stream_rows(bound, vectors(2))
+
+
 def test_a_call_unlike_those_of_the_sample_is_an_error() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.a(x) if len(x) <= 3 else m.a(x[:, None, None]).flatten(1)
+        return m.a(x) if len(x) <= 4 else torch.stack([m.a(row) for row in x])
 
     model = Model(run, a=linear()).double()
     bound, _ = bind(model, vector_loss, vectors(3))

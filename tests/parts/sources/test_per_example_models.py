@@ -32,7 +32,7 @@ from torch.nn import functional
 
 import dattri_core as dattri
 from dattri_core.lift import to_parameters
-from dattri_core.losses import true_margin
+from dattri_core.shipped_losses import true_margin
 
 
 def gradient_of(bound: Any, batch: Any) -> dict[str, Tensor]:

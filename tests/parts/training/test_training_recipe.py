@@ -19,6 +19,7 @@ from training_toys import (
     numbers,
     retraining,
     sequences,
+    tagged,
 )
 
 import dattri_core as dattri
@@ -46,6 +47,11 @@ LOSSES = {
         NextToken,
         sequences,
         lambda out, y: nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    ),
+    "token-cross-entropy": (
+        NextToken,
+        tagged,
+        lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y.flatten()),
     ),
 }
 

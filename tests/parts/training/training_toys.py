@@ -36,6 +36,11 @@ def sequences(n: int = N, seed: int = 0) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
+def tagged(n: int = N, seed: int = 0) -> tuple[Tensor, Tensor]:
+    tokens, labels = sequences(n, seed)
+    return tokens, torch.where(labels < 0, labels, (tokens + 2) % 5)
+
+
 class NextToken(nn.Module):
     """A causal language model of one position."""
 
