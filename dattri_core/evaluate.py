@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class Evaluator:
         """Hold the model in eval mode, without fused attention past its modules; then restore.
 
         The forward hooks of the checkpoint are on its modules meanwhile, before those of the user.
+        A compiled model runs as it was written: hooks would have it compiled at every call.
         """
         if self._in_session:
             yield
@@ -106,7 +107,8 @@ class Evaluator:
             for name, hook in self.checkpoint.hooks.items():
                 module = self.task.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook, prepend=True))
-            yield
+            with _as_written(self.task.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -370,6 +372,16 @@ class Evaluator:
 
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+def _as_written(model: nn.Module) -> AbstractContextManager[Any]:
+    """Leave compiled code aside where a module is compiled; else do nothing, at no cost."""
+    compiled = any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return stance("force_eager") if compiled and stance is not None else nullcontext()
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -288,3 +288,27 @@ def test_the_model_is_untouched():
         assert torch.equal(value, before[key]), key
     assert not net.layer.bias.requires_grad
     assert net.layer.weight.grad is None
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch < 2.6 compiles")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_run_as_it_was_written(in_place):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = Net(torch.tanh)
+    train, test = data(), data(2, seed=1)
+    want = dattri.attribute(Task(model), train, test, method="if-explicit")
+    if in_place:
+        model.compile(backend=backend)
+    else:
+        model = torch.compile(model, backend=backend)
+    scores = dattri.attribute(Task(model), train, test, method="if-explicit")
+    assert torch.equal(scores.values, want.values)
+    assert not compiled
+    model(train[0])  # and after it as the user wants it
+    assert compiled
