@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from dattri_core.losses import functional as functional
     from dattri_core.losses import labels_of as labels_of
     from dattri_core.memory import free_bytes as free_bytes
+    from dattri_core.memory import is_out_of_memory as is_out_of_memory
     from dattri_core.memory import parse_bytes as parse_bytes
     from dattri_core.methods import Method as Method
     from dattri_core.methods import attribute as attribute
@@ -257,6 +258,7 @@ _EXPORTS = {
     "free_bytes": "memory",
     "functional": "losses",
     "hookimpl": "hookspecs",
+    "is_out_of_memory": "memory",
     "labels_of": "losses",
     "inner_work": "blocks",
     "limit_now": "contract",

@@ -259,12 +259,12 @@ class Evaluator:
         again = [self._try(sample, role, what) for _ in range(2)]
         if not all(_close(first, other) for other in again):
             raise self._random(what, first, again[-1])
-        if first.dim() == 1 and size > 1:
-            alike = take(sample, torch.zeros(size, dtype=torch.long))
+        for b in range(size if first.dim() == 1 and size > 1 else 0):
+            alike = take(sample, torch.full((size,), b))
             alone = self._try(alike, role, what)
-            if not _close(first[:1], alone[:1]):
+            if not _close(first[b : b + 1], alone[:1]):
                 raise InputError(
-                    f"{what}: mixes examples: the first example's value is {first[0].item():.6g} "
+                    f"{what}: mixes examples: the value of example {b} is {first[b].item():.6g} "
                     f"next to other examples and {alone[0].item():.6g} next to copies of itself; "
                     f"{_culprits(self.task.model)}"
                 )

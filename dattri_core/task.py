@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dattri_core.checkpoint import Checkpoint, checkpoints_of
 from dattri_core.errors import InputError
@@ -105,6 +106,12 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> tuple[
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise InputError(f"parameters: got {patterns!r}; give one or more patterns such as 'fc*'")
     everything = dict(model.named_parameters())
+    unmade = [name for name, p in everything.items() if is_lazy(p)]
+    if unmade:
+        raise InputError(
+            f"parameters: {_some(unmade)} of a lazy module have no shape yet; run the model on a "
+            "batch first"
+        )
     trainable = {name for name, p in everything.items() if p.requires_grad}
     for pattern in patterns:
         hits = fnmatch.filter(everything, pattern.removeprefix("!"))
@@ -130,6 +137,13 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> tuple[
         raise InputError(
             f"parameters: nothing to attribute through; the patterns {patterns} leave none of "
             f"{len(everything)} parameters, {len(trainable)} of them trainable"
+        )
+    imaginary = [name for name in chosen if everything[name].is_complex()]
+    if imaginary:
+        raise InputError(
+            f"parameters: {_some(imaginary)} are complex, and scores are inner products of real "
+            "gradients; hold them as real numbers, torch.view_as_complex(self.weight) in forward, "
+            f"or leave them out with parameters='!{imaginary[0]}'"
         )
     return chosen
 

@@ -312,3 +312,18 @@ def test_a_compiled_model_is_run_as_it_was_written(in_place):
     assert not compiled
     model(train[0])  # and after it as the user wants it
     assert compiled
+
+
+@pytest.mark.parametrize("example", [0, 1, 2])
+def test_an_example_that_changes_with_the_others_is_found_wherever_it_stands(example):
+    x, y = data(3)
+    x = x.abs()
+    x[example] *= -1
+
+    def mixing(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none") * (
+            1 + (batch[0] > 0).any()
+        )
+
+    with pytest.raises(InputError, match=f"mixes examples: the value of example {example} is"):
+        evaluator(linear(), mixing, (x, y))

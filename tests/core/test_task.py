@@ -95,3 +95,19 @@ def test_making_a_task_changes_nothing():
     assert net.training
     assert not net.fc1.bias.requires_grad
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_parameters_without_a_shape_are_refused():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(dattri.InputError, match=r"0.weight, 0.bias of a lazy module.*on a batch"):
+        dattri.Task(model)
+    model(torch.zeros(1, 4))
+    assert len(dattri.Task(model).parameter_names) == 4
+
+
+def test_complex_parameters_are_refused_where_they_are_chosen():
+    model = nn.Linear(3, 2)
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(dattri.InputError, match=r"phase are complex.*parameters='!phase'"):
+        dattri.Task(model)
+    assert dattri.Task(model, parameters="!phase").parameter_names == ("weight", "bias")

@@ -10,9 +10,12 @@ from attrs import define, frozen
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from dattri_core import Block, DenseBlock
+from dattri_core import Block, DenseBlock, is_out_of_memory
 from dattri_parts.sources.axes import Axis, CallLayout
 from dattri_parts.sources.nest import pull, push
+
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What operations raise where they do not take an example by itself."""
 
 
 class _Inside(nn.Module):
@@ -37,6 +40,14 @@ class ModuleCall:
     count: int  # examples B
 
 
+class RepeatError(Exception):
+    """A module cannot be run again for one example."""
+
+    def __init__(self, module: nn.Module, error: Exception) -> None:
+        super().__init__(str(error).strip().partition("\n")[0])
+        self.module = module
+
+
 @define(eq=False)
 class Fallback:
     """For parameters p of one module y = f(p, x): (dy/dp)^T g for each example, formed.
@@ -46,10 +57,15 @@ class Fallback:
     """
 
     module: nn.Module
-    side_by_side: bool | None = None  # None: not tried yet
+    side_by_side: bool = True
 
     def rows(self, call: ModuleCall, trained: Mapping[str, str]) -> dict[str, Block]:
-        """Return a dense block for each local parameter name."""
+        """Return a dense block for each local parameter name.
+
+        Raises:
+            RepeatError: The module cannot be run for one example: it is given something beside
+                tensors with an axis of examples that tells how many there are.
+        """
         chosen = [
             at
             for at, grad in enumerate(call.grads)
@@ -61,18 +77,19 @@ class Fallback:
                 local: DenseBlock(p.new_zeros(()).expand(call.count, *p.shape))
                 for local, p in parameters.items()
             }
-        if self.side_by_side is not False:
+        if self.side_by_side:
             try:
-                found = self._together(call, parameters, chosen)
-            except (RuntimeError, ValueError, TypeError):
-                if self.side_by_side:
+                return _dense(self._together(call, parameters, chosen))
+            except FAILURES as error:
+                if is_out_of_memory(error):
                     raise
                 self.side_by_side = False
-            else:
-                self.side_by_side = True
-        if not self.side_by_side:
-            found = self._in_turn(call, parameters, chosen)
-        return {local: DenseBlock(values) for local, values in found.items()}
+        try:
+            return _dense(self._in_turn(call, parameters, chosen))
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                raise
+            raise RepeatError(self.module, error) from error
 
     def _together(
         self, call: ModuleCall, parameters: dict[str, Tensor], chosen: list[int]
@@ -148,6 +165,10 @@ class Fallback:
         result = functional_call(_Inside(self.module), swapped, (args, kwargs), tie_weights=False)
         outputs, _ = pull(result)
         return tuple(outputs[at] for at in chosen)
+
+
+def _dense(found: Mapping[str, Tensor]) -> dict[str, Block]:
+    return {local: DenseBlock(values) for local, values in found.items()}
 
 
 def _swapped_in(module: nn.Module, local: str) -> Tensor:

@@ -21,10 +21,12 @@ from dattri_core import (
     Space,
     SpecError,
     Task,
+    is_out_of_memory,
     leaves,
     map_tensors,
 )
 from dattri_parts.sources.blocks import dense_spec
+from dattri_parts.sources.fallback import FAILURES
 from dattri_parts.sources.finite import plain, require_finite
 
 Role = Literal["train", "test"]
@@ -32,7 +34,6 @@ Sink = Callable[[str, Block], None]
 Named = dict[str, Tensor]
 Objective = Callable[[nn.Module, Named, Any], Tensor]
 """The model, its weights swapped, these weights and one example to what is differentiated."""
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 _log = logging.getLogger("dattri")
 
 
@@ -163,14 +164,14 @@ class BoundFunctional:
                 return self._side_by_side(objective, tensors, one)
             except DattriError:
                 raise
-            except _REFUSALS as error:
-                if "memory" in str(error):  # the engine halves the batch and tries again
+            except FAILURES as error:
+                if is_out_of_memory(error):  # the engine halves the batch and tries again
                     raise
                 refusal = str(error).strip().splitlines()[0]
             try:
                 found = self._in_turn(objective, tensors, one)
-            except _REFUSALS as error:
-                if isinstance(error, DattriError) or "memory" in str(error):
+            except FAILURES as error:
+                if isinstance(error, DattriError) or is_out_of_memory(error):
                     raise
                 raise InputError(
                     f"functional: the {what} cannot be differentiated: "

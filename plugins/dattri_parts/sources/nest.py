@@ -58,7 +58,8 @@ def _rebuild(value: Any, visit: Callable[[Any, Any], Any], tensors: Any) -> Any:
             other[key] = visit(item, tensors)
         return other
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(visit(item, tensors) for item in value))
+        # Not by its own constructor, which may look at what it is given (a `PackedSequence` does).
+        return tuple.__new__(type(value), [visit(item, tensors) for item in value])
     if isinstance(value, (tuple, list)):
         return type(value)(visit(item, tensors) for item in value)
     return value

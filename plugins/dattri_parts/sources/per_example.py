@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from attrs import define, evolve, field, frozen
-from torch import Tensor, nn
+from attrs import evolve, frozen
+from torch import nn
 
-from dattri_core import (
-    Block,
-    Checkpoint,
-    Evaluator,
-    InputError,
-    Space,
-    Task,
-    batch_size,
-    take,
-)
+from dattri_core import Checkpoint, Evaluator, InputError, Task, batch_size, take
 from dattri_parts.sources.axes import EXAMPLES
-from dattri_parts.sources.blocks import formed_stacks
-from dattri_parts.sources.capture import Pass
-from dattri_parts.sources.finite import plain, require_finite
-from dattri_parts.sources.habits import Habits, UnseenCallError, WrittenInputError
-from dattri_parts.sources.plan import SourcePlan, make_plan, suits
+from dattri_parts.sources.bound import BoundPerExample, Role
+from dattri_parts.sources.fallback import RepeatError
+from dattri_parts.sources.finite import plain
+from dattri_parts.sources.habits import Habits
+from dattri_parts.sources.plan import make_plan
 from dattri_parts.sources.rehearse import rehearse
-from dattri_parts.sources.resolve import CURE, layouts_in, paths_of, resolve, slots_of
-from dattri_parts.sources.verify import mismatches
-
-Role = Literal["train", "test"]
-Sink = Callable[[str, Block], None]
+from dattri_parts.sources.resolve import CURE, resolve, slots_of
 
 
 @frozen
@@ -69,186 +56,95 @@ class PerExample:
         return BoundPerExample(bound.evaluator.moved_to(checkpoint), bound.plan, bound.habits)
 
 
-@define(eq=False)
-class BoundPerExample:
-    """`PerExample` at one checkpoint."""
-
-    evaluator: Evaluator
-    plan: SourcePlan
-    habits: Habits
-    _first: dict[str, Block] | None = field(default=None, init=False)
-
-    @property
-    def space(self) -> Space:
-        """Return the blocks, in the order of the model's parameters."""
-        return self.plan.space
-
-    def stream(self, batch: Any, role: Role, sink: Sink) -> Mapping[str, Tensor]:
-        """Hand the blocks of a batch to the sink, last module first.
-
-        Raises:
-            InputError: The modules are called unlike on the sample.
-            NumericsError: A gradient is not finite; checkpoint, block and example are named.
-        """
-        self._first = None
-        batch = plain(batch)
-        learnt = self._learnt(role)
-        self._run(
-            lambda model: self.evaluator.total_of(model, batch, learnt),
-            (batch, learnt),
-            sink if role == "train" else formed_stacks(sink),
-            f"rows of role {role!r}",
-        )
-        return {}
-
-    def first_rows(self) -> dict[str, Block] | None:
-        """Return the blocks of the train rows that were compared at bind, once."""
-        first, self._first = self._first, None
-        return first
-
-    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
-        """Hand the blocks of the rows J_b^T u_b to the sink, J_b the Jacobian of the outputs.
-
-        Args:
-            batch: Examples.
-            cotangent: Outputs of the loss's forward pass ``[B, ...]`` to u of the same shape, which
-                is held constant.
-            sink: Takes each block once, last module first.
-
-        Raises:
-            InputError: The loss is not split in outputs and criterion, and as in `stream`.
-            NumericsError: A gradient is not finite; checkpoint, block and example are named.
-        """
-        batch = plain(batch)
-        self._run(
-            lambda model: self.evaluator.pulled_of(model, batch, cotangent),
-            (batch, "train"),
-            sink,
-            "rows of outputs",
-        )
-
-    def _run(
-        self,
-        objective: Callable[[nn.Module], Tensor],
-        given: tuple[Any, Role],
-        sink: Sink,
-        what: str,
-    ) -> None:
-        batch, role = given
-
-        def run(watched: Sink) -> None:
-            made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), watched)
-            made.run(objective)
-
-        def once(watched: Sink) -> None:
-            try:
-                try:
-                    run(watched)
-                except UnseenCallError as error:  # nothing was handed over yet
-                    self._learn(batch, role, error)
-                    run(watched)
-            except WrittenInputError as error:
-                path = paths_of(self.evaluator.task.model)[error.module]
-                raise InputError(
-                    f"per-example: the input of {type(error.module).__name__} at {path!r} is "
-                    f"changed in place after the module ran, which it was not on the sample; {CURE}"
-                ) from error
-
-        require_finite(once, sink, self.evaluator.checkpoint, what)
-
-    def _learn(self, batch: Any, role: Role, unseen: UnseenCallError) -> None:
-        """Learn calls that the sample did not show, from the batch in which they are made.
-
-        Of a batch without padding a model may make no mask. The rows of its first examples are
-        compared with autograd, as those of the sample were.
-
-        Raises:
-            UnseenCallError: The calls do not tell examples apart, or the rows are wrong.
-        """
-        sites = {site.module: site for site in self.plan.sites}
-        found = layouts_in(self.evaluator, set(sites), batch, self.habits.refused, role)
-        known = self.habits.layouts[role]
-        if found is None or not all(
-            site.rule is None or suits(site.rule, call)
-            for module, site in sites.items()
-            for call in found[module]
-        ):
-            raise unseen
-        self.habits.layouts = {
-            **self.habits.layouts,
-            role: {m: tuple(dict.fromkeys([*known[m], *found[m]])) for m in known},
-        }
-        size = min(batch_size(batch), EXAMPLES)
-        first, rows = torch.arange(size), dict[str, Block]()
-
-        def keep(name: str, block: Block) -> None:
-            rows[name] = block.take(first)
-
-        made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), keep)
-        made.run(lambda model: self.evaluator.total_of(model, batch, role))
-        if mismatches(self.evaluator, self.space, rows, take(batch, first), role, size):
-            self.habits.layouts = {**self.habits.layouts, role: known}
-            raise unseen
-
-    def _learnt(self, role: Role) -> Role:
-        """Return the role whose habits hold: a test side without target is the train loss."""
-        return role if self.evaluator.task.target is not None else "train"
-
-    def mismatches(self, sample: Any, examples: int, roles: tuple[Role, ...]) -> dict[str, float]:
-        """Return the parameters whose rows differ from autograd on a sample, and by how much."""
-        wrong: dict[str, float] = {}
-        first: dict[str, Block] | None = None
-        for role in roles:
-            rows: dict[str, Block] = {}
-            self.stream(sample, role, rows.__setitem__)
-            if role == "train":
-                first = rows
-            found = mismatches(self.evaluator, self.space, rows, sample, role, examples)
-            wrong.update({k: max(v, wrong.get(k, 0.0)) for k, v in found.items()})
-        self._first = first
-        return wrong
-
-
 def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
+    """Return the bound source whose rows are those of autograd on the sample.
+
+    Where those of a module are not (a weight that is used outside of it as well), or it cannot be
+    run for one example, the module around it answers for its parameters.
+    """
+    _require_hooks(task.model)
     evaluator = Evaluator(task, checkpoint, sample)
     size = min(batch_size(sample), EXAMPLES)
     trio = take(sample, torch.arange(EXAMPLES) % size)
     slots = slots_of(task.model, evaluator.selected)
     roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
+    rejected: set[nn.Module] = set()
+    ruleless: set[nn.Module] = set()
+    first: Exception | None = None  # what was wrong with the modules of the parameters themselves
     while True:
-        resolved = resolve(evaluator, slots, trio, refused, roles)
+        try:
+            resolved = resolve(evaluator, slots, trio, refused, rejected, roles)
+        except InputError:
+            if first is None:
+                raise
+            raise first from None
         habits = Habits(resolved.layouts, refused=refused)
-        bound = BoundPerExample(evaluator, make_plan(evaluator, resolved), habits)
-        for role in roles:
-            rehearse(evaluator, bound.plan, bound.habits, trio, role)
-        wrong = bound.mismatches(trio, size, roles)
-        if wrong and _try_strided(bound, set(wrong)):
-            wrong = bound.mismatches(trio, size, roles)
-        misled = _shared_sites(bound, set(wrong)) - refused
-        if not misled:
-            break
-        refused |= misled  # a shared output, repeated or not, does not tell whose gradient is whose
-    if wrong:
-        worst = ", ".join(f"{name!r} (by {off:.1e})" for name, off in list(wrong.items())[:6])
+        bound = BoundPerExample(evaluator, make_plan(evaluator, resolved, ruleless), habits)
+        try:
+            for role in roles:
+                rehearse(evaluator, bound.plan, bound.habits, trio, role)
+            seen = bound.mismatches(trio, size, roles)
+            if seen.wrong and _try_strided(bound, set(seen.wrong)):
+                seen = bound.mismatches(trio, size, roles)
+        except RepeatError as error:
+            first = first or _unrepeated(error)
+            rejected.add(error.module)
+            continue
+        sites = {site.module: site for site in bound.plan.sites}
+        if not seen.wrong:
+            right = ruleless & set(sites)  # by itself: its layer rule was wrong
+            if first is not None and right:
+                raise first
+            return bound
+        faulty = {module for module, site in sites.items() if site.parameters & set(seen.wrong)}
+        # A shared output, repeated or not, does not tell whose gradient is whose.
+        misled = (faulty & _shared_in(habits)) - refused
+        if misled:
+            refused |= misled
+            continue
+        first = first or _mismatch(seen.wrong)
+        if seen.mixed:
+            raise first
+        ruled = {module for module in faulty if sites[module].rule is not None}
+        ruleless |= ruled
+        rejected |= set() if ruled else faulty
+
+
+def _require_hooks(model: nn.Module) -> None:
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
         raise InputError(
-            f"per-example: the rows of {worst} differ from autograd on the first examples; the "
-            "parameter takes part in the loss outside of its module's call (weight decay in the "
-            "loss, a weight used directly), or its module mixes examples; "
-            f"{CURE}, or leave the parameter out with parameters='!{next(iter(wrong))}'"
+            f"per-example: the module {scripted[0]!r} is a script, which takes no hooks; give the "
+            f"module that was scripted, or {CURE}"
         )
-    return bound
 
 
-def _shared_sites(bound: BoundPerExample, wrong: set[str]) -> set[nn.Module]:
-    """Return the modules at fault that have an output which examples share, repeated or not."""
-    shared = {
+def _unrepeated(error: RepeatError) -> InputError:
+    return InputError(
+        f"per-example: {type(error.module).__name__} cannot be run for one example of the first "
+        f"ones ({error}), and neither can a module around it; {CURE}"
+    )
+
+
+def _mismatch(wrong: Mapping[str, float]) -> InputError:
+    worst = ", ".join(f"{name!r} (by {off:.1e})" for name, off in list(wrong.items())[:6])
+    return InputError(
+        f"per-example: the rows of {worst} differ from autograd on the first examples; the "
+        "parameter takes part in the loss outside of its module's call (weight decay in the "
+        "loss, a weight used directly), or its module mixes examples; "
+        f"{CURE}, or leave the parameter out with parameters='!{next(iter(wrong))}'"
+    )
+
+
+def _shared_in(habits: Habits) -> set[nn.Module]:
+    """Return the modules that have an output which examples share, repeated or not."""
+    return {
         module
-        for layouts in bound.habits.layouts.values()
+        for layouts in habits.layouts.values()
         for module, calls in layouts.items()
         if any(call.is_spread or call.shared for call in calls)
     }
-    return {site.module for site in bound.plan.sites if site.parameters & wrong} & shared
 
 
 def _try_strided(bound: BoundPerExample, wrong: set[str]) -> bool:

@@ -50,8 +50,14 @@ class SourcePlan:
     space: Space
 
 
-def make_plan(evaluator: Evaluator, resolved: Resolved) -> SourcePlan:
-    """Return the sites and blocks for modules that answer for parameters."""
+def make_plan(evaluator: Evaluator, resolved: Resolved, ruleless: set[nn.Module]) -> SourcePlan:
+    """Return the sites and blocks for modules that answer for parameters.
+
+    Args:
+        evaluator: The task.
+        resolved: Which module answers for which.
+        ruleless: Modules whose layer rule is left aside.
+    """
     paths = paths_of(evaluator.task.model)
     holders: dict[str, int] = {}
     for slot in resolved.handlers:
@@ -62,19 +68,21 @@ def make_plan(evaluator: Evaluator, resolved: Resolved) -> SourcePlan:
         slots = [slot for slot, handler in resolved.handlers.items() if handler is module]
         if slots:
             calls = [call for each in resolved.layouts.values() for call in each[module]]
-            sites.append(_site(module, path, slots, shared, calls, paths))
+            ruled = module not in ruleless and all(slot.owner is module for slot in slots)
+            rule = rule_for(module) if ruled else None
+            sites.append(_site(module, path, rule, slots, shared, calls, paths))
     return _with_blocks(sites, shared, evaluator)
 
 
 def _site(
     module: nn.Module,
     path: str,
+    rule: LayerRule | None,
     slots: list[Slot],
     shared: set[str],
     calls: list[CallLayout],
     paths: Mapping[nn.Module, str],
 ) -> Site:
-    rule = rule_for(module) if all(slot.owner is module for slot in slots) else None
     if rule is not None and all(suits(rule, call) for call in calls):
         pieces = _by_rule(rule, module, path, {s.local: s.parameter for s in slots}, shared)
         if pieces is not None:

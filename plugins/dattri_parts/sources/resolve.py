@@ -63,16 +63,17 @@ def resolve(
     slots: list[Slot],
     sample: Any,
     refused: set[nn.Module],
+    rejected: set[nn.Module],
     roles: Sequence[str],
 ) -> Resolved:
     """Find for each slot a module whose calls tell examples apart.
 
     A parameter's own module is tried first. When nobody calls it (``out_proj`` of an attention, a
-    ``ParameterList``), or its calls do not show which axis counts examples, the module around it
-    answers. An output that all examples share is repeated for each of them where it meets them by
-    broadcasting, except those of the modules ``refused``, which do not answer. One beside others
-    that tell examples apart may also be left as it is: what it is good for is not known yet. The
-    functions of all ``roles`` are looked at.
+    ``ParameterList``), its calls do not show which axis counts examples, or it is among the
+    ``rejected``, the module around it answers. An output that all examples share is repeated for
+    each of them where it meets them by broadcasting, except those of the modules ``refused``, which
+    then do not answer either. One beside others that tell examples apart may also be left as it is:
+    what it is good for is not known yet. The functions of all ``roles`` are looked at.
 
     Raises:
         InputError: No module around a parameter can answer for it.
@@ -86,6 +87,7 @@ def resolve(
         answering = set(handlers.values())
         layouts, stuck = look.layouts(answering)
         stuck |= {m for m in answering if not any(calls[m] for calls in layouts.values())}
+        stuck |= answering & rejected
         if not stuck:
             return Resolved(handlers, layouts)
         for slot, module in list(handlers.items()):

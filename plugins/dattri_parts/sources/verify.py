@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from dattri_core import Block, Evaluator, Space, leaves, take
@@ -20,6 +21,25 @@ LOOSE = {torch.float64: (1e-8, 1e-2, 1e-12), torch.float32: (1e-2, 5e-2, 1e-6)}
 LOOSE_HALF = (0.2, 0.1, 1e-4)
 
 
+@frozen
+class Mismatches:
+    """What differs from autograd.
+
+    Args:
+        wrong: Parameters whose rows do, with the relative difference.
+        mixed: Whether the gradient of an example's own loss is another one among others, too.
+    """
+
+    wrong: Mapping[str, float]
+    mixed: bool = False
+
+    def and_(self, other: Mismatches) -> Mismatches:
+        """Return both together."""
+        names = {**self.wrong, **other.wrong}
+        wrong = {k: max(self.wrong.get(k, 0.0), other.wrong.get(k, 0.0)) for k in names}
+        return Mismatches(wrong, self.mixed or other.mixed)
+
+
 def mismatches(
     evaluator: Evaluator,
     space: Space,
@@ -27,8 +47,8 @@ def mismatches(
     sample: Any,
     role: Any,
     examples: int,
-) -> dict[str, float]:
-    """Return the parameters whose rows differ from autograd, with the relative difference.
+) -> Mismatches:
+    """Return the parameters whose rows differ from autograd.
 
     An example whose row differs from its gradient alone gets a second look, at the gradient of its
     own loss in the batch. Rounding depends on the shape of a batch, and a unit near a kink (of a
@@ -43,7 +63,7 @@ def mismatches(
         role: Of the loss or target.
         examples: How many of them to compare; one gradient of the model is alive at a time.
     """
-    wrong: dict[str, float] = {}
+    seen = Mismatches({})
 
     def alone(model: nn.Module, given: Named, b: int) -> Tensor | None:
         return evaluator.total_of(model, take(sample, slice(b, b + 1)), role, given)
@@ -53,34 +73,38 @@ def mismatches(
         return values[b] if values.dim() else None  # of a functional loss there is only the sum
 
     for b in range(examples):
-        own = {name: block.take(slice(b, b + 1)).dense().values for name, block in rows.items()}
-        off: dict[str, float] = {}
-        for look in (alone, among_others):
-            expected = _gradient(evaluator, partial(look, b=b))
-            if expected is None:
-                break
-            found = _far(evaluator, space, own, expected)
-            off = found if look is alone else {name: off[name] for name in off if name in found}
-            if not off:
-                break
-        wrong |= {name: max(value, wrong.get(name, 0.0)) for name, value in off.items()}
-    return wrong
+        own = {
+            view.parameter: parameter_values(
+                space[name], view, block.take(slice(b, b + 1)).dense().values
+            )[0]
+            for name, block in rows.items()
+            for view in space[name].parameters
+        }
+        first = _gradient(evaluator, partial(alone, b=b))
+        assert first is not None
+        off = _far(evaluator, own, first)
+        second = _gradient(evaluator, partial(among_others, b=b)) if off else None
+        mixed = False
+        if second is not None:
+            found = _far(evaluator, own, second)
+            off = {name: off[name] for name in off if name in found}
+            mixed = bool(off) and bool(_far(evaluator, second, first))
+        seen = seen.and_(Mismatches(off, mixed))
+    return seen
 
 
 def _far(
-    evaluator: Evaluator, space: Space, own: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    evaluator: Evaluator, own: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Return the parameters of one row that differ from a gradient, and by how much."""
     loose, share, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
     norm = torch.linalg.vector_norm
-    parameters = [view.parameter for name in own for view in space[name].parameters]
+    parameters = list(own)
     differences, lengths = [], []
-    for name, values in own.items():
-        for view in space[name].parameters:
-            true = expected[view.parameter]
-            got = parameter_values(space[name], view, values)[0]
-            differences.append(torch.dist(got.to(true.dtype), true))
-            lengths.append(norm(true))
+    for name, got in own.items():
+        true = expected[name]
+        differences.append(torch.dist(got.to(true.dtype), true))
+        lengths.append(norm(true))
     difference, length = torch.stack(differences), torch.stack(lengths)
     whole = norm(torch.stack([norm(gradient) for gradient in expected.values()]))
     # One wait for the device; a comparison with a number that is not finite is false.

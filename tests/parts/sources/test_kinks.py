@@ -98,7 +98,10 @@ def test_a_functional_loss_of_one_number_gets_no_second_look() -> None:
         outputs = functional_call(model, parameters, (batch[0],))
         return nn.functional.cross_entropy(outputs, batch[1], reduction="sum")
 
-    with pytest.raises(dattri.InputError, match=r"rows of '0.weight' .*'functional'"):
-        bind(model, dattri.functional(total))
+    bound = bind(model, dattri.functional(total))  # the whole model answers, an example at a time
+    assert bound.space.names == ("0.weight", "0.bias", "3")
+    alone = gradient(model, dattri.take(batch_of(), slice(0, 1)), 0)
+    rows, _ = stream_rows(bound, batch_of())
+    torch.testing.assert_close(rows.blocks["0.weight"].dense().values[0], alone[:, :-1])
     model[1] = nn.Identity()
     assert bind(model, dattri.functional(total)).space.names == ("0", "3")

@@ -312,6 +312,49 @@ def test_one_of_several_outputs_that_all_examples_share(use: str) -> None:
     assert answers == {"first.out", "last", "" if use in ("picked", "summed") else "first"}
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_packed_sequences(cell: Any, alike: bool) -> None:
+    """Whose places of all examples lie one after another: as many of the first as of any."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        lengths = torch.full((len(x),), 3) if alike else 1 + (x[:, 0, 0] > 0).long()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
+        )
+        _, state = m.cell(packed)
+        return m.out(state[0][-1] if isinstance(state, tuple) else state[-1])
+
+    parts = {"cell": cell(WIDTH, WIDTH, batch_first=True), "out": linear()}
+    bound = check(Model(run, **parts), vector_loss, vectors(5, 4, WIDTH))
+    assert bound.space["out"].kind == "outer"
+
+
+def test_a_cell_without_a_state_is_run_by_itself() -> None:
+    """The state that it makes has the size of the batch, and is written into."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        state = None
+        for t in range(x.shape[1]):
+            state = m.cell(x[:, t], state)
+        return m.out(state[0])
+
+    parts = {"cell": nn.LSTMCell(WIDTH, WIDTH), "out": linear()}
+    check(Model(run, **parts), vector_loss, vectors(5, 3, WIDTH))
+
+
+def test_bags_that_begin_at_offsets() -> None:
+    """A bag of one example by itself does not begin where it begins in the batch."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.out(m.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1])).tanh())
+
+    x, _ = tokens()
+    parts = {"bags": nn.EmbeddingBag(WORDS, WIDTH), "out": linear()}
+    bound = check(Model(run, **parts), vector_loss, (x, vectors()[1]))
+    assert {site.path for site in bound.plan.sites} == {"", "out"}
+
+
 def test_a_module_called_once_for_each_example_falls_to_the_module_around_it() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return torch.stack([m.a(row) for row in x])

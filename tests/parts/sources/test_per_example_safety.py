@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
+import warnings
 import weakref
 from typing import Any
 
@@ -14,10 +14,8 @@ from dattri_parts.sources import per_example, rules
 from dattri_parts.sources.functional import Functional
 from dattri_parts.sources.per_example import PerExample
 from oracles.loops import loop_gradients, stream_rows, worst_difference
-from oracles.models import Pulled
 from oracles.toy_rules import Twice
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import dattri_core as dattri
 from dattri_core.registry import Registry, using
@@ -245,24 +243,57 @@ def test_formed_rows_of_all_layers_are_never_alive_together() -> None:
 
 
 # --- wrong use is found -------------------------------------------------------------------------
-@pytest.mark.parametrize("way", ["decay in the loss", "used directly", "transposed head"])
-def test_a_parameter_used_outside_of_its_module(way: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+class Outside(nn.Module):
+    """A weight that is used outside of its module as well."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.b(self.a(x).tanh())
-            if way == "used directly":
-                h = h + nn.functional.linear(x, self.a.weight)
-            return h @ self.a.weight if way == "transposed head" else h
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).tanh())
+        if self.way == "directly":
+            h = h + nn.functional.linear(x, self.a.weight)
+        return h @ self.a.weight if self.way == "as a head" else h
+
+
+@pytest.mark.parametrize("way", ["directly", "as a head"])
+def test_the_module_around_answers_for_a_weight_that_is_used_in_it_too(way: str) -> None:
+    model, batch = nn.Sequential(Outside(way), nn.Linear(WIDTH, WIDTH)).double(), batch_of()
+    bound = bind(model, batch)
+    assert worst_difference(bound, loop_gradients(model, loss, batch), batch) < 1e-10
+    assert {site.path for site in bound.plan.sites} == {"0", "0.b", "1"}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_a_hook_makes_before_the_call(name: str) -> None:
+    """As `torch.nn.utils.weight_norm` does: its parameters are not those that the module uses."""
+    model, batch = mlp(2), batch_of()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0], name)
+    bound = bind(model, batch)
+    assert worst_difference(bound, gradients_in_place(model, batch), batch) < 1e-10
+
+
+def gradients_in_place(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """Return the gradient of each example's loss, of a model that cannot be copied."""
+    weights = dict(model.named_parameters())
+    singles = (loss(model, dattri.take(batch, slice(b, b + 1))).sum() for b in range(5))
+    rows = [torch.autograd.grad(value, list(weights.values())) for value in singles]
+    return {
+        name: torch.stack(grads)
+        for name, grads in zip(weights, zip(*rows, strict=True), strict=True)
+    }
+
+
+def test_a_parameter_in_the_loss_itself_is_refused() -> None:
     def own_loss(model: nn.Module, batch: Any) -> Tensor:
-        decay = model.a.weight.square().sum() if way == "decay in the loss" else 0.0
+        decay: Tensor = model.a.weight.square().sum()
         return loss(model, batch) + decay
 
-    model, batch = Model().double(), batch_of()
+    model, batch = Outside("not at all").double(), batch_of()
     with pytest.raises(dattri.InputError, match=r"rows of 'a.weight' \(by .*'functional'"):
         bind(model, batch, loss=own_loss)
     bound = bind(model, batch, Functional(), loss=own_loss)  # the cure that it names
@@ -285,78 +316,6 @@ def test_a_model_that_is_never_called_is_refused() -> None:
         bind(Bare(), batch_of(), loss=own_loss)
     bound = bind(Bare(), batch_of(), Functional(), loss=own_loss)
     assert bound.space.names == ("weight",)
-
-
-def branching(model: nn.Module, batch: Any) -> Tensor:
-    values = loss(model, batch)
-    return values if values.sum().item() < 1e9 else values * 2
-
-
-def test_examples_that_refuse_vmap_are_differentiated_in_turn(caplog: Any) -> None:
-    model, batch = mlp(), batch_of()
-    with caplog.at_level(logging.INFO, logger="dattri"):
-        bound = bind(model, batch, Functional(), loss=branching)
-        assert worst_difference(bound, loop_gradients(model, branching, batch), batch) < 1e-12
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "the loss is differentiated one example after another" in said
-    assert "item" in said
-    moved = Functional().move(bound, bound.evaluator.checkpoint)
-    assert moved.refused == {"loss"}
-    assert len(bind(model, batch, loss=branching).space) == 3  # hooks do without vmap
-
-
-def test_outputs_that_refuse_vmap_are_pulled_in_turn() -> None:
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        outputs = model(batch[0])
-        return outputs if outputs.sum().item() < 1e9 else outputs * 2
-
-    def criterion(outputs: Tensor, batch: Any) -> Tensor:
-        return (outputs * batch[1][:, None]).sin().sum(1)
-
-    own = dattri.Loss(forward, criterion)
-    model, batch = mlp(), batch_of()
-    bound = bind(model, batch, Functional(), loss=own)
-    pulled = Pulled(bound, own)
-    assert worst_difference(pulled, loop_gradients(model, own, batch), batch) < 1e-12
-    assert bound.refused == {"loss", "forward pass"}
-
-
-def test_activations_that_are_computed_again_meet_the_weights_of_the_checkpoint() -> None:
-    """In turn, with a weight that the model does not hold."""
-
-    class Again(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mlp(2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h: Tensor = checkpoint(self.net, x, use_reentrant=False)
-            return h if h.sum().item() < 1e9 else h * 2
-
-    model, other, batch = Again(), Again(), batch_of()
-    bound = bind(model, batch, Functional(), checkpoints=other.state_dict())
-    assert bound.refused == {"loss"}
-    assert worst_difference(bound, loop_gradients(other, loss, batch), batch) < 1e-12
-
-
-def test_a_loss_without_a_derivative_is_named() -> None:
-    class Blunt(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-    def own_loss(model: nn.Module, batch: Any) -> Tensor:
-        return Blunt.apply(loss(model, batch))  # type: ignore[no-any-return, no-untyped-call]
-
-    with pytest.raises(
-        dattri.InputError, match=r"the loss cannot be differentiated: .*backward.*torch.func.vmap: "
-    ):
-        bind(mlp(), batch_of(), Functional(), loss=own_loss)
-
-
-def test_a_chunk_below_one_is_refused() -> None:
-    with pytest.raises(dattri.SpecError, match="chunk is 0"):
-        Functional(chunk=0)
 
 
 @pytest.mark.parametrize("source", [PerExample(), Functional()])
@@ -412,6 +371,21 @@ def test_a_wrong_rule_is_found_at_bind() -> None:
     model = nn.Sequential(Twice(WIDTH, WIDTH)).double()
     with using(own), pytest.raises(dattri.InputError, match=r"'0.weight' \(by 5.0e-01\)"):
         bind(model, batch_of())
+
+
+def test_a_script_takes_no_hooks() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model: Any = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double())
+    batch = batch_of()
+    with pytest.raises(dattri.InputError, match=r"the module '' is a script.*'functional'"):
+        bind(model, batch)
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    want = gradients_in_place(model, batch)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    bound = bind(model, batch, Functional(), checkpoints=state)
+    assert worst_difference(bound, want, batch) < 1e-10
 
 
 def test_every_registered_rule_is_made() -> None:
