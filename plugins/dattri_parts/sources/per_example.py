@@ -28,7 +28,8 @@ class PerExample:
     dL_b/dW = sum_t e_bt x_bt^T with x its input and e the gradient at its output. Blocks stream in
     the order of the backward pass, so that one layer's rows are alive at a time. Which module kinds
     have a rule is a matter of registration (`LayerRule`); any other is differentiated by
-    ``torch.func``, that module alone.
+    ``torch.func``, that module alone. Where a weight is used outside of its module as well, the
+    module around it is.
 
     Source: Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799; Rochette et
     al., arXiv 1912.06015 (convolutions).
