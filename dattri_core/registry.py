@@ -41,6 +41,7 @@ class Registry:
     def __init__(self, origin: Origin = LOCAL) -> None:
         self._origin = origin
         self._named: dict[tuple[str, str], list[Entry | Recipe]] = {}
+        self._targets: dict[str, Entry] | None = None  # of parts, made when it is asked for
         self._plugins: list[Plugin] = []
         self._deaf: set[Origin] = set()
 
@@ -97,11 +98,13 @@ class Registry:
         if key in self._named:
             raise PluginError(f"register: {entry.kind} {entry.name!r} is registered twice")
         self._named[key] = [entry]
+        self._targets = None
 
     def merge(self, other: Registry) -> None:
         """Take over the names of another registry; a name that both have becomes a clash."""
         for key, entries in other._named.items():
             self._named.setdefault(key, []).extend(entries)
+        self._targets = None
 
     # --- what it holds --------------------------------------------------------------------------
     @property
@@ -213,16 +216,17 @@ class Registry:
     def name_of(self, part: object) -> tuple[str, str] | None:
         """Return (kind, name) of a part that is registered, or None."""
         cls = part if isinstance(part, type) else type(part)
-        target = f"{cls.__module__}:{cls.__qualname__}"
-        parts = [e for found in self._named.values() for e in found if isinstance(e, Entry)]
-        for entry in sorted(parts, key=lambda e: e.name):
-            if entry.target == target:
-                return entry.kind, entry.name
-        for entry in parts:
+        if self._targets is None:
+            parts = [e for found in self._named.values() for e in found if isinstance(e, Entry)]
+            by_name = sorted(parts, key=lambda e: e.name, reverse=True)
+            self._targets = {entry.target: entry for entry in by_name}  # the first name counts
+        found = self._targets.get(f"{cls.__module__}:{cls.__qualname__}")
+        if found is not None:
+            return found.kind, found.name
+        for target, entry in self._targets.items():
             # The target may be another path to the class; a broken one is not this part.
             with suppress(Exception):
-                alias = entry.target.endswith(f":{cls.__qualname__}")
-                if alias and load_target(entry.target) is cls:
+                if target.endswith(f":{cls.__qualname__}") and load_target(target) is cls:
                     return entry.kind, entry.name
         return None
 

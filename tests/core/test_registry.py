@@ -288,3 +288,17 @@ def test_the_registry_and_its_names_import_no_torch() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_part_is_called_follows_what_is_named_and_merged_later() -> None:
+    registry = Registry()
+    assert registry.name_of(Part()) is None
+    registry.part("scorer", "part", f"{HERE}:Part")
+    assert registry.name_of(Part()) == registry.name_of(Part) == ("scorer", "part")
+    registry.part("projector", "earlier", f"{HERE}:Part")  # the first name counts
+    assert registry.name_of(Part()) == ("projector", "earlier")
+    other = Registry()
+    other.part("solver", "demanding", f"{HERE}:Demanding")
+    assert registry.name_of(Demanding(1)) is None
+    registry.merge(other)
+    assert registry.name_of(Demanding(1)) == ("solver", "demanding")
