@@ -73,6 +73,8 @@ def test_what_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**62, dtype=torch.uint8)  # what torch's CPU allocator says
     assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(MemoryBudgetError("already halved down to one"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
