@@ -78,6 +78,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a device or the host ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return not isinstance(error, MemoryBudgetError)
-    # The CPU's allocator on Linux and elsewhere, and libraries of CUDA (CUBLAS_STATUS_ALLOC_FAILED).
+    # The allocator of the CPU on Linux and elsewhere, and libraries of CUDA.
     said = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
