@@ -90,9 +90,9 @@ KERNELS = [
 
 
 def cuts(width, total):
-    """Return ranges that cover ``total``: of one width, or of random ones."""
+    """Return ranges that cover ``total``: up to fifty of one width and a rest, or random ones."""
     if width:
-        edges = [*range(0, total, width), total]
+        edges = [*itertools.islice(range(0, total, width), 50), total]
     else:
         inner = np.random.default_rng(0).choice(np.arange(1, total), 9, replace=False)
         edges = [0, *np.sort(inner).tolist(), total]
