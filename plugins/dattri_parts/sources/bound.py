@@ -102,18 +102,14 @@ class BoundPerExample:
                 except UnseenCallError as error:  # nothing was handed over yet
                     self._learn(batch, role, error)
                     run(watched)
-            except WrittenInputError as error:
+            except (WrittenInputError, RepeatError) as error:
                 path = paths_of(self.evaluator.task.model)[error.module]
-                raise InputError(
-                    f"per-example: the input of {type(error.module).__name__} at {path!r} is "
-                    f"changed in place after the module ran, which it was not on the sample; {CURE}"
-                ) from error
-            except RepeatError as error:
-                path = paths_of(self.evaluator.task.model)[error.module]
-                raise InputError(
-                    f"per-example: {type(error.module).__name__} at {path!r} cannot be run for one "
-                    f"example, which it could on the sample ({error}); {CURE}"
-                ) from error
+                kind = type(error.module).__name__
+                if isinstance(error, RepeatError):
+                    what_of = f"{kind} at {path!r} cannot be run for one example ({error})"
+                else:
+                    what_of = f"the input of {kind} at {path!r} is changed in place after it ran"
+                raise InputError(f"per-example: {what_of}, unlike on the sample; {CURE}") from error
 
         require_finite(once, sink, self.evaluator.checkpoint, what)
 
