@@ -39,7 +39,7 @@ def _beside(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if hasattr(inner, "config") and "use_cache" in inspect.signature(inner.forward).parameters:
         found["use_cache"] = False
     shift: Any = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None and "decoder_inputs_embeds" not in batch:
+    if shift is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
         found["decoder_input_ids"] = shift(labels=labels_of(batch))
     return found
 

@@ -80,6 +80,8 @@ def test_a_decoder_is_given_the_labels_before_each():
         own = torch.ones(2, 3)
         assert torch.equal(forward_of(model, {**batch, "decoder_input_ids": own}), own)
         assert torch.equal(forward_of(model, {**batch, "decoder_inputs_embeds": own}), own)
+        unlabelled = {"input_ids": batch["input_ids"], "decoder_input_ids": own}
+        assert torch.equal(forward_of(model, unlabelled), own)
 
 
 def test_outputs_are_found_in_structured_answers():

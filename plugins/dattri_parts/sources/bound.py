@@ -131,24 +131,26 @@ class BoundPerExample:
             for call in found[module]
         ):
             raise unseen
-        self.habits.layouts = {
-            **self.habits.layouts,
-            role: {m: tuple(dict.fromkeys([*known[m], *found[m]])) for m in known},
-        }
         size = min(batch_size(batch), EXAMPLES)
         first, rows = torch.arange(size), dict[str, Block]()
 
         def keep(name: str, block: Block) -> None:
             rows[name] = block.take(first)
 
-        made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), keep)
+        both = {m: tuple(dict.fromkeys([*known[m], *found[m]])) for m in known}
+        self.habits.layouts = {**self.habits.layouts, role: both}
+        right = False
         try:
+            made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), keep)
             made.run(lambda model: self.evaluator.total_of(model, batch, role))
+            checked = (self.evaluator, self.space, rows, take(batch, first), role, size)
+            right = not mismatches(*checked).wrong
         except RepeatError:
-            rows.clear()
-        checked = (self.evaluator, self.space, rows, take(batch, first), role, size)
-        if not rows or mismatches(*checked).wrong:
-            self.habits.layouts = {**self.habits.layouts, role: known}
+            raise unseen from None
+        finally:  # also where memory runs out on the way
+            if not right:
+                self.habits.layouts = {**self.habits.layouts, role: known}
+        if not right:
             raise unseen
 
     def _learnt(self, role: Role) -> Role:

@@ -401,6 +401,20 @@ def test_a_mask_that_is_made_where_an_example_needs_it(padded: int) -> None:
     assert {call.is_spread for call in calls} == {True, False}
 
 
+def test_calls_are_not_learned_where_memory_runs_out_before_their_rows_are_compared() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        out: Tensor = m.a(x) if len(x) <= 4 else m.a(x[:, None, None]).flatten(1)
+        if len(x) > 4 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return out
+
+    bound, _ = bind(Model(run, a=linear()).double(), vector_loss, vectors(3))
+    before = bound.habits.layouts["train"]
+    with pytest.raises(torch.OutOfMemoryError):
+        stream_rows(bound, vectors(5))
+    assert bound.habits.layouts["train"] == before
+
+
 def test_learned_calls_whose_rows_are_wrong_are_refused() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
