@@ -15,8 +15,10 @@ from dattri_core.laws import (
     folds,
     inverses,
     methods,
+    metrics,
     projectors,
     scorers,
+    settings,
     solvers,
     sources,
 )
@@ -35,6 +37,8 @@ BENCHES: dict[str, Callable[[Any], Any]] = {
     "scorer": scorers.ScorerBench,
     "fold": folds.FoldBench,
     "method": methods.MethodBench,
+    "setting": settings.SettingBench,
+    "metric": metrics.MetricBench,
 }
 KINDS = tuple(BENCHES)
 """The kinds that have laws; an attributor answers to those of a method."""

@@ -101,8 +101,9 @@ class ImageSetting:
         """
         size = self._size(self.sizes["full"] if size is None else size)
         share = self._share(0.0 if wrong is None else wrong)
-        whole = Counterfactual(np.ones(size[0], dtype=bool), seed)
+        seeded = Counterfactual(np.ones(1, dtype=bool), seed)  # refused before anything is read
         train, test = self.split(size, seed)
+        whole = attrs.evolve(seeded, mask=np.ones(size[0], dtype=bool))
         given = change_labels(train.labels, self.classes, share, seed)
         network = self.network(size[0])
         retraining = self._retraining(network, (train, given), (test, test.labels))

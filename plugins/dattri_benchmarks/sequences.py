@@ -105,8 +105,9 @@ class SequenceSetting:
         size = self._size(self.full.size if size is None else size)
         small = size[0] <= self.small.size[0]
         scale = evolve(self.small if small else self.full, size=size)
-        whole = Counterfactual(np.ones(size[0], dtype=bool), seed)
+        seeded = Counterfactual(np.ones(1, dtype=bool), seed)  # refused before anything is read
         data = self.read(scale, seed)
+        whole = evolve(seeded, mask=np.ones(size[0], dtype=bool))
         train, test = (_tokens(part) for part in (data.train, data.test))
         retraining = ModelRetraining(
             build=scale.build,

@@ -1,6 +1,7 @@
 """Broken parts, one a law: each breaks that law, and no other unless the table says so."""
 
 import pytest
+from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_moment_parts import ToyMoment
 from toy_row_parts import (
     ForgetfulScorer,
@@ -79,6 +80,8 @@ GOOD = {
         ToyFitting(PLAIN),
         lambda: dattri.Method(scorer=ToyScorer(), **inverting()),
     ],
+    "setting": [ToySetting()],
+    "metric": [ToyDetection(), ToyDetection(fact=True), ToyRemoval()],
 }
 
 # kind -> law -> a part that breaks it. A function makes the part when the test runs.
@@ -221,6 +224,33 @@ BROKEN = {
         "device-does-not-show": ToyAttributor(PLAIN, "device"),
         "float32-scores-are-close": ToyAttributor(PLAIN, "coarse"),
         "a-method-is-its-spec": lambda: dattri.Method(scorer=ForgetfulScorer()),
+    },
+    "setting": {
+        "facts-are-declared": ToySetting("sizes"),
+        "worlds-have-their-sizes": ToySetting("count"),
+        "worlds-are-repeatable": ToySetting("facts"),
+        "global-randomness-is-left-alone": ToySetting("global"),
+        "seeds-make-other-worlds": ToySetting("fingerprint"),
+        "wrong-labels-are-counted": ToySetting("miscounts"),
+        "bad-arguments-are-refused": ToySetting("takes"),
+        "model-is-trained-on-everything": ToySetting("everything"),
+        "training-is-of-one-counterfactual": ToySetting("company"),
+        "trajectory-ends-at-the-model": ToySetting("ends"),
+        "steps-pass-through-the-trajectory": ToySetting("steps"),
+        "outcomes-are-of-the-model": ToySetting("measure"),
+    },
+    "metric": {
+        "facts-are-declared": ToyDetection("words"),
+        "value-lies-in-its-interval": ToyDetection("interval"),
+        "metric-is-repeatable": ToyDetection("noise"),
+        "evidence-is-untouched": ToyDetection("in place"),
+        "scale-does-not-show": ToyDetection("threshold"),
+        "order-of-examples-does-not-show": ToyDetection("place"),
+        "needs-are-all-it-reads": ToyDetection("own"),
+        "missing-evidence-is-refused": ToyDetection("silent", fact=True),
+        "bad-scores-are-refused": ToyDetection("unchecked"),
+        "random-scores-give-chance": ToyDetection("chance"),
+        "influence-is-better-than-its-negative": ToyDetection("turned"),
     },
 }
 

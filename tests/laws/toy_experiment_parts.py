@@ -1,0 +1,208 @@
+"""Toy metrics and settings: right without a fault, broken with one."""
+
+import time
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import nn
+
+from dattri_core import (
+    Checkpoint,
+    Counterfactual,
+    InputError,
+    MetricResult,
+    Task,
+    TrainingStep,
+    World,
+)
+
+# --- metrics --------------------------------------------------------------------------------
+THRESHOLD = 8.0
+"""Above the scores of influence functions in the toy world, and below three times them."""
+
+
+@frozen
+class ToyDetection:
+    """Share of tests whose most helpful train example has their label; `fact` in place of it."""
+
+    fault: str = ""
+    fact: bool = False
+
+    @property
+    def needs(self):
+        if self.fault == "words":
+            return frozenset({"labels", "everything"})
+        return frozenset({"fact:group" if self.fact else "labels"})
+
+    def measure(self, evidence):
+        scores, world = evidence.scores, evidence.world
+        labels = world.train[-1].numpy(), world.test[-1].numpy()
+        if self.fact:
+            said = world.facts.get("group")
+            if said is None:
+                if self.fault == "silent":
+                    return MetricResult(0.0, 0.0, 0.0, 0.0, 0.95)
+                raise InputError("toy: the world's facts have no 'group'")
+            labels = np.array(said["train"]), np.array(said["test"])
+        if labels[0].ndim != 1:
+            raise InputError("toy: the world has no labels")
+        if self.fault != "unchecked":
+            if scores.shape != (len(world.train_ids), len(world.test_ids)):
+                raise InputError("toy: scores of another size")
+            if not np.isfinite(scores).all():
+                raise InputError("toy: scores are not finite")
+        if self.fault == "own" and evidence.self_influence is None:
+            raise LookupError("self-influence")
+        if self.fault == "in place":
+            scores *= 2
+        hits = labels[0][(-scores if self.fault == "turned" else scores).argmax(0)] == labels[1]
+        share = hits.mean()
+        if self.fault == "place":
+            share = np.average(hits, weights=np.arange(len(hits)) + 1)
+        if self.fault == "noise":
+            share = share * (1 - 1e-7 * np.random.rand())  # noqa: NPY002
+        if self.fault == "threshold" and scores.max() < THRESHOLD:
+            share = share * 0.99
+        chance = (labels[0][:, None] == labels[1]).mean()
+        low, high = (0.9, 0.95) if self.fault == "interval" else (0.0, 1.0)
+        return MetricResult(
+            float(share), low, high, 0.0 if self.fault == "chance" else float(chance), 0.95
+        )
+
+
+@frozen
+class ToyRemoval:
+    """Mean margin that is lost without the most helpful example: it asks for retraining."""
+
+    needs = frozenset({"retraining"})
+
+    def measure(self, evidence):
+        scores, world = evidence.scores, evidence.world
+        if scores.shape != (len(world.train_ids), len(world.test_ids)):
+            raise InputError("toy: scores of another size")
+        if evidence.outcomes is None or not np.isfinite(scores).all():
+            raise InputError("toy: no outcomes, or no scores")
+        whole = np.ones(len(scores), dtype=bool)
+        without = [Counterfactual(~np.eye(len(scores), dtype=bool)[i]) for i in range(len(scores))]
+        found = evidence.outcomes.outcomes([Counterfactual(whole), *without], "margin")
+        lost = found[0] - found[1:]
+        value = float(lost[scores.argmax(0), np.arange(len(scores.T))].mean())
+        return MetricResult(value, value, value, float(lost.mean()), 0.95)
+
+
+# --- settings -------------------------------------------------------------------------------
+RATE, STEPS = 0.2, 6
+
+
+@frozen(slots=False)
+class ToyRetraining:
+    """Logistic regression by a few full steps; the seed decides the initial weights."""
+
+    train_data: tuple
+    test_data: tuple
+    fingerprint: str
+    fault: str = ""
+    together: int = 4
+    targets = {"loss": False, "margin": True}
+
+    @property
+    def n_train(self):
+        return len(self.train_data[0]) - (self.fault == "count")
+
+    @property
+    def n_test(self):
+        return len(self.test_data[0])
+
+    def path(self, one):
+        inputs, labels = (t[torch.from_numpy(one.mask.copy())] for t in self.train_data)
+        random = torch.Generator().manual_seed(one.seed)
+        weight = torch.randn(2, 3, generator=random, dtype=torch.float64)
+        for _ in range(STEPS):
+            yield {"weight": weight.clone()}
+            error = (inputs @ weight.T).softmax(1) - nn.functional.one_hot(labels, 2)
+            weight = weight - RATE * error.T @ inputs / len(inputs)
+        yield {"weight": weight}
+
+    def train(self, counterfactuals):
+        for place, one in enumerate(counterfactuals):
+            state = list(self.path(one))[-1]
+            if self.fault == "company":
+                state = {"weight": state["weight"] * (1 + place)}
+            if self.fault == "everything" and one.mask.all():
+                state = {"weight": state["weight"] * 1.1}
+            yield state
+
+    def measure(self, state):
+        inputs, labels = self.test_data
+        loss = nn.functional.cross_entropy(inputs @ state["weight"].T, labels, reduction="none")
+        loss = loss.numpy() * (2 if self.fault == "measure" else 1)
+        return {"loss": loss, "margin": -np.log(np.expm1(loss))}
+
+
+@frozen
+class ToySetting:
+    """Points of two classes."""
+
+    fault: str = ""
+    title = "points"
+    metrics = ("lds",)
+
+    @property
+    def sizes(self):
+        small = (50, 10) if self.fault == "sizes" else (20, 10)
+        return {"full": (50, 30), "small": small[::-1] if self.fault == "sizes" else small}
+
+    def load(self, size=None, seed=0, wrong=None):
+        size = (50, 30) if size is None else size
+        wrong = 0.0 if wrong is None else wrong
+        fits = 1 <= size[0] <= 50 and 1 <= size[1] <= 30
+        if self.fault != "takes" and not (fits and 0 <= seed < 2**32 and 0 <= wrong < 1):
+            raise InputError("toy: no such world")
+        size = min(50, max(1, size[0])), min(30, max(1, size[1]))
+        if self.fault == "global":
+            torch.rand(1)
+        random = np.random.default_rng(abs(seed))
+        inputs = torch.from_numpy(random.standard_normal((sum(size), 3)))
+        true = (inputs[:, 0] > 0).long()
+        labels = true.clone()
+        count = 0 if not 0 < wrong < 1 else round(wrong * size[0])
+        count += self.fault == "miscounts" and count > 0
+        labels[torch.from_numpy(random.permutation(size[0])[:count])] ^= 1
+        train = inputs[: size[0]], labels[: size[0]]
+        test = inputs[size[0] :], true[size[0] :]
+        said = f"{size} {seed} {wrong}" if self.fault != "fingerprint" else f"{wrong}"
+        retraining = ToyRetraining(train, test, said, self.fault)
+        whole = Counterfactual(np.ones(size[0], dtype=bool), abs(seed) % 2**32)
+        run = list(retraining.path(whole))
+        (end,) = retraining.train([whole])
+        end = run[-1] if self.fault == "everything" else end
+        model = nn.utils.skip_init(nn.Linear, 3, 2, bias=False).double().eval()
+        model.load_state_dict(end)
+        along = [run[2], run[3] if self.fault == "ends" else end]
+
+        def steps():
+            taken = run[3:] if self.fault == "steps" else run
+            named = [(f"step {i}", state) for i, state in enumerate(taken)]
+            step = TrainingStep(None)
+            kept = [
+                Checkpoint(name, i, len(named), RATE, state, step=step)
+                for i, (name, state) in enumerate(named)
+            ]
+            return Task(model, "cross-entropy", checkpoints=kept)
+
+        return World(
+            task=Task(model, "cross-entropy", checkpoints=[end]),
+            trajectory=Task(model, "cross-entropy", checkpoints=along, learning_rates=[RATE] * 2),
+            train=train,
+            test=test,
+            train_ids=tuple(f"train {i}" for i in range(size[0])),
+            test_ids=tuple(f"test {j}" for j in range(size[1])),
+            retraining=retraining,
+            target="loss",
+            damping=0.1,
+            threads=1,
+            facts={"data": self.title, **({"at": time.time_ns()} if self.fault == "facts" else {})},
+            true_labels=true[: size[0]].numpy(),
+            steps=steps,
+        )
