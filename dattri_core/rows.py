@@ -16,7 +16,11 @@ from dattri_core.space import Space
 
 @frozen(eq=False)
 class Rows:
-    """B rows: blocks by name, their positions in the data set, and auxiliary numbers per row."""
+    """B rows: blocks by name, their positions in the data set, and auxiliary numbers per row.
+
+    Blocks stand in the order of the space, whichever order they are given in: a source may finish
+    the last layer first.
+    """
 
     space: Space
     blocks: Mapping[str, Block]
@@ -29,6 +33,9 @@ class Rows:
                 f"rows: blocks {sorted(self.blocks)} do not match the space's "
                 f"{sorted(self.space.names)}"
             )
+        if tuple(self.blocks) != self.space.names:
+            ordered = {name: self.blocks[name] for name in self.space.names}
+            object.__setattr__(self, "blocks", ordered)
         for spec in self.space:
             block = self.blocks[spec.name]
             if block.shape != spec.shape or len(block) != len(self.index):
