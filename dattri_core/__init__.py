@@ -95,7 +95,9 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_entries as factor_entries
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
+    from dattri_core.origins import origins_of as origins_of
     from dattri_core.plans import Plan as Plan
+    from dattri_core.precision import exactly as exactly
     from dattri_core.problem import TrainProblem as TrainProblem
     from dattri_core.progress import bar as bar
     from dattri_core.protocols import Attributor as Attributor
@@ -110,13 +112,16 @@ if TYPE_CHECKING:
     from dattri_core.protocols import InverseHessian as InverseHessian
     from dattri_core.protocols import LinearMap as LinearMap
     from dattri_core.protocols import Operator as Operator
+    from dattri_core.protocols import Parameters as Parameters
     from dattri_core.protocols import Problem as Problem
     from dattri_core.protocols import Projector as Projector
     from dattri_core.protocols import RandomStream as RandomStream
+    from dattri_core.protocols import Role as Role
     from dattri_core.protocols import RowKind as RowKind
     from dattri_core.protocols import Scored as Scored
     from dattri_core.protocols import Scorer as Scorer
     from dattri_core.protocols import Side as Side
+    from dattri_core.protocols import Sink as Sink
     from dattri_core.protocols import Snapshot as Snapshot
     from dattri_core.protocols import Solver as Solver
     from dattri_core.protocols import Source as Source
@@ -194,6 +199,7 @@ _EXPORTS = {
     "OuterBlock": "blocks",
     "OutputSource": "capabilities",
     "Outlook": "capabilities",
+    "Parameters": "protocols",
     "ParameterView": "space",
     "Plan": "plans",
     "Point": "study",
@@ -210,6 +216,7 @@ _EXPORTS = {
     "ReportingSource": "capabilities",
     "RootSolver": "capabilities",
     "RowKind": "protocols",
+    "Role": "protocols",
     "Rows": "rows",
     "RowsOperator": "capabilities",
     "SampledOperator": "capabilities",
@@ -219,6 +226,7 @@ _EXPORTS = {
     "ScoresWriter": "scores_writer",
     "Selection": "blocks",
     "Side": "protocols",
+    "Sink": "protocols",
     "Snapshot": "protocols",
     "Solver": "protocols",
     "Source": "protocols",
@@ -251,6 +259,7 @@ _EXPORTS = {
     "default_registry": "registry",
     "describe_part": "assemble",
     "discard_leftovers": "atomic",
+    "exactly": "precision",
     "explain_inner": "blocks",
     "factor_entries": "moments",
     "factor_sums": "moments",
@@ -269,6 +278,7 @@ _EXPORTS = {
     "margin": "shipped_losses",
     "method": "methods",
     "nearest": "errors",
+    "origins_of": "origins",
     "parse_bytes": "memory",
     "pick_entries": "blocks",
     "share": "blocks",

@@ -14,6 +14,7 @@ from dattri_core.describe import UNREGISTERED
 from dattri_core.entries import spell_kind
 from dattri_core.errors import DattriError, SpecError, nearest
 from dattri_core.registry import default_registry
+from dattri_core.words import require_words
 
 PROTOCOLS: dict[str, type] = {
     kind: getattr(protocols, name) for name, kind in fields.PROTOCOL_KINDS.items()
@@ -123,6 +124,7 @@ def _conforming(kind: str, part: Any) -> Any:
             f"{', '.join(lacking)}; give a name, {{'name': ..., fields}} or a part that answers "
             f"dattri_core.{protocol.__name__}"
         )
+    require_words(kind, part)
     return part
 
 

@@ -43,6 +43,15 @@ class Evaluator:
         checkpoint: One of its checkpoints; its weights are loaded here, and only here.
         sample: A few examples, to see the shape and the reduction of the loss.
 
+    Attributes:
+        task: As given.
+        checkpoint: As given, or the one that it was moved to.
+        device: Of the model.
+        state: All weights and buffers of the checkpoint by name, as the model would load them.
+        parameters: Those that are parameters.
+        buffers: Those that are none.
+        selected: The parameters that are attributed through.
+
     Raises:
         InputError: The loss is not one number per example, mixes examples, or is random.
         NumericsError: The loss is not finite on the sample.

@@ -20,8 +20,10 @@ from dattri_core.errors import InputError, SpecError
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
+from dattri_core.origins import origins_of
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Place, Plan, Work, make_plan
+from dattri_core.precision import exactly, without_autocast
 from dattri_core.problem import collect
 from dattri_core.progress import Passes, bar
 from dattri_core.projected import weights_of
@@ -63,6 +65,7 @@ class FittedMethod:
     _held: Fitted | None = None
 
     @staticmethod
+    @exactly
     def fit(
         method: Any,
         task: Task,
@@ -93,6 +96,7 @@ class FittedMethod:
         return fitted
 
     @staticmethod
+    @exactly
     def plan(
         method: Any,
         task: Task,
@@ -140,6 +144,7 @@ class FittedMethod:
         self, test: Any, *, by: By, group: bool = False, out: str | Path | None = None
     ) -> dict[str, Scores]: ...
 
+    @exactly
     def attribute(
         self,
         test: Any,
@@ -170,6 +175,7 @@ class FittedMethod:
         found = self._scores(test, Request((self.method,), by, group), out)
         return found[WHOLE] if by is None else found
 
+    @exactly
     def sweep(self, test: Any, *, damping: Iterable[Any]) -> dict[Any, Scores]:
         """Return the scores at each of several dampings, from one pass over the train set.
 
@@ -191,6 +197,7 @@ class FittedMethod:
         found = self._scores(test, Request(methods), None)
         return dict(zip(keys, found.values(), strict=True))
 
+    @exactly
     def extremes(self, test: Any, k: int, *, group: bool = False) -> Extremes:
         """Return the k most helpful and most harmful train examples of every test example.
 
@@ -218,6 +225,7 @@ class FittedMethod:
         require_streams(runner.run, self.method.chain)
         return runner.announced(lambda: runner.to_extremes(k), lambda found: found.provenance)
 
+    @exactly
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
 
@@ -271,8 +279,10 @@ class FittedMethod:
         self._require_same_weights(fitted)
         given = fitted.train if examples is None else examples
         for index, batch in given.batches(self._batch(fitted)):
-            rows = collect(fitted.chain.source, batch, index, role, fitted.device)
-            yield pass_(fitted.chain, rows)
+            with without_autocast():
+                rows = collect(fitted.chain.source, batch, index, role, fitted.device)
+                passed = pass_(fitted.chain, rows)
+            yield passed
 
     def with_(self, **overrides: Any) -> FittedMethod:
         """Return the method with some parts or fields replaced; what was fitted is used again.
@@ -479,6 +489,7 @@ class FittedMethod:
                 "dattri-core": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
+                **origins_of((self.method, self.task.loss, self.task.target)),
             },
         }
 

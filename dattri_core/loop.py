@@ -13,6 +13,7 @@ import torch
 from attrs import Factory, evolve, frozen
 from torch import Tensor
 
+from dattri_core import assemble
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.capabilities import BilinearScorer
@@ -167,15 +168,18 @@ def finished(run: Run, tiles: Tiles) -> Iterator[tuple[slice, slice, list[Tensor
     for group in range(run.plan.groups):
         columns = run.columns(group)
         for start, stop in shards(len(run.train), run.shard):
-            values = finish_tile(run, tiles, group, start)
+            values = finish_tile(run, tiles, group, start, stop)
             yield slice(start, stop), slice(columns.start, columns.stop), values
 
 
-def finish_tile(run: Run, tiles: Tiles, group: int, start: int) -> list[Tensor]:
+def finish_tile(run: Run, tiles: Tiles, group: int, start: int, stop: int) -> list[Tensor]:
     """Return the scores of a tile by reading, and forget the tile."""
     held = tiles.get(group, start)
     assert held is not None
     values = [run.fold.finish(state) for state in _apart(held)]
+    shape = stop - start, len(run.columns(group))
+    for found in values:
+        _require_shape(f"fold {assemble.name_of(run.fold)!r}: finish", found, shape)
     tiles.drop(group, start)
     return values
 
@@ -254,7 +258,7 @@ def _read(run: Run, paired: Sequence[Paired], checkpoint: Checkpoint) -> list[Sc
     readings: list[Scored] = []
     for one in paired:
         scored = [
-            run.scorer.finish(one.totals[name], one.train, one.test)
+            _finished(run.scorer, one.totals[name], one.train, one.test)
             for name in (run.blocks or (WHOLE,))
         ]
         if run.by == "block":
@@ -266,6 +270,32 @@ def _read(run: Run, paired: Sequence[Paired], checkpoint: Checkpoint) -> list[Sc
         Scored(s.values.to("cpu"), None if s.weight is None else s.weight.to("cpu"))
         for s in readings
     ]
+
+
+def _finished(scorer: Scorer, total: Tensor, train: Side, test: Side) -> Scored:
+    """Return the scores of a tile as the scorer gives them, of the right type and shape."""
+    scored = scorer.finish(total, train, test)
+    name = f"scorer {assemble.name_of(scorer)!r}: finish"
+    if not isinstance(scored, Scored):
+        raise SpecError(
+            f"{name} gives a {type(scored).__name__}, expected dattri_core.Scored(values, weight)"
+        )
+    _require_shape(name, scored.values, (len(train.index), len(test.index)))
+    if scored.weight is not None:
+        _require_shape(f"{name}, weight", scored.weight, (len(train.index),))
+    return scored
+
+
+def _require_shape(what: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse numbers of another shape, which broadcasting would spread over the scores.
+
+    Raises:
+        SpecError: They are no tensor, or have another shape.
+    """
+    if not isinstance(values, Tensor):
+        raise SpecError(f"{what} gives a {type(values).__name__}, expected a tensor {list(shape)}")
+    if tuple(values.shape) != shape:
+        raise SpecError(f"{what} gives {list(values.shape)}, expected {list(shape)}, [train, test]")
 
 
 def _require_additive(scorer: Scorer, paired: Paired, parts: Sequence[Scored]) -> None:

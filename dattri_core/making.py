@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dattri_core.protocols import BoundSource, LinearMap, Scorer, Side
 from dattri_core.queries import Branch, Queries, require_finite_queries, rows_in
 from dattri_core.rows import Rows
 from dattri_core.shelf import Shelf
-from dattri_core.stages import Chain, Step, is_inverse
+from dattri_core.stages import Chain, Step, is_inverse, taken
 from dattri_core.stream import Examples
 
 
@@ -375,8 +376,10 @@ def pass_in_slabs(steps: Sequence[Step], rows: Rows, slab: int) -> Rows:
     Blockwise inverses take as many rows of one block at once as fit ``slab`` bytes; 0: all.
     """
     for step in steps:
-        act = step.map if isinstance(step, LinearMap) else step.apply
-        rows = _by_blocks(act, rows, slab) if is_inverse(step) and step.blockwise else act(rows)
+        if is_inverse(step) and step.blockwise:
+            rows = _by_blocks(partial(taken, step), rows, slab)
+        else:
+            rows = taken(step, rows)
     return rows
 
 

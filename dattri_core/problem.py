@@ -343,4 +343,9 @@ def collect(
     assert role in ("train", "test")
     aux = source.stream(move(batch, device), role, blocks.__setitem__)  # type: ignore[arg-type]
     require_complete(source.space, blocks)
+    if not isinstance(aux, Mapping):
+        raise SpecError(
+            f"source {type(source).__name__}: stream returns a {type(aux).__name__}, expected the "
+            "auxiliary numbers of the rows by name, {} where there are none"
+        )
     return Rows(source.space, blocks, index, aux)

@@ -17,6 +17,7 @@ from dattri_core.contract import Shape, plan_inner, with_rows
 from dattri_core.plans import Route
 from dattri_core.protocols import LinearMap
 from dattri_core.rows import Rows
+from dattri_core.stages import taken
 
 EXPANSION = 4
 """Blocks alive while one is expanded: as kept, formed, what the step holds, the result."""
@@ -207,7 +208,7 @@ def _stops(steps: Sequence[LinearMap | Outlook], row: Rows, *, split: bool) -> l
 
 
 def _mapped(before: Stop, step: LinearMap) -> Stop:
-    row = step.map(before.row)
+    row = taken(step, before.row)
     work = 0
     for name, block in row.blocks.items():
         if row is not before.row and name in before.row.blocks:

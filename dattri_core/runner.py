@@ -141,7 +141,7 @@ class Runner:
         ]
 
         def whole(group: int, start: int, stop: int) -> None:
-            (values,) = finish_tile(run, tiles, group, start)
+            (values,) = finish_tile(run, tiles, group, start, stop)
             _require_finite(values, start, run.columns(group).start)
             for side in kept[group]:
                 side.add(start, values)

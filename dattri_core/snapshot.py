@@ -25,7 +25,15 @@ from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.plans import MAXIMUM_BATCH, Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
-from dattri_core.protocols import BoundSource, LinearMap, Projector, RandomStream, Scorer, Source
+from dattri_core.protocols import (
+    BoundSource,
+    Inverse,
+    LinearMap,
+    Projector,
+    RandomStream,
+    Scorer,
+    Source,
+)
 from dattri_core.routes import contractions_of, gradient_work, routes_of, streams_through
 from dattri_core.rows import Rows
 from dattri_core.space import Space
@@ -234,6 +242,12 @@ def fit_checkpoint(
             step = stage.build(before, stream=stream, device=task.device)
         else:
             step = stage.fit(problem)
+        wanted = LinearMap if isinstance(stage, Projector) else Inverse
+        if not isinstance(step, wanted):
+            raise SpecError(
+                f"{type(stage).__name__}: it makes a {type(step).__name__}, expected what answers "
+                f"dattri_core.{wanted.__name__}"
+            )
         outlooks.append(outlook_of(stage, step, before))
         chain = attrs.evolve(chain, steps=(*chain.steps, step))
     dtype = torch.promote_types(rows.dtype, torch.float32)

@@ -36,6 +36,7 @@ from dattri_core.protocols import (
     Inverse,
     InverseHessian,
     LinearMap,
+    Operator,
     Problem,
     Projector,
     Solver,
@@ -170,6 +171,11 @@ class CurvatureInverse:
             NumericsError: The form is two-sided and H + damping I is not positive definite.
         """
         operator = self.curvature.fit(problem)
+        if not isinstance(operator, Operator):
+            raise SpecError(
+                f"curvature {_name(self.curvature)}: fit gives a {type(operator).__name__}, "
+                "expected what answers dattri_core.Operator"
+            )
         if self.form == "two-sided":
             assert isinstance(self.solver, RootSolver)
             return TwoSided(self.solver.root_for(operator, problem.device), problem.space)
@@ -365,10 +371,27 @@ class Chain:
         return attrs.evolve(self, steps=tuple(steps))
 
 
+def taken(step: Step, rows: Rows) -> Rows:
+    """Return rows after one step of the test side.
+
+    Raises:
+        SpecError: The step gives something that is no rows.
+    """
+    mapped = isinstance(step, LinearMap)
+    after: Any = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
+    if not isinstance(after, Rows):
+        raise SpecError(
+            f"{'map' if mapped else 'inverse'} {type(step).__name__}: "
+            f"{'map' if mapped else 'apply'} gives a {type(after).__name__}, expected "
+            "dattri_core.Rows: Rows(space, {name: DenseBlock(values)}, rows.index, rows.aux)"
+        )
+    return after
+
+
 def pass_steps(steps: Sequence[Step], rows: Rows) -> Rows:
     """Return rows after some steps of the test side."""
     for step in steps:
-        rows = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
+        rows = taken(step, rows)
     return rows
 
 

@@ -28,7 +28,8 @@ class Task:
         loss: The train loss: the name of a shipped loss (``"cross-entropy"``, ``"squared-error"``,
             ``"causal-lm"``, ``"token-cross-entropy"``), a function ``(model, batch) -> [B]``, a
             `Loss`, or a function of parameters marked with `functional`.
-        target: What is attributed, per test example; default the loss. A name (``"logit"``,
+        target: What is attributed, per test example; default the loss, or what a method has of its
+            own (the margin of TRAK, an output of RPS). A name (``"loss"``, ``"logit"``,
             ``"margin"``) or a `Target`.
         checkpoints: A file, a pattern, a folder, a state dict, or a list of them; safetensors or
             weights-only torch files. Or a sequence of `Checkpoint`, which have learning rates, and
@@ -59,6 +60,7 @@ class Task:
         self.model = model
         self.loss = as_loss(loss)
         self.target = as_target(target)
+        self.names_loss = target is not None and self.target is None
         self.checkpoints: tuple[Checkpoint, ...] = checkpoints_of(checkpoints, learning_rates)
         self.parameter_names = select_parameters(model, parameters)
         self.reference = reference
@@ -70,8 +72,15 @@ class Task:
         For sources whose rows are of another function than the loss.
         """
         changed = copy.copy(self)
-        changed.loss, changed.target = loss, target
+        changed.loss, changed.target, changed.names_loss = loss, target, False
         return changed
+
+    @property
+    def named_target(self) -> Target | None:
+        """Return the target that was named, be it the loss; None where a method may choose."""
+        if not self.names_loss or not callable(self.loss):
+            return self.target
+        return Target(self.loss, higher_is_better=False, name=self.loss_name)
 
     @property
     def sign(self) -> float:

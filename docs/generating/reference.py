@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,10 @@ GROUPS = {
     "errors": ("Errors and warnings.", "errors"),
     "plugins": (
         "What plugins are written with.",
-        "registry hookspecs assemble problem evaluate stream batch contract progress memory atomic",
+        (
+            "registry hookspecs assemble problem evaluate stream batch precision contract origins "
+            "progress memory atomic"
+        ),
     ),
 }
 """Page -> what it is about, and the modules of dattri_core whose public names it has."""
@@ -99,6 +103,8 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         yield from code(_signature(name, value))
         yield ""
         yield from prose(inspect.getdoc(value) or "", SECTIONS)
+    elif typing.get_origin(value) is not None and typing.get_origin(value) is not typing.Literal:
+        yield f"The type `{re.sub(r'[a-z_]+[.]', '', _spell(value))}`."
     elif typing.get_args(value):
         yield escaped(f"One of {', '.join(f'`{_spell(one)}`' for one in typing.get_args(value))}.")
     else:

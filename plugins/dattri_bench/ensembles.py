@@ -66,7 +66,7 @@ def ensemble_task(world: Any, paths: Sequence[Path]) -> Task:
     return Task(
         task.model,
         task.loss,
-        target=task.target,
+        target=task.named_target,
         checkpoints=list(paths),
         parameters=list(task.parameter_names),
         reference=task.reference,

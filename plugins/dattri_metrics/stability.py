@@ -108,7 +108,7 @@ def with_state(world: World, state: Mapping[str, Tensor]) -> Task:
     return Task(
         task.model,
         task.loss,
-        target=task.target,
+        target=task.named_target,
         checkpoints=[state],
         learning_rates=None if rate is None else [rate],
         parameters=task.parameter_names,

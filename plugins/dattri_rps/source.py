@@ -127,7 +127,7 @@ class LastLayer:
             width = layer.in_features + bias
             weight = torch.zeros(layer.out_features, width, dtype=torch.float64, device=task.device)
             head = Head(weight, bias)
-            target = task.target or self._target(loss, layer.out_features, evaluator, sample)
+            target = task.named_target or self._target(loss, layer.out_features, evaluator, sample)
             # As a hook of its checkpoint the layer is part of the network that is evaluated, of
             # the outputs that a curvature of drawn labels sees too.
             changed = evolve(checkpoint, hooks={**checkpoint.hooks, name: head})

@@ -72,7 +72,7 @@ class Margin:
                 "margin=lambda outputs, batch: [B] numbers, log(p / (1 - p)) or the like)"
             )
         minus = _Minus(loss)
-        target = task.target or Target(minus.margin, higher_is_better=True, name="margin")
+        target = task.named_target or Target(minus.margin, higher_is_better=True, name="margin")
         inner = self.source.bind(task.with_(loss=minus, target=target), checkpoint, sample)
         evaluator = getattr(inner, "evaluator", None)
         if not isinstance(evaluator, Evaluator):

@@ -11,7 +11,7 @@ from dattri_parts.curvatures.ekfac import EKFAC
 from dattri_parts.projectors.identity import Identity
 from dattri_parts.sources.per_example import PerExample
 
-from dattri_core import Curvature, Projector, Source, Task
+from dattri_core import Curvature, Projector, Source, Task, exactly
 from dattri_unroll.points import Points
 from dattri_unroll.segments import Segments
 from dattri_unroll.walk import scores_of
@@ -63,6 +63,7 @@ class ApproximateUnrolling:
         law = "permuted-train-rows-permute-scores"
         return {law: "the labels of its curvature are drawn by the place of an example"}
 
+    @exactly
     def attribute(
         self,
         task: Task,

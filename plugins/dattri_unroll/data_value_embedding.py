@@ -17,6 +17,7 @@ from dattri_core import (
     Scores,
     Source,
     Task,
+    exactly,
 )
 from dattri_unroll.backward import Backward, step_of
 from dattri_unroll.points import Points
@@ -60,6 +61,7 @@ class DataValueEmbedding:
     tolerance: float = 0.01
     seed: int = 0
 
+    @exactly
     def attribute(
         self,
         task: Task,
@@ -91,6 +93,7 @@ class DataValueEmbedding:
         walk = self._walk(task, train, test, memory)
         return scores_of(self, walk, out, progress, dry_run=dry_run)
 
+    @exactly
     def by_epoch(
         self,
         task: Task,

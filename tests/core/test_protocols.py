@@ -140,9 +140,10 @@ def test_an_operator_without_dense_is_no_dense_operator() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_part_that_lacks_a_member_is_refused_by_the_name_of_the_member(kind: str) -> None:
     wanted = members(KINDS[kind])
-    whole = types.SimpleNamespace(**dict.fromkeys(wanted))
+    said = {"needs": frozenset(), "gives": frozenset(), "order": "forward", "locality": "tile"}
+    whole = types.SimpleNamespace(**{name: said.get(name) for name in wanted})
     assert build_part(kind, whole) is whole
     for lacking in wanted:
-        part = types.SimpleNamespace(**{n: None for n in wanted if n != lacking})
+        part = types.SimpleNamespace(**{n: said.get(n) for n in wanted if n != lacking})
         with pytest.raises(dattri.SpecError, match=rf"has no {lacking};"):
             build_part(kind, part)

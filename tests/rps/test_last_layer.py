@@ -233,6 +233,7 @@ def test_a_target_of_the_task_comes_first():
     slope = (q @ weight.T).softmax(1) - nn.functional.one_hot(TEST[1], 3)
     want = -sum(slope[:, c] * dense(model, torch.full((7,), c)) for c in range(3))
     assert (of_the_loss - want).abs().max() < 1e-9 * want.abs().max()
+    assert torch.equal(values(dattri.Task(model, target="loss")), of_the_loss)
 
 
 def test_the_target_is_named_in_the_results():

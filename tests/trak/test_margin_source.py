@@ -127,6 +127,17 @@ def test_a_target_of_the_task_takes_the_test_side_alone():
     assert torch.equal(residuals(up), residuals(down))
 
 
+def test_the_loss_is_a_target_where_it_is_named():
+    scores = trak().attribute(Task(mlp(), target="loss"), TRAIN, TEST)
+    assert scores.provenance["target"] == {"name": "cross-entropy", "higher_is_better": False}
+    asked = Task(mlp(), target=Target(dattri.cross_entropy, higher_is_better=False))
+    assert (scores.values - trak().attribute(asked, TRAIN, TEST).values).abs().max() <= 1e-12
+    margin = trak().attribute(Task(mlp()), TRAIN, TEST).values
+    # d loss = -(1 - p) d margin, and less of the loss is better: a column is the margin's, shrunk.
+    shrunk = residuals(Task(mlp()), TEST) * margin
+    assert (scores.values - shrunk).abs().max() <= 1e-10 * margin.abs().max()
+
+
 def test_the_task_keeps_its_loss_and_target():
     task = Task(mlp())
     trak().attribute(task, TRAIN, TEST)
