@@ -71,7 +71,8 @@ class Method:
         fold: Reduces the checkpoints.
         stages: Projectors and inverse Hessians in any other order, as a list of
             ``{"projector": ...}`` and ``{"inverse_hessian": ...}``; replaces both slots.
-        seed: Of every random number that the parts draw.
+        seed: Of every random number that projectors, curvatures and solvers draw; a source that
+            draws, such as ``dropout-ensemble``, has a seed of its own.
 
     Raises:
         SpecError: The parts do not fit each other; each message lists what would.
