@@ -22,7 +22,7 @@ class NewPlugin:
     """The command ``dattri new-plugin``."""
 
     help: str = (
-        "Write an installable plugin: a part that works, a method that uses it, a test against a "
+        "Write an installable plugin: a part that works, a method that uses it, tests against a "
         "closed form, the conformance laws, CI, a README and a licence. All of it passes as it "
         "is written; change the part, and the tests tell."
     )

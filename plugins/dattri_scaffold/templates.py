@@ -13,15 +13,18 @@ from dattri_scaffold.names import Names
 
 KINDS: Mapping[str, str] = {
     "scorer": "inner products over a power of the train row's norm",
+    "source": "gradients in the inputs instead of the parameters",
     "projector": "a sketch that keeps a random sample of coordinates",
     "curvature": "one number a layer: the mean squared gradient",
     "solver": "a power of the damped inverse, from all eigenvalues",
     "fold": "an average over checkpoints in which later ones count for more",
+    "metric": "how many wrong labels are among the most suspicious examples",
     "method": "the cosine of preconditioned gradients, from parts that are there already",
 }
 """The kinds that have templates, and what the part of each does as it is written."""
 SUFFIX = ".template"
-EVERY = "every"
+EVERY, SCORING = "every", "scoring"
+"""Folders of what all plugins have, and of what those with a method have besides."""
 
 
 def written(names: Names) -> dict[str, str]:
@@ -37,7 +40,8 @@ def written(names: Names) -> dict[str, str]:
         "year": str(datetime.date.today().year),
     }
     found = {}
-    for folder in (EVERY, names.kind):
+    shared = (EVERY,) if names.kind == "metric" else (EVERY, SCORING)
+    for folder in (*shared, names.kind):
         for path, text in _read(files("dattri_scaffold") / "templates" / folder, ""):
             place = path.replace("PACKAGE", names.package).replace("dot_", ".")
             found[place.removesuffix(SUFFIX)] = Template(text).substitute(values)
