@@ -242,6 +242,7 @@ class MetricResult:
         higher_is_better: Which way is good.
         per_test: The metric of each test example, where ``value`` is their mean: what a paired test
             over test examples needs. The same examples for all scores of a world.
+        bounds: Values that the metric cannot leave, infinite where it has no end; None: not said.
     """
 
     value: float
@@ -252,6 +253,7 @@ class MetricResult:
     ceiling: float | None = None
     higher_is_better: bool = True
     per_test: tuple[float, ...] | None = field(default=None, repr=False)
+    bounds: tuple[float, float] | None = field(default=None, repr=False, kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
