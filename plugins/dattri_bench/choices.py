@@ -49,15 +49,16 @@ def choices_of(
     Args:
         kind: ``"method"`` or ``"metric"``.
         words: As typed: names separated by spaces or commas, or ``all``; ``NAME:FIELD=VALUE`` sets
-            a field, where VALUE is JSON, or text that is none.
+            a field, where VALUE is JSON, or text that is none. Commas and colons inside brackets
+            and strings of JSON separate nothing.
         every: Whether ``all`` means a name too.
 
     Raises:
-        InputError: No such name, or a field without a value.
+        InputError: No such name, a field without a value, or a bracket that is not closed.
     """
     valid = default_registry().names(kind)
     found: list[Choice] = []
-    for word in (word for given in words for word in given.split(",") if word):
+    for word in (word for given in words for word in outside(given, ",") if word):
         if word == EVERY:
             chosen = [Choice(name) for name in valid if every(name)]
         else:
@@ -69,12 +70,49 @@ def choices_of(
 
 
 def _choice(kind: str, word: str, valid: Sequence[str]) -> Choice:
-    # a colon inside a JSON value is not followed by FIELD=
-    name, *settings = re.split(r":(?=[\w.]+=)", word)
+    name, *settings = _settings(word)
     if name not in valid:
         hint = "; set a field by NAME:FIELD=VALUE" if ":" in name else ""
         raise InputError(f"bench: no {kind} {name!r}; {nearest(name, [*valid, EVERY])}{hint}")
     return Choice(name, dict(_set(setting) for setting in settings))
+
+
+def _settings(word: str) -> list[str]:
+    """Return the name and each ``FIELD=VALUE``; a colon that no FIELD= follows is of the value."""
+    found: list[str] = []
+    for piece in outside(word, ":"):
+        if found and not re.match(r"[\w.]+=", piece):
+            found[-1] += f":{piece}"
+        else:
+            found.append(piece)
+    return found
+
+
+def outside(text: str, separator: str) -> list[str]:
+    """Return text cut at a separator, but not inside brackets or strings of JSON.
+
+    Raises:
+        InputError: A bracket or a string is not closed.
+    """
+    pieces, depth, quoted, escaped = [""], 0, False, False
+    for letter in text:
+        if quoted:
+            quoted = letter != '"' or escaped
+            escaped = letter == "\\" and not escaped
+        elif letter == '"':
+            quoted = True
+        elif letter == separator and depth == 0:
+            pieces.append("")
+            continue
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        pieces[-1] += letter
+    if quoted or depth:
+        raise InputError(
+            f"bench: {text!r} has a bracket or a quotation mark without its other half; write JSON "
+            "values whole, in quotation marks of the shell: 'removal-curve:shares=[0.0,0.3]'"
+        )
+    return pieces
 
 
 def _set(setting: str) -> tuple[str, Any]:

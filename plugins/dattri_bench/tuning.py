@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from dattri_parts.measuring.attribution import heard, spell_error
 
-from dattri_bench.choices import value_of
+from dattri_bench.choices import outside, value_of
 from dattri_core import (
     DattriError,
     InputError,
@@ -99,7 +99,7 @@ def dampings_of(text: str) -> tuple[Any, ...]:
         InputError: It is not spelled so.
     """
     name, _, values = text.partition("=")
-    found = [value_of(word) for word in values.split(",") if word]
+    found = [value_of(word) for word in outside(values, ",") if word]
     if name != "damping" or not found:
         raise InputError(
             f"bench: --tune {text!r}; give damping= and the values to try, as in "
