@@ -84,7 +84,7 @@ class Answers:
         return self._records.read("attributions", self._address) or {}
 
     def scores(self) -> Array:
-        """Return ``[n_train, n_test]``, float64."""
+        """Return ``[n_train, n_test]``, float64, read-only: all metrics look at the same array."""
         if self._error is not None:
             raise self._error  # what failed once is not tried again for the next metric
         if self._values is None:
@@ -98,13 +98,13 @@ class Answers:
         return self._values
 
     def self_influence(self) -> tuple[Array | None, str]:
-        """Return ``[n_train]``, or None and why the method has none."""
+        """Return ``[n_train]``, read-only, or None and why the method has none."""
         self.scores()  # so that there is a record to add to
         facts = self.facts
         known = facts.get("self_influence")
         kept = self._records.self_influence(self._address)
         if known is not None and (known["note"] or kept is not None):
-            return kept, known["note"]
+            return _shut(kept), known["note"]
         fitted = None if self._run is None else self._run.fitted
         if fitted is None and isinstance(self._made, Method):
             fitted = self._attributing.fit(self._made, self.task())
@@ -120,7 +120,7 @@ class Answers:
             "notes": list(found.notes),
         }
         self._records.write("attributions", self._address, {**facts, "self_influence": added})
-        return found.values, found.note
+        return _shut(found.values), found.note
 
     def of_other(self, task: Task) -> Array:
         """Return the scores of the same method for another trained model of the world.
@@ -168,4 +168,12 @@ def _weighed(made: Any, task: Task) -> Task:
 
 def _plain(values: Any) -> Array:
     array: Array = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.float64)
+    _shut(array)
+    return array
+
+
+def _shut(array: Array | None) -> Array | None:
+    """Return an array that no metric can write to, and so change the number of the next one."""
+    if array is not None:
+        array.setflags(write=False)
     return array

@@ -14,7 +14,7 @@ from dattri_bench.cells import Cell, Finished
 from dattri_bench.records import Records, address_of
 from dattri_bench.request import Measure, Request
 from dattri_bench.work import Work
-from dattri_core import DattriError, World, default_registry
+from dattri_core import DattriError, SpecError, World, default_registry
 
 Say = Callable[[str], None]
 
@@ -112,6 +112,9 @@ class WorldCells:
         """Return the world, noted in the records; None where it has no labels to be wrong.
 
         Then each missing cell is recorded as failed.
+
+        Raises:
+            SpecError: The setting gives something else.
         """
         n_train, n_test = self.request.size
         wrong = f", {100 * self.wrong:g} % wrong labels" if self.wrong else ""
@@ -125,6 +128,11 @@ class WorldCells:
             for cell in missing:
                 self.write(cell, {"error": spell_error(error)})
             return None
+        if not isinstance(world, World):
+            raise SpecError(
+                f"bench: load of the setting {self.request.name!r} gave a {type(world).__name__}, "
+                "expected a dattri_core.World: return World(task=..., train=..., test=..., ...)"
+            )
         address = address_of(self.request.world(self.seed, self.wrong))
         self.records.write("worlds", address, _facts(world))
         return world

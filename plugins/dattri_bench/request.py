@@ -18,6 +18,7 @@ from dattri_parts.measuring.attribution import (
 )
 
 from dattri_bench.choices import Choice
+from dattri_bench.owners import foreign_parts
 from dattri_core import (
     InputError,
     Method,
@@ -27,10 +28,15 @@ from dattri_core import (
     default_registry,
     describe_part,
     method,
+    nearest,
 )
 from dattri_core import __version__ as dattri_version
 
 Size = tuple[int, int]
+LEAST_SUBSETS = 3
+"""Train sets below which a correlation over them is no number: of two it is 1 or -1."""
+NEEDS = frozenset({"mislabelled", "retraining", "labels", "self-influence", "attribute"})
+FACT = "fact:"
 TrainedOn = Literal["full", "half"]
 
 
@@ -52,11 +58,31 @@ class Entrant:
         """Return how tables call it."""
         return f"{self.choice.label} x{self.models}" if self.models > 1 else self.choice.label
 
-    def made(self, damping: float | None) -> Any:
-        """Return the method; at a damping, where it takes one and the choice sets none."""
+    def made(self, damping: float | None, seed: int = 0) -> Any:
+        """Return the method in the world of a seed.
+
+        Args:
+            damping: That it has where it takes one and the choice sets none; None: its own.
+            seed: Of the world.
+        """
+        fields = self.fields(seed)
         if damping is None:
-            return method(self.choice.name, **self.choice.fields)
-        return damped(self.choice.name, damping, self.choice.fields)
+            return method(self.choice.name, **fields)
+        return damped(self.choice.name, damping, fields)
+
+    def fields(self, seed: int) -> Mapping[str, Any]:
+        """Return the fields that are set in the world of a seed.
+
+            seed of the method = its default + seed of the world
+
+        where it draws random numbers by a ``seed`` of its own and the choice leaves it open: an
+        interval over worlds is then one over its draws too.
+        """
+        fields = self.choice.fields
+        if seed == 0 or "seed" in fields:
+            return fields
+        made = method(self.choice.name, **fields)
+        return {**fields, "seed": made.seed + seed} if _draws(made) else fields
 
     @property
     def retrains(self) -> bool:
@@ -159,11 +185,11 @@ class Request:
         """Return the identity of an entrant's scores.
 
         Args:
-            world: Identity of the world, with its fingerprint.
+            world: Identity of the world, with its seed and fingerprint.
             entrant: The method.
             damping: Of the world.
         """
-        made = entrant.made(self.damping if self.damping is not None else damping)
+        made = entrant.made(self.damping if self.damping is not None else damping, world["seed"])
         spec = made.to_spec() if isinstance(made, Method) else {"attributor": describe_part(made)}
         tuned = self.chooser is not None and entrant.tunable
         return {
@@ -172,6 +198,7 @@ class Request:
                 "name": entrant.choice.name,
                 "from": str(default_registry().recipe(entrant.choice.name).origin),
                 "spec": spec,
+                **foreign_parts(made),
             },
             "models": entrant.models,
             "trained_on": self.trained_on if entrant.models > 1 else None,
@@ -186,6 +213,7 @@ class Request:
             "metric": {
                 "name": self.chooser.choice.name,
                 "spec": describe_part(self.chooser.metric),
+                **foreign_parts(self.chooser.metric),
             },
         }
 
@@ -198,6 +226,7 @@ class Request:
                 "name": name,
                 "from": str(default_registry().entry("metric", name).origin),
                 "spec": describe_part(measure.metric),
+                **foreign_parts(measure.metric),
             },
         }
 
@@ -239,7 +268,8 @@ def measures_of(choices: Sequence[Choice], subsets: int | None) -> list[Measure]
     """Return the metrics; ``subsets`` is set where it is a field that the choice leaves open.
 
     Raises:
-        SpecError: A field is unknown, or a registered metric is none.
+        SpecError: A field is unknown, a registered metric is none, or needs what there is not.
+        InputError: A metric that retrains has fewer than 3 subsets.
     """
     found = []
     for choice in choices:
@@ -249,10 +279,41 @@ def measures_of(choices: Sequence[Choice], subsets: int | None) -> list[Measure]
                 f"bench: the metric {choice.name!r} is a {type(metric).__name__}, which does not "
                 "answer dattri_core.Metric: needs, measure(evidence)"
             )
+        _check_needs(choice.name, metric.needs)
         measure = Measure(choice, metric)
-        open_ = subsets is not None and "subsets" not in choice.fields
-        found.append(measure.with_subsets(subsets) if open_ and subsets else measure)
+        if subsets is not None and "subsets" not in choice.fields:
+            measure = measure.with_subsets(subsets)
+        check_subsets(measure)
+        found.append(measure)
     return found
+
+
+def _check_needs(name: str, needs: Any) -> None:
+    if not isinstance(needs, (frozenset, set)):
+        raise SpecError(
+            f"bench: the metric {name!r} says needs = {needs!r} ({type(needs).__name__}), expected "
+            "a frozenset of words; write frozenset({'retraining'}), or frozenset() for none"
+        )
+    for word in sorted(map(str, needs)):
+        if word not in NEEDS and not word.startswith(FACT):
+            raise SpecError(
+                f"bench: the metric {name!r} needs {word!r}, which no world gives; "
+                f"{nearest(word, [*sorted(NEEDS), f'{FACT}NAME'])}"
+            )
+
+
+def check_subsets(measure: Measure) -> None:
+    """Check that a metric that retrains has train sets enough.
+
+    Raises:
+        InputError: It has fewer than 3.
+    """
+    asked = measure.subsets
+    if asked is not None and asked < LEAST_SUBSETS and "retraining" in measure.metric.needs:
+        raise InputError(
+            f"bench: {measure.choice.name!r} on {asked} train subsets; give at least "
+            f"{LEAST_SUBSETS}, as in --subsets 50, or subsets = 50 in a study"
+        )
 
 
 def entrants_of(choices: Sequence[Choice], counts: Sequence[int]) -> list[Entrant]:
@@ -272,3 +333,17 @@ def models_of(choice: Choice, counts: Sequence[int]) -> Sequence[int]:
     """
     made = Entrant(choice, 1).made(None)
     return [0] if follows_run(made) else [1] if retrains(made) else counts
+
+
+def _draws(made: Any) -> bool:
+    """Return whether a method draws random numbers by a field ``seed`` of its own.
+
+    Rows that pass no sketch and no inverse Hessian meet no random number of a method made of
+    parts. Methods that train models get a seed where they get what trains them.
+    """
+    if isinstance(made, Method):
+        plainest = Method().chain
+        return any(stage not in plainest for stage in made.chain)
+    fields = attrs.fields(type(made)) if attrs.has(type(made)) else ()
+    own = any(field.name == "seed" and field.init for field in fields)
+    return own and not retrains(made) and type(made.seed) is int

@@ -167,9 +167,9 @@ class Work:
         if entrant.retrains:
             return self._supplied(entrant), None
         if cell.attribution["tuning"] is None:
-            return entrant.made(damping), None
+            return entrant.made(damping, self.seed), None
         record = self._tuned(cell)
-        fields = {**entrant.choice.fields, "damping": record["chosen"]}
+        fields = {**entrant.fields(self.seed), "damping": record["chosen"]}
         return method(entrant.choice.name, **fields), record
 
     def _supplied(self, entrant: Entrant) -> Any:
@@ -200,7 +200,7 @@ class Work:
             raise InputError("bench: no damping could be chosen in the world without wrong labels")
         assert request.chooser is not None
         chooser = request.chooser.metric
-        made = cell.entrant.made(self.world.damping)
+        made = cell.entrant.made(self.world.damping, self.seed)
         started = time.perf_counter()
         record = try_dampings(
             made,
@@ -245,8 +245,14 @@ def plain_result(result: MetricResult) -> dict[str, Any]:
         "low": float(result.low),
         "high": float(result.high),
         "chance": float(result.chance),
-        "ceiling": None if ceiling is None or not math.isfinite(ceiling) else float(ceiling),
+        "ceiling": None if ceiling is None else _finite(ceiling),
         "confidence": float(result.confidence),
         "higher_is_better": bool(result.higher_is_better),
         "per_test": None if result.per_test is None else list(result.per_test),
+        "bounds": None if result.bounds is None else [_finite(end) for end in result.bounds],
     }
+
+
+def _finite(number: float) -> float | None:
+    """Return a number that JSON holds; None for one that is infinite."""
+    return float(number) if math.isfinite(number) else None

@@ -128,7 +128,7 @@ def parts_of(world: WorldCells) -> list[list[Cell]]:
     """
     fronts: dict[tuple[str | None, int], dict[object, list[Cell]]] = {}
     for cell in world.planned():
-        made = cell.entrant.made(None)
+        made = cell.entrant.made(None, cell.seed)
         reads = (front_of(made), cell.entrant.models)
         fit = (fit_of(made) or id(cell.entrant), cell.entrant.models)
         fronts.setdefault(reads, {}).setdefault(fit, []).append(cell)

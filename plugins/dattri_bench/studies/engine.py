@@ -131,7 +131,7 @@ def do_part(cells: WorldCells, part: int, kept: Kept, *, tell: bool) -> None:
     where = {"world": request.world(cells.seed, cells.wrong), "part": part}
     shared = Shared(
         world,
-        [entrant.made(damping) for entrant in entrants if not entrant.retrains],
+        [entrant.made(damping, cells.seed) for entrant in entrants if not entrant.retrains],
         request.out / ROWS / address_of(where),
     )
     Work(request, cells.records, cells.seed, cells.wrong, world, write, shared).do(missing)

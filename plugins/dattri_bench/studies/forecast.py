@@ -115,7 +115,7 @@ def _passes(missing: list[Cell]) -> tuple[float, float]:
     alone = 0.0
     shared: dict[Any, float] = {}
     for cell in missing:
-        made = cell.entrant.made(None)
+        made = cell.entrant.made(None, cell.seed)
         front = front_of(made)
         if not isinstance(made, Method):
             continue
