@@ -17,8 +17,17 @@ from dattri_bench.cells import Finished
 from dattri_bench.choices import choices_of
 from dattri_bench.engine import run, worlds
 from dattri_bench.figure import draw
-from dattri_bench.request import Measure, Request, entrants_of, measures_of, setting_of, size_of
-from dattri_bench.summary import ONE_SEED, SEVERAL_SEEDS, Row, rows_of
+from dattri_bench.request import (
+    LEAST_SUBSETS,
+    Measure,
+    Request,
+    check_subsets,
+    entrants_of,
+    measures_of,
+    setting_of,
+    size_of,
+)
+from dattri_bench.summary import ONE_SEED, PARTIAL, SEVERAL_SEEDS, Row, rows_of
 from dattri_bench.tables import as_csv, as_markdown, as_text
 from dattri_bench.tuning import dampings_of, protocol
 from dattri_core import InputError, default_registry, method, write_text
@@ -100,7 +109,7 @@ class Bench:
         finished = run(request, lambda line: print(line, flush=True))
         rows = rows_of(finished)
         print(f"\n{as_text(rows)}\n")
-        for sentence in sentences(request):
+        for sentence in sentences(request, rows):
             print(sentence)
         write(request, rows, finished)
         return 0 if any(row.value is not None for row in rows) else 1
@@ -116,8 +125,8 @@ def request_of(args: argparse.Namespace) -> Request:
     setting = setting_of(args.setting)
     size = size_of(args.size, setting)
     choices = choices_of("method", args.methods, lambda name: not retrains(method(name)))
-    if args.subsets is not None and args.subsets < 2:
-        raise InputError(f"bench: --subsets {args.subsets}; give at least 2")
+    if args.subsets is not None and args.subsets < LEAST_SUBSETS:
+        raise InputError(f"bench: --subsets {args.subsets}; give at least {LEAST_SUBSETS}")
     if not 0 < args.wrong < 1:
         raise InputError(f"bench: --wrong {args.wrong}; give a share between 0 and 1")
     measures = measures_of(choices_of("metric", args.metrics or setting.metrics), args.subsets)
@@ -156,22 +165,25 @@ def split(measures: Sequence[Measure]) -> tuple[Measure, list[Measure]]:
     Raises:
         InputError: No metric retrains on subsets that could be split.
     """
-    able = [m for m in measures if "retraining" in m.metric.needs and (m.subsets or 0) >= 4]
+    least, asked = 2 * LEAST_SUBSETS, ", ".join(measure.label for measure in measures)
+    able = [m for m in measures if "retraining" in m.metric.needs and (m.subsets or 0) >= least]
     if not able:
         raise InputError(
-            "bench: --tune needs a metric that retrains on 4 subsets or more, which it splits: "
-            f"add --metrics lds and --subsets 50; got {', '.join(m.label for m in measures)}"
+            f"bench: --tune needs a metric that retrains on {least} subsets or more, which it "
+            f"splits: add --metrics lds and --subsets 50; got {asked}"
         )
     halved = [m.with_subsets(m.subsets - m.subsets // 2) if m.subsets else m for m in measures]
+    for measure in halved:
+        check_subsets(measure)
     return able[0].with_subsets((able[0].subsets or 0) // 2), halved
 
 
-def sentences(request: Request) -> list[str]:
+def sentences(request: Request, rows: Sequence[Row]) -> list[str]:
     """Return what a reader of the numbers has to know."""
-    found = [
-        f"Intervals: {ONE_SEED if len(request.seeds) == 1 else SEVERAL_SEEDS}.",
-        TIME,
-    ]
+    found = [f"Intervals: {ONE_SEED if len(request.seeds) == 1 else SEVERAL_SEEDS}."]
+    if any(row.failed and row.seeds for row in rows):
+        found.append(PARTIAL)
+    found.append(TIME)
     if request.chooser is not None:
         reported = next(m for m in request.measures if m.choice is request.chooser.choice)
         found.append(protocol(request.chooser.subsets, reported.subsets, request.chooser.label))
@@ -203,7 +215,7 @@ def write(request: Request, rows: Sequence[Row], finished: Sequence[Finished]) -
         "size": list(request.size),
         "seeds": list(request.seeds),
         "command": request.command,
-        "notes": sentences(request),
+        "notes": sentences(request, rows),
         "versions": versions(),
         "hardware": hardware(),
         "worlds": made,

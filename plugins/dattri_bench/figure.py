@@ -87,7 +87,7 @@ def _panel(axis: Any, metric: str, rows: Sequence[Row]) -> None:
     axis.tick_params(labelsize=8)
     axis.set_xticks(
         range(len(rows)),
-        [row.method for row in rows],
+        [f"{row.method} ({row.counted} seeds)" if row.failed else row.method for row in rows],
         rotation=50,
         ha="right",
         rotation_mode="anchor",

@@ -14,7 +14,14 @@ from dattri_bench.cells import Finished
 from dattri_bench.tuning import spell_damping
 
 ONE_SEED = "the metric's own bootstrap interval"
-SEVERAL_SEEDS = "Student's t interval of the mean over seeds"
+SEVERAL_SEEDS = (
+    "Student's t interval of the mean over seeds, no narrower than the metric's own intervals of "
+    "the seeds give it, and within the values that the metric can have"
+)
+PARTIAL = (
+    "Rows that lack seeds come last and are not to be ranked with the others: their mean is over "
+    "fewer worlds. With one seed left their interval is " + ONE_SEED + "."
+)
 
 
 @frozen
@@ -27,8 +34,7 @@ class Row:
         models: Trained models that the method was asked about; 0: checkpoints along the run.
         seeds: Of the worlds that gave a number.
         value: Mean over seeds; None where no seed gave a number.
-        low: Lower end of the interval: the metric's own with one seed, else Student's t interval of
-            the mean over seeds.
+        low: Lower end of the interval, see `interval_of`.
         high: Upper end.
         confidence: Of the interval.
         chance: What scores without information give, mean over seeds.
@@ -38,6 +44,7 @@ class Row:
         peak_bytes: Highest over seeds.
         notes: Dampings that were chosen, warnings, and why seeds failed.
         error: Why there is no number.
+        failed: Seeds that gave no number, of a row that has one.
     """
 
     metric: str
@@ -55,15 +62,30 @@ class Row:
     peak_bytes: int | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
+    failed: tuple[int, ...] = ()
+
+    @property
+    def counted(self) -> str:
+        """Return how many seeds gave a number, as text: ``3``, or ``2 of 3``."""
+        return spell_seeds(len(self.seeds), len(self.failed))
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
         found = asdict(self)
-        return {**found, "seeds": list(self.seeds), "notes": list(self.notes)}
+        lists = {name: list(found[name]) for name in ("seeds", "notes", "failed")}
+        return {**found, **lists}
+
+
+def spell_seeds(done: int, failed: int) -> str:
+    """Return how many seeds gave a number, as text: ``3``, or ``2 of 3``."""
+    return f"{done} of {done + failed}" if failed else str(done)
 
 
 def rows_of(finished: Sequence[Finished]) -> list[Row]:
-    """Return the rows: metrics in their order, in each the best method first, failed ones last."""
+    """Return the rows: metrics in their order, in each the best method first.
+
+    Those that lack seeds come after those that have all, and those without a number last.
+    """
     groups: dict[tuple[str, str], list[Finished]] = {}
     for one in finished:
         key = (one.cell.measure.label, one.cell.entrant.label)
@@ -73,9 +95,9 @@ def rows_of(finished: Sequence[Finished]) -> list[Row]:
     return sorted(rows, key=lambda row: (order.index(row.metric), *_rank(row)))
 
 
-def _rank(row: Row) -> tuple[bool, float]:
+def _rank(row: Row) -> tuple[bool, bool, float]:
     value = 0.0 if row.value is None else row.value
-    return row.value is None, -value if row.higher_is_better else value
+    return row.value is None, bool(row.failed), -value if row.higher_is_better else value
 
 
 def _row(metric: str, method: str, cells: Sequence[Finished]) -> Row:
@@ -105,22 +127,44 @@ def _row(metric: str, method: str, cells: Sequence[Finished]) -> Row:
         seconds=_mean(times) if times else None,
         peak_bytes=max(peaks, default=None),
         notes=_notes(done, failed),
+        failed=tuple(one.cell.seed for one in failed),
     )
 
 
 def interval_of(results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return the interval of one result, or Student's t interval of the mean of several.
+    """Return the interval of one result, or that of the mean of several.
 
-    mean +- t_(S-1) s / sqrt(S), with s the standard deviation over S seeds: what differs between
-    worlds, their data, training and subsets, is all in it.
+        mean -+ max(t_(S-1) s / sqrt(S), sqrt(sum_k half_k^2) / S),  within the metric's bounds
+
+    with s the standard deviation over S seeds, in which all is that differs between worlds: data,
+    training, subsets and tests. half_k is the half-width of the metric's own interval at seed k:
+    the second term is the interval of a mean of S independent numbers with these intervals, which
+    is what is left where worlds themselves do not differ. Two seeds that agree by chance, as a
+    share of few tests does often, have s = 0, and are still not known better than that.
+
+    Args:
+        results: One for each seed: ``value``, ``low``, ``high``, ``confidence``, and ``bounds``
+            where the metric says them.
     """
     if len(results) == 1:
-        return results[0]["low"], results[0]["high"]
+        return float(results[0]["low"]), float(results[0]["high"])
     values = np.array([r["value"] for r in results])
-    share = results[0]["confidence"]
-    half = student.ppf((1 + share) / 2, len(values) - 1) * values.std(ddof=1)
-    half /= math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    count, mean = len(values), float(values.mean())
+    quantile = student.ppf((1 + results[0]["confidence"]) / 2, count - 1)
+    between = float(quantile * values.std(ddof=1)) / math.sqrt(count)
+    own = [max(r["value"] - r["low"], r["high"] - r["value"]) for r in results]
+    half = max(between, math.hypot(*own) / count)
+    least, most = _bounds(results)
+    # the mean stays inside, whatever is said of bounds
+    return min(max(mean - half, least), mean), max(min(mean + half, most), mean)
+
+
+def _bounds(results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return what no result can leave; records of earlier releases do not say it."""
+    said = [r.get("bounds") or (None, None) for r in results]
+    least = [-math.inf if low is None else float(low) for low, _ in said]
+    most = [math.inf if high is None else float(high) for _, high in said]
+    return min(least), max(most)
 
 
 def _notes(done: Sequence[Finished], failed: Sequence[Finished]) -> tuple[str, ...]:

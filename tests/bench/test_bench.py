@@ -80,7 +80,7 @@ def test_the_table_holds_what_the_metric_gives_by_hand(tmp_path, capsys):
     for name, metric, wrong in (("agreement", Agreement(), 0.0), ("flips", Flips(), 0.1)):
         world = ToySetting().load((24, 8), seed=3, wrong=wrong)
         outcomes = ToyStore(tmp_path / "by-hand", world.retraining)
-        for method, fields in (("grad-dot", {}), ("if-ekfac", {"damping": 0.03})):
+        for method, fields in (("grad-dot", {}), ("if-ekfac", {"damping": 0.03, "seed": 3})):
             scores = dattri.attribute(world.task, world.train, world.test, method, **fields)
             evidence = dattri.Evidence(
                 np.asarray(scores.values, np.float64), None, world, outcomes, None, 3
@@ -107,6 +107,7 @@ def test_over_seeds_the_mean_has_students_interval(tmp_path):
     values = [cell["result"]["value"] for cell in found["cells"]]
     assert len(set(values)) == 3
     row = row_of(tmp_path, "grad-dot")
+    assert row["high"] - row["value"] > 0.2 / 3**0.5  # what the intervals of the seeds give
     low, high = t.interval(0.95, 2, np.mean(values), np.std(values, ddof=1) / 3**0.5)
     assert np.allclose([row["value"], row["low"], row["high"]], [np.mean(values), low, high])
     assert row["seeds"] == [0, 1, 2]
@@ -253,6 +254,92 @@ def dattri_parts_subsets(n, count):
     return random_subsets(n, count, seed=0)
 
 
+# --- the seed of a method -------------------------------------------------------------------------
+def seeds_of(out, method):
+    """Return the seed of a method in the cell of each world, by the seed of the world."""
+    found = {}
+    for cell in results(out)["cells"]:
+        spec = cell["cell"]["method"]["spec"]
+        if cell["cell"]["method"]["name"] == method:
+            own = spec.get("seed", spec.get("attributor"))
+            found[cell["cell"]["world"]["seed"]] = own
+    return found
+
+
+def test_a_method_that_draws_has_a_seed_that_follows_the_worlds(tmp_path):
+    words = ("--metrics", "bounded", "--seeds=0,3")
+    bench(tmp_path, "--methods", "noise", "if-ekfac", "grad-dot", "counted", "asking", *words)
+    assert seeds_of(tmp_path, "noise") == {0: "noise", 3: {"name": "noise", "seed": 3}}
+    assert seeds_of(tmp_path, "if-ekfac") == {0: 0, 3: 3}
+    assert seeds_of(tmp_path, "grad-dot") == {0: 0, 3: 0}  # without a sketch or an inverse
+    assert seeds_of(tmp_path, "counted") == {0: "counted", 3: "counted"}
+    assert seeds_of(tmp_path, "asking") == {0: "asking", 3: "asking"}  # see below
+    want = {seed: np.random.default_rng(seed).normal() for seed in (0, 3)}
+    for cell in results(tmp_path)["cells"]:
+        if cell["cell"]["method"]["name"] == "noise":
+            assert cell["result"]["value"] == want[cell["cell"]["world"]["seed"]]
+
+
+def test_a_seed_that_is_set_stays(tmp_path):
+    words = ("--metrics", "bounded", "--seeds=0,3")
+    bench(tmp_path, "--methods", "noise:seed=7", "if-ekfac:seed=7", *words)
+    assert seeds_of(tmp_path, "noise") == {k: {"name": "noise", "seed": 7} for k in (0, 3)}
+    assert seeds_of(tmp_path, "if-ekfac") == {0: 7, 3: 7}
+
+
+def test_the_default_seed_of_a_recipe_is_counted_from(tmp_path, registry):
+    other = Registry()
+    other.merge(registry)
+    spec = {"attributor": {"name": "noise", "seed": 10}}
+    other.method("louder", spec, summary="toy", formula="S", citation="-")
+    with using(other):
+        bench(tmp_path, "--methods", "louder", "--metrics", "bounded", "--seeds=0,2")
+    assert [seeds_of(tmp_path, "louder")[seed]["seed"] for seed in (0, 2)] == [10, 12]
+
+
+def test_a_tuned_method_has_the_seed_of_its_world(tmp_path, monkeypatch):
+    made, method = [], dattri.method
+
+    def heard(name, **fields):
+        made.append(fields)
+        return method(name, **fields)
+
+    monkeypatch.setattr("dattri_bench.work.method", heard)
+    words = ("--metrics", "agreement", "--seeds=2", "--subsets=6", "--tune", "damping=0.1,1.0")
+    bench(tmp_path, "--methods", "if-ekfac", *words)
+    assert [fields["seed"] for fields in made] == [2]
+
+
+# --- whose parts ----------------------------------------------------------------------------------
+def test_another_release_of_a_plugin_is_another_cell(tmp_path):
+    words = ("--metrics", "bounded", "--methods", "grad-dot", "grad-dot:scorer=louder", "shout")
+    counts = []
+    for version in ("1.0", "1.0", "1.1"):
+        with using(toy_bench.with_plugin(version)):
+            bench(tmp_path, *words)
+        counts.append(len(list((tmp_path / "cells").iterdir())))
+    assert counts == [3, 3, 5]  # grad-dot is made of what comes with dattri-core
+    parts = [cell["cell"]["method"].get("parts") for cell in results(tmp_path)["cells"]]
+    assert parts == [
+        None,
+        {"scorer louder": "dattri-loud 1.1 (plugin 'loud')"},
+        {"attributor shout": "dattri-loud 1.1 (plugin 'loud')"},
+    ]
+
+
+def test_parts_inside_parts_have_owners_too():
+    from dattri_bench.owners import foreign_parts
+
+    with using(toy_bench.with_plugin("2.0")):
+        made = toy_bench.Shout(scorer=toy_bench.Louder())
+        owner = "dattri-loud 2.0 (plugin 'loud')"
+        assert foreign_parts(made) == {"parts": {"attributor shout": owner, "scorer louder": owner}}
+        assert foreign_parts(dattri.method("if-ekfac")) == {}
+    for own in ("dattri-core", ""):  # whose version is in every cell; who has no version
+        with using(toy_bench.with_plugin("2.0", own)):
+            assert foreign_parts(toy_bench.Shout()) == {}
+
+
 # --- what fails -----------------------------------------------------------------------------------
 def test_a_method_that_fails_is_a_row_and_is_not_tried_twice(tmp_path, capsys):
     status, calls = bench(tmp_path, "--methods", "broken", "grad-dot", "--metrics=agreement,other")
@@ -290,6 +377,54 @@ def test_what_a_metric_cannot_have_is_said(tmp_path):
     assert "AttributeError" in row_of(tmp_path, "grad-dot", "sneaky")["error"]
     assert "not finite" in row_of(tmp_path, "grad-dot", "nan")["error"]
     json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("what", ["scores", "self_influence"])
+def test_no_metric_changes_what_the_next_one_sees(tmp_path, what):
+    bench(tmp_path / "alone", "--methods", "grad-dot", "--metrics", "own", "agreement")
+    words = ("--metrics", f"scribbler:what={what}", "own", "agreement")
+    for _ in range(2):  # computed, and read from disk
+        bench(tmp_path, "--methods", "grad-dot", *words)
+        label = f"scribbler (what={what})"
+        assert "read-only" in row_of(tmp_path, "grad-dot", label)["error"]
+        for metric in ("own", "agreement"):
+            want = row_of(tmp_path / "alone", "grad-dot", metric)["value"]
+            assert row_of(tmp_path, "grad-dot", metric)["value"] == want
+        for cell in (tmp_path / "cells").iterdir():
+            cell.unlink()
+
+
+def test_what_bounds_a_metric_is_on_record(tmp_path):
+    bench(tmp_path, "--methods", "noise", "--metrics", "bounded", "agreement", "--seeds=0,1")
+    cells = [cell["result"] for cell in results(tmp_path)["cells"]]
+    for cell in cells[::2]:
+        assert cell["bounds"] == [cell["value"] - 0.01, None]
+    assert [cell["bounds"] for cell in cells[1::2]] == [None, None]
+    row = row_of(tmp_path, "noise", "bounded")
+    assert row["low"] == min(cell["bounds"][0] for cell in cells[::2])
+    assert row["high"] > row["value"] + 1
+
+
+def test_a_setting_that_gives_no_world_is_named(tmp_path, capsys):
+    status, _ = bench(tmp_path, "--methods", "grad-dot", setting="pair")
+    assert status == 2
+    said = capsys.readouterr().err
+    assert "load of the setting 'pair' gave a tuple, expected a dattri_core.World" in said
+
+
+def test_rows_that_lack_seeds_are_marked_and_come_last(tmp_path, capsys):
+    words = ("--metrics", "bounded", "--seeds=0,1")
+    bench(tmp_path, "--methods", "noise:fails_at=1", "counted", *words)
+    rows = results(tmp_path)["rows"]
+    assert [(row["method"], row["seeds"], row["failed"]) for row in rows] == [
+        ("counted", [0, 1], []), ("noise (fails_at=1)", [0], [1])
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert re.search(r"^noise \(fails_at=1\) .* 1 of 2$", printed, re.MULTILINE)
+    assert "Rows that lack seeds come last" in printed
+    assert any("Rows that lack seeds" in note for note in results(tmp_path)["notes"])
+    bench(tmp_path, "--methods", "counted", *words)
+    assert "Rows that lack seeds" not in capsys.readouterr().out
 
 
 def test_self_influence_is_kept_for_further_metrics(tmp_path):
@@ -351,7 +486,11 @@ def test_a_setting_without_classes_has_rows_for_the_other_metrics(tmp_path):
         (("--seeds", "a"), "--seeds 'a'"),
         (("--checkpoints", "0"), "--checkpoints '0'"),
         (("--damping", "-1"), "--damping '-1'"),
-        (("--subsets", "1"), "--subsets 1"),
+        (("--subsets", "2"), "--subsets 2; give at least 3"),
+        (("--metrics", "agreement:subsets=2"), "'agreement' on 2 train subsets; give at least 3"),
+        (("--metrics", "agreement:subsets=[2"), "without its other half"),
+        (("--metrics", "misspelt"), "needs 'label', which no world gives; did you mean 'labels'"),
+        (("--tune", "damping=0.1", "--subsets=5"), "retrains on 6 subsets or more"),
         (("--wrong", "1.5"), "--wrong 1.5"),
         (("--tune", "1e-3"), "--tune '1e-3'"),
         (("--tune", "damping=big"), "'big', expected a number"),

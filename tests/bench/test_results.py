@@ -55,27 +55,83 @@ def test_rows_are_means_over_seeds_best_first():
         ]
     )
     assert [(r.metric, r.method) for r in rows] == [
-        ("m", "two"), ("m", "half"), ("m", "low"), ("m", "none"), ("down", "low"), ("down", "two")
+        ("m", "two"), ("m", "low"), ("m", "half"), ("m", "none"), ("down", "low"), ("down", "two")
     ]  # fmt: skip
-    two, half, low, none = rows[:4]
+    two, low, half, none = rows[:4]
     assert np.allclose([two.value, two.chance, two.ceiling, two.seconds], [0.6, 0.1, 0.9, 2.0])
     assert (two.peak_bytes, two.seeds) == (300, (0, 2))
-    # t with 1 degree of freedom at 90 %: tan(0.45 pi); s / sqrt(2) of 0.5 and 0.7 is 0.1
-    assert np.allclose([two.low, two.high], 0.6 + 0.1 * np.tan(0.45 * np.pi) * np.array([-1, 1]))
+    # own half-widths of 2 give 2 / sqrt(2); Student's t of 0.5 and 0.7 is less, 0.63
+    assert np.allclose([two.low, two.high], 0.6 + np.sqrt(2) * np.array([-1, 1]))
     assert half.notes == ("seed 1 gave none: E: why",)
-    assert half.seeds == (0,)
+    assert (half.seeds, half.failed, half.counted) == ((0,), (1,), "1 of 2")
+    assert (two.failed, two.counted) == ((), "2")
     assert (low.low, low.high) == (0.1 - 1, 2.1)
     assert (none.value, none.error) == (None, "E: not")
+
+
+def seed_result(value, half=0.0, **more):
+    return {"value": value, "low": value - half, "high": value + half, "confidence": 0.9, **more}
 
 
 def test_an_interval_over_seeds_covers():
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(2000):
-        results = [{"value": v, "confidence": 0.9} for v in rng.normal(3.0, 0.2, size=4)]
-        low, high = interval_of(results)
+        low, high = interval_of([seed_result(v) for v in rng.normal(3.0, 0.2, size=4)])
         inside += low <= 3.0 <= high
     assert abs(inside / 2000 - 0.9) < 0.025
+
+
+def test_an_interval_over_seeds_is_students_or_what_the_seeds_own_give():
+    # t with 1 degree of freedom at 90 %: tan(0.45 pi); s / sqrt(2) of 0.5 and 0.7 is 0.1
+    students = 0.1 * np.tan(0.45 * np.pi)
+    for half, want in ((0.0, students), (0.5, students), (2.0, np.sqrt(2 * 2.0**2) / 2)):
+        found = interval_of([seed_result(0.5, half), seed_result(0.7, half)])
+        assert np.allclose(found, [0.6 - want, 0.6 + want])
+    # the wider side of an interval counts
+    lopsided = [{**seed_result(0.5), "low": 0.4, "high": 0.8}] * 2
+    assert np.allclose(interval_of(lopsided), [0.5 - 0.3 / np.sqrt(2), 0.5 + 0.3 / np.sqrt(2)])
+
+
+def test_an_interval_over_seeds_stays_within_the_metrics_values():
+    values = [0.9, 0.6]
+    free = interval_of([seed_result(v) for v in values])
+    assert free[0] < 0 < 1 < free[1]
+    assert interval_of([seed_result(v, bounds=[0.0, 1.0]) for v in values]) == (0.0, 1.0)
+    assert interval_of([seed_result(v, bounds=[0.0, None]) for v in values]) == (0.0, free[1])
+    # a record of an earlier release among them says nothing of bounds
+    mixed = [seed_result(0.9, bounds=[0.0, 1.0]), seed_result(0.6)]
+    assert interval_of(mixed) == free
+    assert interval_of([seed_result(0.9, bounds=None), seed_result(0.6)]) == free
+
+
+def test_shares_of_few_tests_are_covered_though_seeds_agree():
+    from scipy.stats import t
+
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        results = []
+        for right in rng.random((2, 20)) < 0.9:
+            half = t.ppf(0.95, 19) * right.std(ddof=1) / np.sqrt(20)
+            results.append(seed_result(right.mean(), half))
+        low, high = interval_of(results)
+        inside += low <= 0.9 <= high
+    assert inside / 1000 > 0.9  # 0.79 by Student's alone: one pair of seeds in five agrees
+
+
+def test_how_many_seeds_a_row_has_is_shown_where_there_are_several():
+    rows = [
+        Row("m", "whole", 1, (0, 1), 0.5, 0.4, 0.6, 0.95, 0.0),
+        Row("m", "lacks", 1, (0,), 0.9, 0.8, 1.0, 0.95, 0.0, failed=(1,)),
+        Row("n", "whole", 1, (0, 1), 0.5, 0.4, 0.6, 0.95, 0.0),
+    ]
+    text, page = as_text(rows), as_markdown(rows)
+    assert re.search(r"^method .* seeds$", text, re.MULTILINE)
+    assert re.search(r"^whole .* 2$", text, re.MULTILINE)
+    assert re.search(r"^lacks .* 1 of 2$", text, re.MULTILINE)
+    assert "| - | 1 of 2 |" in page
+    assert [line["failed"] for line in csv.DictReader(io.StringIO(as_csv(rows)))] == ["", "1", ""]
+    assert "seeds" not in as_text(ROWS)
 
 
 def test_csv_holds_every_number_in_full():
@@ -175,3 +231,24 @@ def test_choices_are_read_as_they_are_spelled():
     assert len(choices_of("method", ["all"])) == len(dattri.default_registry().names("method"))
     with pytest.raises(dattri.InputError, match="NAME:FIELD=VALUE"):
         choices_of("method", ["trak:seed"])
+
+
+def test_commas_and_colons_inside_json_separate_nothing():
+    words = ["removal-curve:shares=[0.0,0.3]:trials=2,lds"]
+    assert choices_of("metric", words) == [
+        Choice("removal-curve", {"shares": [0.0, 0.3], "trials": 2}), Choice("lds")
+    ]  # fmt: skip
+    (nested,) = choices_of("method", ['trak:projector={"name":"a,b:c=1]","dims":[1,[2,3]]}:seed=4'])
+    assert nested.fields == {"projector": {"name": "a,b:c=1]", "dims": [1, [2, 3]]}, "seed": 4}
+    assert choices_of("method", ["trak:source=module:attr"])[0].fields == {"source": "module:attr"}
+    (quoted,) = choices_of("method", ['trak:source="a\\",b"'])
+    assert quoted.fields == {"source": 'a",b'}
+    for word in ("removal-curve:shares=[0.0", 'lds:a="b', "lds:a=1]"):
+        with pytest.raises(dattri.InputError, match="without its other half"):
+            choices_of("metric", [word])
+
+
+def test_dampings_are_split_outside_of_json():
+    from dattri_bench.tuning import dampings_of
+
+    assert dampings_of('damping=0.1,{"relative":0.5}') == (0.1, {"relative": 0.5})

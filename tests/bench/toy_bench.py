@@ -8,21 +8,25 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import attrs
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import field, frozen
+from dattri_parts.scorers.dot import Dot
 from torch import nn
 
 from dattri_core import (
     Counterfactual,
     InputError,
     MetricResult,
+    Scorer,
     Scores,
     Task,
     World,
     atomic_file,
 )
 from dattri_core.cli import main
+from dattri_core.discovery import Origin
 from dattri_core.registry import LOCAL, Registry, using
 
 CALLS: list[str] = []
@@ -257,6 +261,71 @@ class Asking:
 
 
 @frozen
+class Noise:
+    """Random scores; fails at one seed."""
+
+    seed: int = 0
+    fails_at: int = -1
+
+    def attribute(self, task, train, test, **settings):
+        if self.seed == self.fails_at:
+            raise ValueError(f"no luck at {self.seed}")
+        random = np.random.default_rng(self.seed)
+        return Scores(torch.from_numpy(random.normal(size=(len(train[1]), len(test[1])))))
+
+
+@frozen
+class Louder(Dot):
+    """A scorer of another distribution, see `with_plugin`."""
+
+
+@frozen
+class Shout(Noise):
+    """An attributor of another distribution, made of another part."""
+
+    scorer: Scorer = field(factory=Dot)
+
+
+@frozen
+class Scribbler:
+    """Writes to what it is given."""
+
+    needs: ClassVar = frozenset({"self-influence"})
+    what: str = "scores"
+
+    def measure(self, evidence):
+        given = getattr(evidence, self.what)
+        given *= 0
+        return result(0.0)
+
+
+@frozen
+class Misspelt:
+    needs: ClassVar = frozenset({"label"})
+
+    def measure(self, evidence):
+        return result(0.0)
+
+
+@frozen
+class Bounded:
+    needs: ClassVar = frozenset({"fact:anything"})
+
+    def measure(self, evidence):
+        value = float(evidence.scores[0, 0])
+        return attrs.evolve(result(value), bounds=(value - 0.01, float("inf")))
+
+
+@frozen
+class Pair(ToySetting):
+    """A setting that gives no world."""
+
+    def load(self, size=None, seed=0, wrong=None):
+        world = super().load(size, seed, wrong)
+        return world.train, world.test
+
+
+@frozen
 class Broken:
     def attribute(self, task, train, test, **settings):
         counted("attribute")
@@ -284,13 +353,28 @@ def registry():
         ("metric", "sneaky", "Sneaky"),
         ("metric", "nan", "NotANumber"),
         ("metric", "other", "Other"),
+        ("metric", "scribbler", "Scribbler"),
+        ("metric", "misspelt", "Misspelt"),
+        ("metric", "bounded", "Bounded"),
+        ("setting", "pair", "Pair"),
         ("attributor", "counted", "Counted"),
+        ("attributor", "noise", "Noise"),
         ("attributor", "broken", "Broken"),
         ("attributor", "asking", "Asking"),
     ):
         made.part(kind, name, f"{here}:{target}")
-    for name in ("counted", "broken", "asking"):
+    for name in ("counted", "broken", "asking", "noise"):
         made.method(name, {"attributor": name}, summary="toy", formula="S", citation="-")
+    return made
+
+
+def with_plugin(version, distribution="dattri-loud"):
+    """Return the registry with a scorer and an attributor that a release of a plugin brought."""
+    made, plugin = registry(), Registry(Origin("loud", distribution, version))
+    plugin.part("scorer", "louder", "toy_bench:Louder")
+    plugin.part("attributor", "shout", "toy_bench:Shout")
+    made.merge(plugin)
+    made.method("shout", {"attributor": "shout"}, summary="toy", formula="S", citation="-")
     return made
 
 
