@@ -18,7 +18,7 @@ from dattri_bench.studies.figures import draw_all
 from dattri_bench.studies.results import DONE, Results
 from dattri_bench.studies.statistics import Mean, comparisons, effects, means
 from dattri_bench.studies.tables import TESTS, as_csv, as_latex, as_markdown, as_text, tables_of
-from dattri_bench.summary import ONE_SEED, SEVERAL_SEEDS
+from dattri_bench.summary import ONE_SEED, PARTIAL, SEVERAL_SEEDS
 from dattri_core import InputError, Study, write_text
 
 FORMAT = 1
@@ -123,11 +123,15 @@ def write(
         print(line)
     study = results.study
     several = len(study.seeds) > 1
+    partial = [PARTIAL] if any(mean.failed and mean.seeds for mean in found) else []
     notes = [
         f"Intervals of means: {SEVERAL_SEEDS if several else ONE_SEED}.",
+        *partial,
         (
             "Differences: Student's paired t, two-sided; Holm's correction over the comparisons of "
-            "one metric and setting. Over test examples they speak of the models of these seeds."
+            "one metric and setting; no p-value where all differences are equal. Over test "
+            "examples they speak of the models of these seeds; metrics whose test examples share "
+            "models trained on other train sets are compared over seeds alone."
         ),
         (
             "Seconds and peak memory: of the method by itself, to fit and to attribute, as if "

@@ -75,11 +75,14 @@ class Results:
         study: What was asked.
         rows: In the order of `dattri_core.Study.cells`.
         saved: Over all runs of the study.
+        retrained: Metrics, as tables call them, whose test examples share a sample of models that
+            were trained on other train sets.
     """
 
     study: Study
     rows: tuple[Row, ...]
     saved: tuple[Saved, ...]
+    retrained: frozenset[str] = frozenset()
 
     @property
     def factors(self) -> list[str]:
@@ -165,7 +168,9 @@ def results_of(asked: Asked) -> Results:
             cell = one.cell
             key = (id(cell.entrant), cell.measure.label, cell.seed)
             records[key] = cell.address, one.record
-    labels = [measure.label for measure in asked.requests[0].measures]
+    measures = asked.requests[0].measures
+    labels = [measure.label for measure in measures]
+    retrained = frozenset(m.label for m in measures if "retraining" in m.metric.needs)
     rows = [
         _row(asked, at, metric, seed, records)
         for at in range(len(asked.points))
@@ -173,7 +178,8 @@ def results_of(asked: Asked) -> Results:
         for seed in asked.study.seeds
     ]
     unique = dict(records.values())
-    return Results(asked.study, tuple(rows), tuple(_saved(list(unique.values()), worlds)))
+    saved = tuple(_saved(list(unique.values()), worlds))
+    return Results(asked.study, tuple(rows), saved, retrained)
 
 
 def _row(

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 from dattri_bench.studies.results import Results
 from dattri_bench.studies.statistics import Comparison, Mean
+from dattri_bench.summary import spell_seeds
 from dattri_core import format_bytes
 
 MEANS = ("point", "value", "rank", "seconds", "peak memory")
+SEEDS = ("seeds",)
+"""The last column of means, where one of them lacks seeds."""
 TESTS = ("point", "against", "over", "pairs", "difference", "p", "p (Holm)")
 EFFECTS = ("level", "against", "seeds", "difference", "p", "p (Holm)")
 Line = tuple[str, ...]
@@ -40,7 +43,8 @@ def tables_of(
         own = [mean for mean in found if (mean.setting, mean.metric) == key]
         lower = any(mean.value is not None and not mean.higher_is_better for mean in own)
         title = f"{key[1]}, {key[0]}{' (lower is better)' if lower else ''}"
-        made.append((title, MEANS, [_mean(mean) for mean in own]))
+        partial = any(mean.failed and mean.seeds for mean in own)
+        made.append((title, MEANS + SEEDS * partial, [_mean(mean, partial) for mean in own]))
         of_parts = [c for c in effects if (c.setting, c.metric) == key]
         if of_parts:
             lines = [(c.what, c.against, str(c.count), *_difference(c)) for c in of_parts]
@@ -52,15 +56,17 @@ def tables_of(
     return made
 
 
-def _mean(mean: Mean) -> Line:
+def _mean(mean: Mean, partial: bool) -> Line:
+    seeds = (spell_seeds(len(mean.seeds), mean.failed),) * partial
     if mean.value is None:
-        return (mean.label, f"not run: {mean.error or 'missing'}", "-", "-", "-")
+        return (mean.label, f"not run: {mean.error or 'missing'}", "-", "-", "-", *seeds)
     return (
         mean.label,
         f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
         "-" if mean.rank is None else f"{mean.rank:.1f}",
         "-" if mean.seconds is None else f"{mean.seconds:.2f}",
         "-" if mean.peak_bytes is None else format_bytes(mean.peak_bytes),
+        *seeds,
     )
 
 
