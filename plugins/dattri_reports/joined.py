@@ -1,4 +1,4 @@
-"""``dattri report``: the results of benchmarks on one page."""
+"""``dattri report``: the results of benchmarks and studies on one page."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from attrs import frozen
 from dattri_core import InputError, format_bytes, write_text
 from dattri_reports.bars import Scale, bar, seconds
 from dattri_reports.page import page, text
-from dattri_reports.results import Results, find_results
+from dattri_reports.results import NAME, STUDY, Found, Results, find_results
+from dattri_reports.studies import marked, scale_of, study_section, where
 
 Row = Mapping[str, Any]
+PLURALS = {"study": "studies"}
 
 
 @frozen
 class ReportCommand:
     """The command ``dattri report``."""
 
-    help: str = "Join the results of benchmarks into one HTML page that loads nothing else."
+    help: str = (
+        "Join the results of benchmarks and ablation studies into one HTML page that loads nothing "
+        "else."
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
@@ -30,7 +35,8 @@ class ReportCommand:
             nargs="*",
             default=["bench"],
             metavar="FOLDER",
-            help="folders that dattri bench wrote to, or that hold such; default: bench",
+            help="folders that dattri bench or dattri ablate wrote to, or that hold such; default: "
+            "bench",
         )
         parser.add_argument("--out", default="report.html", help="the page, an HTML file")
 
@@ -41,26 +47,36 @@ class ReportCommand:
             raise InputError(f"report: --out {args.out!r} is a folder; give the name of a file")
         found = find_results(args.results)
         write_text(out, render_results(found))
-        print(f"{len(found)} joined; report: {out.resolve()}")
+        for place in found.empty:
+            print(f"passed over {str(place)!r}: it holds no {NAME} and no {STUDY}")
+        count = len(found.benchmarks) + len(found.studies)
+        print(f"{count} joined; report: {out.resolve()}")
         return 0
 
 
-def render_results(found: Sequence[Results]) -> str:
-    """Return the page of several benchmarks."""
-    body = "\n".join([_head(found), _overview(found), *map(_section, found)])
-    return page("dattri-core: benchmarks", body)
+def render_results(found: Found) -> str:
+    """Return the page of several benchmarks and studies."""
+    benchmarks = found.benchmarks
+    parts = [_head(found), *map(_section, benchmarks), *map(study_section, found.studies)]
+    if benchmarks:
+        parts.insert(1, _overview(benchmarks))
+    return page("dattri-core: benchmarks", "\n".join(parts))
 
 
-def _head(found: Sequence[Results]) -> str:
-    methods = {row["method"] for results in found for row in results.data["rows"]}
-    figures = [
-        (len(found), "benchmark"),
-        (len({results.name for results in found}), "setting"),
+def _head(found: Found) -> str:
+    benchmarks = found.benchmarks
+    methods = {row["method"] for results in benchmarks for row in results.data["rows"]}
+    rows = sum(len(results.data["rows"]) for results in benchmarks)
+    counts = [
+        (len(benchmarks), "benchmark"),
+        (len({results.name for results in benchmarks}), "setting"),
         (len(methods), "method"),
-        (sum(len(results.data["rows"]) for results in found), "row"),
+        (rows + sum(len(study.data["means"]) for study in found.studies), "row"),
+        (len(found.studies), "study"),
     ]
+    figures = [(n, what) for n, what in counts if n]
     cells = "".join(
-        f"<div><dt>{text(what if n == 1 else f'{what}s')}</dt><dd>{n}</dd></div>"
+        f"<div><dt>{text(what if n == 1 else PLURALS.get(what, f'{what}s'))}</dt><dd>{n}</dd></div>"
         for n, what in figures
     )
     return (
@@ -76,19 +92,23 @@ def _head(found: Sequence[Results]) -> str:
 def _overview(found: Sequence[Results]) -> str:
     """Return methods by columns of setting and metric; of equal columns the later run counts."""
     columns: dict[tuple[str, str], dict[str, Row]] = {}
+    asked: dict[int, int] = {}
     for results in found:
         for metric, rows in results.metrics.items():
             column = columns.setdefault((results.name, metric), {})
             column |= {row["method"]: row for row in rows}
+            asked |= {id(row): len(results.data["seeds"]) for row in rows}
     methods = sorted({method for column in columns.values() for method in column})
     head = "".join(
         f'<th scope="col">{text(metric)}<br><small>{text(name)}</small></th>'
         for name, metric in columns
     )
-    best = {key: _best(list(column.values())) for key, column in columns.items()}
+    best = {key: _best(list(column.values()), asked) for key, column in columns.items()}
     lines = []
     for method in methods:
-        cells = "".join(_value(column.get(method), best[key]) for key, column in columns.items())
+        cells = "".join(
+            _value(column.get(method), best[key], asked) for key, column in columns.items()
+        )
         lines.append(f'<tr><th scope="row"><code>{text(method)}</code></th>{cells}</tr>')
     return (
         '<section id="overview"><h2>All settings</h2><p>The best of each column is bold. What '
@@ -99,39 +119,47 @@ def _overview(found: Sequence[Results]) -> str:
     )
 
 
-def _best(rows: Sequence[Row]) -> float | None:
-    values = [row["value"] for row in rows if row["value"] is not None]
-    higher = all(row.get("higher_is_better", True) for row in rows if row["value"] is not None)
+def _best(rows: Sequence[Row], asked: Mapping[int, int]) -> float | None:
+    """Return the best value of the rows that have all seeds, or of all where none has."""
+    done = [row for row in rows if row["value"] is not None]
+    whole = [row for row in done if not _lacks_seeds(row, asked[id(row)])] or done
+    values = [row["value"] for row in whole]
+    higher = all(row.get("higher_is_better", True) for row in done)
     return (max(values) if higher else min(values)) if values else None
 
 
-def _value(row: Row | None, best: float | None) -> str:
+def _lacks_seeds(row: Row, asked: int) -> bool:
+    return row["value"] is not None and len(row["seeds"]) < asked
+
+
+def _value(row: Row | None, best: float | None, asked: Mapping[int, int]) -> str:
     if row is None:
         return "<td></td>"
     if row["value"] is None:
         return f'<td class="none" title="{text(row["error"])}">not run</td>'
+    lacks = _lacks_seeds(row, asked[id(row)])
+    told = marked(len(row["seeds"]), asked[id(row)]) if lacks else ""
     mark = ' class="best"' if row["value"] == best else ""
-    return f"<td{mark}>{row['value']:.3f}</td>"
+    return f"<td{mark}>{row['value']:.3f}{told}</td>"
 
 
 def _section(results: Results) -> str:
     data = results.data
-    tables = "".join(_table(metric, rows) for metric, rows in results.metrics.items())
+    asked = len(data["seeds"])
+    tables = "".join(_table(metric, rows, asked) for metric, rows in results.metrics.items())
     seeds = ", ".join(map(str, data["seeds"]))
-    facts = [*data["hardware"].items(), *data["versions"].items()]
-    where = " &middot; ".join(f"{text(key)} {text(value)}" for key, value in facts)
     notes = "".join(f"<li>{text(note)}</li>" for note in data["notes"])
     return (
         f"<section><h2>{text(results.name)}</h2><p>{text(data['title'])}. Seeds: {text(seeds)}.</p>"
         f"<pre><code>{text(data['command'])}</code></pre>{tables}"
-        f'<ul class="notes">{notes}</ul><p class="versions">{where}</p></section>'
+        f'<ul class="notes">{notes}</ul>{where(data)}</section>'
     )
 
 
-def _table(metric: str, rows: Sequence[Row]) -> str:
+def _table(metric: str, rows: Sequence[Row], asked: int) -> str:
     scale = scale_of(rows)
     lower = any(not row.get("higher_is_better", True) for row in rows if row["value"] is not None)
-    body = "".join(_row(row, scale) for row in rows)
+    body = "".join(_row(row, scale, asked) for row in rows)
     items = "".join(
         f"<li><b>{text(row['method'])}</b>: {text(note)}</li>"
         for row in rows
@@ -148,19 +176,9 @@ def _table(metric: str, rows: Sequence[Row]) -> str:
     )
 
 
-def scale_of(rows: Sequence[Row]) -> Scale:
-    """Return the ends of an axis that holds all that is drawn on it, 0 included."""
-    drawn = [0.0]
-    for row in rows:
-        if row["value"] is not None:
-            levels = (row["value"], row["low"], row["high"], row["chance"], row.get("ceiling"))
-            drawn += [level for level in levels if level is not None]
-    low, high = min(drawn), max(drawn)
-    return (low, high) if high > low else (low, low + 1.0)
-
-
-def _row(row: Row, scale: Scale) -> str:
-    head = f'<th scope="row"><code>{text(row["method"])}</code></th>'
+def _row(row: Row, scale: Scale, asked: int) -> str:
+    told = marked(len(row["seeds"]), asked) if _lacks_seeds(row, asked) else ""
+    head = f'<th scope="row"><code>{text(row["method"])}</code>{told}</th>'
     if row["value"] is None:
         why = f'<td colspan="5"><b>not run.</b> {text(row["error"])}</td>'
         return f'<tr class="failed">{head}{why}</tr>'

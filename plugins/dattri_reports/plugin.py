@@ -18,5 +18,5 @@ def register(registry: dattri.Registry) -> None:
         "command",
         "report",
         "dattri_reports.joined:command",
-        "Join the results of benchmarks into one HTML page",
+        "Join the results of benchmarks and studies into one HTML page",
     )

@@ -1,5 +1,6 @@
 """``dattri report``: the page of results with known numbers."""
 
+import base64
 import copy
 import json
 import re
@@ -16,7 +17,7 @@ from dattri_core.cli import main
 
 def row(metric, method, value, **changes):
     found = {
-        "metric": metric, "method": method, "models": 1, "seeds": [0], "value": value,
+        "metric": metric, "method": method, "models": 1, "seeds": [0, 1], "value": value,
         "low": value - 0.1, "high": value + 0.1, "confidence": 0.95, "chance": 0.0,
         "ceiling": 0.9, "higher_is_better": True, "seconds": 1.5, "peak_bytes": 2**20,
         "notes": [], "error": None,
@@ -170,3 +171,144 @@ def test_places_without_results_are_refused(tmp_path):
     (tmp_path / "results.json").write_text('{"format": 1')
     with pytest.raises(dattri.StoreError, match="is no JSON"):
         find_results([str(tmp_path)])
+
+
+# --- seeds that failed ----------------------------------------------------------------------------
+def test_rows_that_lack_seeds_are_marked_and_never_the_best(tmp_path):
+    rows = [row("lds", "good", 0.5), row("lds", "lucky", 0.9, seeds=[1])]
+    write(tmp_path, results(rows=rows))
+    out = tmp_path / "r.html"
+    assert main(["report", str(tmp_path), "--out", str(out)]) == 0
+    page = out.read_text()
+    overview = page.split('<table class="overview">')[1].split("</table>")[0]
+    assert '<td class="best">0.500</td>' in overview
+    assert "<td>0.900 <small>1 of 2 seeds</small></td>" in overview
+    assert "<code>lucky</code> <small>1 of 2 seeds</small>" in page
+    assert "<code>good</code></th>" in page
+    write(tmp_path, results(rows=rows[1:]))
+    assert main(["report", str(tmp_path), "--out", str(out)]) == 0
+    assert '<td class="best">0.900 <small>' in out.read_text()  # no row has all seeds
+
+
+# --- studies --------------------------------------------------------------------------------------
+def comparison(what, difference, p, **changes):
+    found = {
+        "setting": "toy", "metric": "lds", "what": what, "against": "dot", "over": "seeds",
+        "count": 2, "difference": difference, "low": difference - 0.1, "high": difference + 0.1,
+        "p": p, "p_holm": p, "better": True,
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def mean(label, value, **changes):
+    found = {
+        "setting": "toy", "metric": "lds", "label": label, "levels": {"scorer": label},
+        "seeds": [0, 1], "value": value, "low": value - 0.1, "high": value + 0.1, "chance": 0.0,
+        "higher_is_better": True, "rank": 1.5, "seconds": 0.25, "peak_bytes": None, "error": None,
+        "failed": 0,
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def study(**changes):
+    blank = dict.fromkeys(("value", "low", "high", "chance", "rank", "seconds"))
+    return {
+        "format": 1, "study": "which <scorer>", "notes": ["said of it"], "versions": {"torch": "9"},
+        "hardware": {"cores": 2}, "rows": [],
+        "saved": [{"what": "attributions", "alone": 8, "done": 4}],
+        "means": [
+            mean("dot", 0.625), mean("lacks", 0.75, seeds=[1], failed=1),
+            {**mean("none", 0.0), **blank, "error": "E: <why>", "seeds": [], "failed": 2},
+        ],
+        "effects": [comparison("scorer: cosine", -0.125, 0.0004)],
+        "comparisons": [comparison("lacks", 0.375, None, low=None, high=None, p_holm=None)],
+        **changes,
+    }  # fmt: skip
+
+
+def test_a_study_is_joined_with_its_tables_and_figures(tmp_path, capsys):
+    write(tmp_path / "bench", results())
+    write(tmp_path / "studies" / "one", study(), "study.json")
+    figure = tmp_path / "studies" / "one" / "effects.svg"
+    figure.write_text("<svg>drawn</svg>")
+    out = tmp_path / "r.html"
+    places = [str(tmp_path / "bench"), str(tmp_path / "studies")]
+    assert main(["report", *places, "--out", str(out)]) == 0
+    assert "2 joined" in capsys.readouterr().out
+    page = out.read_text()
+    for tag, attributes in Page(page.replace("<img ", "<line ")).tags:
+        assert tag not in ("script", "iframe")
+        assert attributes.get("src", "data:").startswith("data:")
+    own = page.split("<h2>Study which &lt;scorer&gt;</h2>")[1]
+    assert base64.b64decode(own.split("base64,")[1].split('"')[0]) == figure.read_bytes()
+    means, effects, tests = (part.split("</table>")[0] for part in own.split("<table ")[1:])
+    assert "<b>0.625</b>" in means
+    assert re.findall(r'"number">([^<]*)<', means.split("<tr")[2]) == [
+        "0.000", "1.5", "250 ms", "&ndash;"
+    ]  # fmt: skip
+    assert "<code>lacks</code> <small>1 of 2 seeds</small>" in means
+    assert "E: &lt;why&gt;" in means
+    assert "<td>-0.125 [-0.225, -0.025]</td>" in effects
+    assert re.findall(r'"number">([^<]*)<', effects)[2:] == ["&lt; 0.001", "&lt; 0.001"]
+    assert "<td>2 seeds</td><td>+0.375</td>" in tests
+    assert re.findall(r'"number">([^<]*)<', tests)[2:] == ["&ndash;", "&ndash;"]
+    assert "attributions: 8 if each cell had been alone, 4 done" in own
+    assert "said of it" in own
+
+
+def test_a_study_alone_has_no_overview(tmp_path):
+    path = write(tmp_path, study(), "study.json")
+    out = tmp_path / "r.html"
+    assert main(["report", str(path), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "All settings" not in page
+    assert "<dt>study</dt><dd>1</dd>" in page
+    assert "benchmark</dt>" not in page
+
+
+def test_a_place_without_results_is_passed_over_where_others_have_some(tmp_path, capsys):
+    write(tmp_path / "bench", results())
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "r.html"
+    places = [str(tmp_path / "empty"), str(tmp_path / "bench"), str(tmp_path / "nowhere")]
+    assert main(["report", *places, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    for name in ("empty", "nowhere"):
+        assert f"passed over {str(tmp_path / name)!r}: it holds no results.json" in said
+    assert "1 joined" in said
+    assert "<b>0.500</b>" in out.read_text()
+
+
+def test_what_is_no_study_is_refused(tmp_path, capsys):
+    data = study()
+    del data["means"]
+    path = write(tmp_path, data, "study.json")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 2
+    said = capsys.readouterr().err
+    assert f"{str(path)!r} has no means; expected the study.json that dattri ablate writes" in said
+
+
+def test_the_results_of_a_study_are_what_the_report_reads(tmp_path):
+    """The other side of the contract: `dattri ablate` writes these keys."""
+    from dattri_bench.studies.command import write as write_study
+    from dattri_bench.studies.results import Results, Row
+
+    rows = tuple(
+        Row(
+            "digits", 1, {"scorer": name}, name, "lds", seed, "done",
+            {"value": value + seed / 8, "low": 0.0, "high": 1.0, "confidence": 0.95,
+             "chance": 0.0, "ceiling": None, "higher_is_better": True},
+        )
+        for name, value in (("dot", 0.5), ("cosine", 0.25)) for seed in (0, 1)
+    )  # fmt: skip
+    asked = dattri.Study(
+        name="s", setting="digits", metrics=["lds"], factors={"scorer": ["dot", "cosine"]},
+        seeds=[0, 1],
+    )  # fmt: skip
+    write_study(Results(asked, rows, (), frozenset({"lds"})), tmp_path)
+    out = tmp_path / "r.html"
+    assert main(["report", str(tmp_path), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<b>0.562</b>" in page
+    assert page.count("data:image/svg+xml") == len(list(tmp_path.glob("*.svg"))) > 0
+    assert "scorer: cosine" in page
