@@ -58,8 +58,9 @@ def test_a_paired_test_is_scipys(one, seed):
     [[0.0, 0.0], [0.5, 0.5], [0.1, 0.1, 0.1], [0.55 - 0.5, 0.15 - 0.1], [0.3 - 0.1, 0.2], [0.5]],
 )
 def test_without_spread_there_is_no_test(differences):
-    made = paired(differences, "a", "b", "seeds", True, 0.5)
-    assert (made.p, made.low, made.high) == (None, None, None)
+    for size in (0.0, 0.5):  # of the numbers themselves, where it is said
+        made = paired(differences, "a", "b", "seeds", True, size)
+        assert (made.p, made.low, made.high) == (None, None, None)
     assert made.difference == pytest.approx(np.mean(differences))
     assert paired([0.05, 0.0500001], "a", "b", "seeds", True, 0.5).p < 1e-5
     # of numbers of size 1e6 the same differences are rounding
