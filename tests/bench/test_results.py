@@ -252,3 +252,5 @@ def test_dampings_are_split_outside_of_json():
     from dattri_bench.tuning import dampings_of
 
     assert dampings_of('damping=0.1,{"relative":0.5}') == (0.1, {"relative": 0.5})
+    with pytest.raises(dattri.InputError, match="without its other half"):
+        dampings_of('damping=0.1,{"relative":0.5')
