@@ -46,14 +46,35 @@ def truths(metric: str, name: str, value: Any, axes: tuple[str, ...]) -> Array:
     Raises:
         InputError: Another number of axes, an empty one, or another value.
     """
-    array = np.asarray(_plain(value))
+    try:
+        array = np.asarray(_plain(value))
+    except ValueError as error:  # rows of different lengths
+        raise InputError(
+            f"{metric}: {name} has rows of different lengths; expected truth values "
+            f"[{', '.join(axes)}]{_of_positions(axes)}"
+        ) from error
     if array.ndim != len(axes) or array.size == 0:
         raise InputError(
             f"{metric}: {name} has shape {array.shape}; expected truth values [{', '.join(axes)}]"
+            f"{_of_positions(axes)}"
         )
     if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
-        raise InputError(f"{metric}: {name} holds other values than true and false")
+        raise InputError(
+            f"{metric}: {name} holds other values than true and false, "
+            f"{array[~np.isin(array, (0, 1))][0]!r} say{_of_positions(axes)}"
+        )
     return array.astype(bool)
+
+
+def flag(metric: str, name: str, value: Any) -> bool:
+    """Return a truth value; None and texts are none.
+
+    Raises:
+        InputError: It is neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{metric}: {name} is {value!r}; give True or False")
+    return bool(value)
 
 
 def labels(metric: str, name: str, value: Any, count: int) -> Array:
@@ -71,6 +92,35 @@ def labels(metric: str, name: str, value: Any, count: int) -> Array:
     return array
 
 
+def same_kind(metric: str, name: str, train: Array, test: Array) -> None:
+    """Refuse labels that cannot be compared, so that none would ever be equal.
+
+    Args:
+        metric: Who asks, for the message.
+        name: Of both: ``"labels"`` for ``train_labels`` and ``test_labels``.
+        train: ``[n_train]``, from `labels`.
+        test: ``[n_test]``.
+
+    Raises:
+        InputError: Numbers on one side and texts on the other, or no test example has a label of
+            the train set.
+    """
+    kinds = [{"U": "texts", "S": "bytes"}.get(x.dtype.kind, "numbers") for x in (train, test)]
+    shown = (
+        f"train_{name} are {kinds[0]} ({train[0].item()!r} first), test_{name} {kinds[1]} "
+        f"({test[0].item()!r} first)"
+    )
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"{metric}: {shown}; they are never equal, give the same kind on both sides"
+        )
+    if not np.isin(test, train).any():
+        raise InputError(
+            f"{metric}: {shown}; no test example has one that occurs in the train set, give the "
+            "same names on both sides"
+        )
+
+
 def same_shape(metric: str, **arrays: Array) -> None:
     """Refuse arrays of different shapes.
 
@@ -82,8 +132,17 @@ def same_shape(metric: str, **arrays: Array) -> None:
         raise InputError(f"{metric}: shapes differ: {shapes}; expected the same")
 
 
+def _of_positions(axes: tuple[str, ...]) -> str:
+    masks = f"numpy.isin(numpy.arange({axes[-1]}), positions)"
+    if len(axes) > 1:
+        masks = f"numpy.stack([{masks} for positions in ...])"
+    return f"; positions become truth values by {masks}"
+
+
 def _plain(value: Any) -> Any:
     value = value.values if isinstance(value, Scores) else value
+    if isinstance(value, (list, tuple)) and any(isinstance(x, Scores) for x in value):
+        return np.stack([np.asarray(_plain(x)) for x in value])
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()

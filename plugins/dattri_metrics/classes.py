@@ -9,14 +9,24 @@ from attrs import frozen
 from torch import Tensor
 
 from dattri_core import Evidence, InputError, MetricResult
-from dattri_metrics.arrays import labels, numbers
-from dattri_metrics.bootstrap import DEFAULT, Bootstrap, Estimate, summary
+from dattri_metrics.arrays import labels, numbers, same_kind
+from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
 from dattri_metrics.evidence import fact, scores_of
+from dattri_metrics.ids import ordered
+from dattri_metrics.intervals import Proportion
+from dattri_metrics.spread import Estimate
 from dattri_metrics.top import check_k, top
 
 
 def class_detection(
-    scores: Any, train_labels: Any, test_labels: Any, *, k: int = 1, bootstrap: Bootstrap = DEFAULT
+    scores: Any,
+    train_labels: Any,
+    test_labels: Any,
+    *,
+    k: int = 1,
+    train_ids: Any = None,
+    test_ids: Any = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> MetricResult:
     """Return the share of the k most helpful examples that are of the test's class.
 
@@ -31,16 +41,19 @@ def class_detection(
         train_labels: ``[n_train]`` integers or texts.
         test_labels: ``[n_test]``; labels, or what the model predicts, which is then explained.
         k: From 1 to n_train - 1.
-        bootstrap: How to draw the interval.
+        train_ids: Of ``train_labels``, for `Scores` with ids of their own.
+        test_ids: Of ``test_labels``.
+        bootstrap: The confidence of the interval, Wilson's.
 
     Returns:
         Value in [0, 1]. Chance: the mean share of the test's class in the train set. Ceiling: below
         1 where a class has fewer than k train examples.
 
     Raises:
-        InputError: Shapes do not match, a number is not finite, k is out of range, or all train
-            labels are the same.
+        InputError: Shapes do not match, a number is not finite, k is out of range, all train labels
+            are the same, or no test label occurs among them, as of numbers and texts.
     """
+    scores = ordered("class-detection", scores, "labels", train_ids, test_ids)
     return _detection("class-detection", scores, train_labels, test_labels, k, bootstrap)
 
 
@@ -50,6 +63,7 @@ def _detection(
     tau = numbers(name, "scores", scores, ("n_train", "n_test"))
     of_train = labels(name, "train_labels", train, tau.shape[0])
     of_test = labels(name, "test_labels", test, tau.shape[1])
+    same_kind(name, "labels", of_train, of_test)
     check_k(name, k, len(tau))
     if len(np.unique(of_train)) < 2:
         raise InputError(
@@ -63,6 +77,7 @@ def _detection(
         Estimate(shares, None),
         float(counts.mean() / len(tau)),
         bootstrap,
+        shape=Proportion(len(shares), most=True),
         bounds=(0.0, 1.0),
         ceiling=float(np.minimum(counts, k).mean() / k),
         per_test=True,

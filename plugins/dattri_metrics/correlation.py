@@ -9,16 +9,16 @@ from typing import Any, Literal
 import numpy as np
 
 from dattri_core import InputError
-from dattri_metrics.bootstrap import Estimate
 from dattri_metrics.ranks import Ranks
+from dattri_metrics.spread import Estimate
 
 Array = np.ndarray[Any, Any]
-Correlation = Literal["pearson", "spearman"]
+Kind = Literal["pearson", "spearman"]
 WORK = 4_000_000  # entries of the blocks of columns that are sorted together
 ROUNDING = 1e-12
 
 
-def correlate(metric: str, correlation: Correlation, predicted: Array, truth: Array) -> Estimate:
+def correlate(metric: str, correlation: Kind, predicted: Array, truth: Array) -> Estimate:
     """Return the correlation of each column over rows, and its influence function.
 
     Columns without variation, up to rounding (a range of at most 1e-12 of the largest value):
@@ -50,10 +50,11 @@ def correlate(metric: str, correlation: Correlation, predicted: Array, truth: Ar
     found = KINDS[correlation]
     for block in _blocks(np.flatnonzero(said), len(truth)):
         values[block], influence[:, block] = found(predicted[:, block], truth[:, block])
-    return Estimate(values, influence)
+    # Pearson's is scaled by two variances that the rows gave; ranks have theirs whatever the rows
+    return Estimate(values, influence, fitted=2 if correlation == "pearson" else 0)
 
 
-def ceiling(metric: str, correlation: Correlation, truth: Array, again: Array) -> float:
+def ceiling(metric: str, correlation: Kind, truth: Array, again: Array) -> float:
     """Return the correlation that the noise of training leaves to the best scores.
 
     Outcomes are a mean for each train set plus the noise of one training. Let rho be the mean
@@ -107,7 +108,7 @@ def _spearman(x: Array, y: Array) -> tuple[Array, Array]:
     return value, moved_c / scale - value / 2 * (moved_a / a + moved_b / b)
 
 
-KINDS: dict[Correlation, Callable[[Array, Array], tuple[Array, Array]]] = {
+KINDS: dict[Kind, Callable[[Array, Array], tuple[Array, Array]]] = {
     "pearson": _pearson,
     "spearman": _spearman,
 }

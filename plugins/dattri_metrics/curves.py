@@ -11,9 +11,10 @@ import numpy as np
 from attrs import frozen
 
 from dattri_core import Counterfactual, Evidence, InputError, MetricResult
-from dattri_metrics.arrays import numbers
-from dattri_metrics.bootstrap import DEFAULT, Bootstrap, Estimate, summary
+from dattri_metrics.arrays import flag, numbers
+from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
 from dattri_metrics.evidence import goodness, other_seed, outcomes_of, scores_of
+from dattri_metrics.spread import Estimate
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["removal", "insertion"]
@@ -55,7 +56,8 @@ class Curve:
 
         in units of the target. Removal is good when the curve falls fast: less is better. For
         insertion more is better. The interval is over tests *and*, where there are several, over
-        trainings; chance is the area of random order (Ghorbani and Zou 2019, arXiv 1904.02868,
+        trainings: with one it says nothing of others, and with one test and one training it is the
+        value itself. Chance is the area of random order (Ghorbani and Zou 2019, arXiv 1904.02868,
         figure 2; Hooker et al. 2019).
 
         Args:
@@ -104,7 +106,8 @@ def curve(kind: Kind, shares: Any, outcomes: Any, control: Any, *, higher_is_bet
             f"{name}: shares {at.shape}, outcomes {found.shape}, control {other.shape}; expected "
             "[q], [q, r, n_test] and [q, o, n_test]"
         )
-    return Curve(kind, at, *((found, other) if higher_is_better else (-found, -other)))
+    better = flag(name, "higher_is_better", higher_is_better)
+    return Curve(kind, at, *((found, other) if better else (-found, -other)))
 
 
 def _check_shares(name: str, kind: Kind, shares: Array) -> None:

@@ -9,10 +9,12 @@ from attrs import frozen
 from dattri_parts.training import random_subsets
 
 from dattri_core import Counterfactual, Evidence, InputError, MetricResult
-from dattri_metrics.arrays import numbers, same_shape, truths
+from dattri_metrics.arrays import flag, numbers, same_shape, truths
 from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
 from dattri_metrics.correlation import ceiling, correlate
 from dattri_metrics.evidence import goodness, other_seed, outcomes_of, scores_of
+from dattri_metrics.ids import ordered
+from dattri_metrics.intervals import Correlation
 
 Array = np.ndarray[Any, Any]
 NAME = "lds"
@@ -26,6 +28,8 @@ def lds(
     *,
     higher_is_better: bool,
     again: Any = None,
+    train_ids: Any = None,
+    test_ids: Any = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> MetricResult:
     """Return the linear datamodeling score.
@@ -40,7 +44,8 @@ def lds(
     1e-12 of sum_i |tau_ij|, so that sums that are equal but for rounding are ties.
 
     The interval is of the mean over tests *and* subsets of the two populations that they were drawn
-    from; see `dattri_metrics.bootstrap.summary` for how, and why subsets are not simply resampled.
+    from; see `dattri_metrics.spread.spread`, `dattri_metrics.intervals.Correlation` for how, and
+    `dattri_metrics.bootstrap.summary` for why subsets are not simply resampled.
     A test whose outcome is the same for all subsets is left out; one whose sums are all the same
     counts 0 (`dattri_metrics.correlation.correlate`).
 
@@ -50,7 +55,9 @@ def lds(
         outcomes: ``[r, n_test]``: of each model on each test example, a loss say.
         higher_is_better: Of the outcome: False for a loss.
         again: ``[r, n_test]``, outcomes of other trainings on the same sets, for the ceiling.
-        bootstrap: How to draw the interval.
+        train_ids: Of the columns of ``masks``, for `Scores` with ids of their own.
+        test_ids: Of the columns of ``outcomes``.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value in [-1, 1]; chance 0; the ceiling is sqrt(mean_j spearman_s(outcomes, again)).
@@ -59,6 +66,8 @@ def lds(
         InputError: Shapes do not match, a number is not finite, there are fewer than 3 subsets, all
             subsets are one, or no outcome varies.
     """
+    better = flag(NAME, "higher_is_better", higher_is_better)
+    scores = ordered(NAME, scores, "masks and outcomes", train_ids, test_ids)
     tau = numbers(NAME, "scores", scores, ("n_train", "n_test"))
     sets = truths(NAME, "masks", masks, ("r", "n_train"))
     truth = numbers(NAME, "outcomes", outcomes, ("r", "n_test"))
@@ -74,8 +83,16 @@ def lds(
         second = numbers(NAME, "again", again, ("r", "n_test"))
         same_shape(NAME, outcomes=truth, again=second)
         best = ceiling(NAME, "spearman", truth, second)
-    found = correlate(NAME, "spearman", _sums(tau, sets), truth if higher_is_better else -truth)
-    return summary(found, 0.0, bootstrap, bounds=(-1.0, 1.0), ceiling=best, per_test=True)
+    found = correlate(NAME, "spearman", _sums(tau, sets), truth if better else -truth)
+    return summary(
+        found,
+        0.0,
+        bootstrap,
+        shape=Correlation(len(sets), ranks=True),
+        bounds=(-1.0, 1.0),
+        ceiling=best,
+        per_test=True,
+    )
 
 
 def _sums(scores: Array, masks: Array) -> Array:

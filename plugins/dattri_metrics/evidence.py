@@ -9,17 +9,19 @@ import numpy as np
 
 from dattri_core import Counterfactual, Evidence, InputError, Outcomes, Task
 from dattri_metrics.arrays import numbers
+from dattri_metrics.ids import of_world
 
 Array = np.ndarray[Any, Any]
 
 
 def scores_of(metric: str, evidence: Evidence) -> Array:
-    """Return the scores, float64 ``[n_train, n_test]``.
+    """Return the scores, float64 ``[n_train, n_test]``, in the order of the world.
 
     Raises:
-        InputError: They are not finite, or not of the size of the world.
+        InputError: They are not finite, not of the size of the world, or have other ids.
     """
-    scores = numbers(metric, "scores", evidence.scores, ("n_train", "n_test"))
+    given = of_world(metric, evidence.scores, evidence.world)
+    scores = numbers(metric, "scores", given, ("n_train", "n_test"))
     size = (len(evidence.world.train_ids), len(evidence.world.test_ids))
     if scores.shape != size:
         raise InputError(

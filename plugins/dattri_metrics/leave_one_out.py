@@ -8,11 +8,13 @@ import numpy as np
 from attrs import frozen
 from dattri_parts.training import leave_one_out
 
-from dattri_core import Counterfactual, Evidence, InputError, MetricResult
-from dattri_metrics.arrays import numbers, same_shape
+from dattri_core import Counterfactual, Evidence, InputError, MetricResult, Scores
+from dattri_metrics.arrays import flag, numbers, same_shape
 from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
-from dattri_metrics.correlation import Correlation, ceiling, correlate
+from dattri_metrics.correlation import KINDS, Kind, ceiling, correlate
 from dattri_metrics.evidence import goodness, other_seed, outcomes_of, scores_of
+from dattri_metrics.ids import ordered, ordered_with
+from dattri_metrics.intervals import Correlation
 
 Array = np.ndarray[Any, Any]
 
@@ -22,8 +24,10 @@ def loo_correlation(
     outcomes: Any,
     *,
     higher_is_better: bool,
-    correlation: Correlation = "pearson",
+    correlation: Kind = "pearson",
     again: Any = None,
+    train_ids: Any = None,
+    test_ids: Any = None,
     bootstrap: Bootstrap = DEFAULT,
 ) -> MetricResult:
     """Return the correlation of scores with what leaving one example out does.
@@ -45,16 +49,28 @@ def loo_correlation(
         higher_is_better: Of the outcome: False for a loss.
         correlation: ``"pearson"`` or ``"spearman"``; two metrics, not to be compared.
         again: ``[n, n_test]``, outcomes of other trainings on the same sets, for the ceiling.
-        bootstrap: How to draw the interval.
+        train_ids: Of the rows of ``outcomes``, for `Scores` with ids of their own; they may be
+            some of those of the scores.
+        test_ids: Of the columns of ``outcomes``.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value in [-1, 1]; chance 0; the ceiling is sqrt(mean_j corr_i(outcomes, again)).
 
     Raises:
-        InputError: Shapes do not match, a number is not finite, there are fewer than 3 examples, or
-            no outcome varies.
+        InputError: Shapes do not match, a number is not finite, there are fewer than 3 examples, no
+            outcome varies, or an argument is none of those that are allowed.
     """
+    if correlation not in KINDS:
+        raise InputError(
+            f"loo-correlation: correlation is {correlation!r}; give 'pearson' or 'spearman'"
+        )
     name = f"loo-{correlation}"
+    better = flag(name, "higher_is_better", higher_is_better)
+    if isinstance(outcomes, Scores) and train_ids is None and test_ids is None:
+        ordered_with(name, "outcomes", scores, outcomes)
+    else:
+        scores = ordered(name, scores, "outcomes", train_ids, test_ids)
     tau = numbers(name, "scores", scores, ("n", "n_test"))
     truth = numbers(name, "outcomes", outcomes, ("n", "n_test"))
     same_shape(name, scores=tau, outcomes=truth)
@@ -63,12 +79,20 @@ def loo_correlation(
         second = numbers(name, "again", again, ("n", "n_test"))
         same_shape(name, outcomes=truth, again=second)
         best = ceiling(name, correlation, truth, second)
-    found = correlate(name, correlation, tau, -truth if higher_is_better else truth)
-    return summary(found, 0.0, bootstrap, bounds=(-1.0, 1.0), ceiling=best, per_test=True)
+    found = correlate(name, correlation, tau, -truth if better else truth)
+    return summary(
+        found,
+        0.0,
+        bootstrap,
+        shape=Correlation(len(tau), ranks=correlation == "spearman"),
+        bounds=(-1.0, 1.0),
+        ceiling=best,
+        per_test=True,
+    )
 
 
 def _measure(
-    correlation: Correlation, evidence: Evidence, examples: int | None, with_ceiling: bool
+    correlation: Kind, evidence: Evidence, examples: int | None, with_ceiling: bool
 ) -> MetricResult:
     name = f"loo-{correlation}"
     scores = scores_of(name, evidence)

@@ -13,9 +13,11 @@ from attrs import frozen
 
 from dattri_core import Evidence, InputError, MetricResult
 from dattri_metrics.arrays import numbers, truths
-from dattri_metrics.bootstrap import DEFAULT, Bootstrap, Estimate, summary
+from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
 from dattri_metrics.evidence import scores_of
+from dattri_metrics.intervals import Proportion
 from dattri_metrics.precision import expected_precision, precisions
+from dattri_metrics.spread import Estimate
 
 Array = np.ndarray[Any, Any]
 By = Literal["either", "self-influence", "scores"]
@@ -33,7 +35,8 @@ def auroc(suspicion: Any, is_mislabelled: Any, *, bootstrap: Bootstrap = DEFAULT
         AUROC = (sum of the ranks of the mislabelled - p (p + 1) / 2) / (p q)
 
     with p mislabelled and q correct examples and mid-ranks for ties (Mann and Whitney 1947), in
-    O(n log n). The interval is over train examples.
+    O(n log n). The interval is over train examples: `dattri_metrics.intervals.Proportion` with
+    DeLong's variance and `trials_of_pairs`.
 
     **Direction.** High suspicion means "look here first". The field's suspicion is self-influence
     as it is (high: the example is explained by itself only; Koh and Liang 2017, section 5.4, and
@@ -43,7 +46,7 @@ def auroc(suspicion: Any, is_mislabelled: Any, *, bootstrap: Bootstrap = DEFAULT
     Args:
         suspicion: ``[n]`` finite numbers.
         is_mislabelled: ``[n]`` true where the label is wrong.
-        bootstrap: How to draw the interval.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value and interval in [0, 1]; chance level 0.5.
@@ -59,7 +62,21 @@ def auroc(suspicion: Any, is_mislabelled: Any, *, bootstrap: Bootstrap = DEFAULT
     beaten = p - _half_below(mislabelled, correct)  # by how many mislabelled ones
     moves = np.concatenate([won / q - value, beaten / p - value])
     moves *= np.concatenate([np.full(p, (p + q) / p), np.full(q, (p + q) / q)])
-    return _over_examples(value, moves, CHANCE, bootstrap)
+    estimate = Estimate(np.array([value]), moves[:, None], np.arange(p + q) < p)
+    shape = Proportion(trials_of_pairs(value, p, q))
+    return summary(estimate, CHANCE, bootstrap, shape=shape, bounds=UNIT)
+
+
+def trials_of_pairs(area: float, p: int, q: int) -> float:
+    """Return how many values of 0 and 1 are as uncertain as an area from p x q pairs.
+
+        p q / (1 + N (1 - A) / (2 - A) + N A / (1 + A)), with N = (p + q) / 2 - 1,
+
+    by exponential suspicions of both groups, with the two exchanged in half of the cases (Hanley
+    and McNeil 1982; Newcombe 2006, part 2, method 5).
+    """
+    wide = (p + q) / 2 - 1
+    return p * q / (1 + wide * ((1 - area) / (2 - area) + area / (1 + area)))
 
 
 def average_precision(
@@ -73,12 +90,12 @@ def average_precision(
 
     Examples are looked at by falling suspicion. Equal ones are looked at together: the precision is
     that after the whole group, as in scikit-learn's ``average_precision_score``. The interval is
-    over train examples.
+    over train examples: `dattri_metrics.intervals.Proportion`, a trial for each mislabelled one.
 
     Args:
         suspicion: ``[n]`` finite numbers, high first; see `auroc` for the direction.
         is_mislabelled: ``[n]`` true where the label is wrong.
-        bootstrap: How to draw the interval.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value and interval in [0, 1]; chance is the exact mean over random orders, a little above
@@ -88,10 +105,10 @@ def average_precision(
         InputError: As `auroc`.
     """
     numbers_, wrong = _checked("mislabel-average-precision", suspicion, is_mislabelled)
-    found = precisions(numbers_[:, None], wrong[:, None])
+    found = precisions(numbers_[:, None], wrong[:, None], wrong)
     chance = float(expected_precision(len(wrong), wrong.sum()))
-    assert found.influence is not None
-    return _over_examples(float(found.values[0]), found.influence[:, 0], chance, bootstrap)
+    shape = Proportion(float(wrong.sum()))
+    return summary(found, chance, bootstrap, shape=shape, bounds=UNIT)
 
 
 def inspection_area(
@@ -111,7 +128,7 @@ def inspection_area(
     Args:
         suspicion: ``[n]`` finite numbers, high first; see `auroc` for the direction.
         is_mislabelled: ``[n]`` true where the label is wrong.
-        bootstrap: How to draw the interval.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value and interval in [0, 1]; chance 0.5. The best order reaches 1 - pi / 2, the ceiling.
@@ -126,7 +143,17 @@ def inspection_area(
     value = float(won.mean())
     moves = 1 - _half_below(mislabelled, numbers_) / p - value
     moves[wrong] += n / p * (_half_below(everyone, numbers_[wrong]) / n - value)
-    return _over_examples(value, moves, CHANCE, bootstrap, ceiling=1 - p / n / 2)
+    # on its way from the worst order to the best it is the AUROC
+    worst, best = p / n / 2, 1 - p / n / 2
+    area = min(max((value - worst) / (best - worst), 0.0), 1.0)
+    return summary(
+        Estimate(np.array([value]), moves[:, None], wrong),
+        CHANCE,
+        bootstrap,
+        shape=Proportion(trials_of_pairs(area, p, n - p), worst, best),
+        bounds=UNIT,
+        ceiling=best,
+    )
 
 
 def _half_below(ascending: Array, values: Array) -> Array:
@@ -135,13 +162,6 @@ def _half_below(ascending: Array, values: Array) -> Array:
     upto = np.searchsorted(ascending, values, side="right")
     counts: Array = (below + upto) / 2
     return counts
-
-
-def _over_examples(
-    value: float, moves: Array, chance: float, bootstrap: Bootstrap, ceiling: float | None = None
-) -> MetricResult:
-    estimate = Estimate(np.array([value]), moves[:, None])
-    return summary(estimate, chance, bootstrap, bounds=UNIT, ceiling=ceiling)
 
 
 def _checked(metric: str, suspicion: Any, is_mislabelled: Any) -> tuple[Array, Array]:

@@ -8,16 +8,24 @@ import numpy as np
 from attrs import frozen
 
 from dattri_core import Evidence, InputError, MetricResult
-from dattri_metrics.arrays import labels, numbers, truths
+from dattri_metrics.arrays import labels, numbers, same_kind, truths
 from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
 from dattri_metrics.evidence import fact, scores_of
+from dattri_metrics.ids import ordered
+from dattri_metrics.intervals import Proportion
 from dattri_metrics.precision import expected_precision, precisions
 
 Array = np.ndarray[Any, Any]
 
 
 def shortcut_detection(
-    scores: Any, train_shortcut: Any, test_shortcut: Any, *, bootstrap: Bootstrap = DEFAULT
+    scores: Any,
+    train_shortcut: Any,
+    test_shortcut: Any,
+    *,
+    train_ids: Any = None,
+    test_ids: Any = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> MetricResult:
     """Return how well scores point at the train examples that a shortcut was learned from.
 
@@ -35,7 +43,9 @@ def shortcut_detection(
         scores: tau, ``[n_train, n_test]``.
         train_shortcut: ``[n_train]`` true where the train example is marked.
         test_shortcut: ``[n_test]`` true where the test is, for which the shortcut decides.
-        bootstrap: How to draw the interval.
+        train_ids: Of ``train_shortcut``, for `Scores` with ids of their own.
+        test_ids: Of ``test_shortcut``.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value in [0, 1]; chance is the exact mean over random orders.
@@ -45,6 +55,7 @@ def shortcut_detection(
             are, or no test is.
     """
     name = "shortcut-detection"
+    scores = ordered(name, scores, "marks", train_ids, test_ids)
     tau = numbers(name, "scores", scores, ("n_train", "n_test"))
     of_train = truths(name, "train_shortcut", train_shortcut, ("n_train",))
     of_test = truths(name, "test_shortcut", test_shortcut, ("n_test",))
@@ -56,11 +67,17 @@ def shortcut_detection(
     if not of_test.any():
         raise InputError(f"{name}: none of {len(of_test)} tests has the shortcut; give some")
     positive = np.broadcast_to(of_train[:, None], (len(tau), int(of_test.sum())))
-    return _mean_precision(name, tau[:, of_test], positive, "the shortcut", bootstrap)
+    return _mean_precision(name, tau[:, of_test], positive, of_train, "the shortcut", bootstrap)
 
 
 def mixed_source_detection(
-    scores: Any, train_sources: Any, test_sources: Any, *, bootstrap: Bootstrap = DEFAULT
+    scores: Any,
+    train_sources: Any,
+    test_sources: Any,
+    *,
+    train_ids: Any = None,
+    test_ids: Any = None,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> MetricResult:
     """Return how well scores point at train examples of the test's own source.
 
@@ -77,7 +94,9 @@ def mixed_source_detection(
         scores: tau, ``[n_train, n_test]``.
         train_sources: ``[n_train]`` integers or texts.
         test_sources: ``[n_test]``. To ask about one source, give the columns of its tests only.
-        bootstrap: How to draw the interval.
+        train_ids: Of ``train_sources``, for `Scores` with ids of their own.
+        test_ids: Of ``test_sources``.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value in [0, 1]; chance is the exact mean over random orders.
@@ -87,15 +106,17 @@ def mixed_source_detection(
             is of a test's source.
     """
     name = "mixed-source-detection"
+    scores = ordered(name, scores, "sources", train_ids, test_ids)
     tau = numbers(name, "scores", scores, ("n_train", "n_test"))
     of_train = labels(name, "train_sources", train_sources, tau.shape[0])
     of_test = labels(name, "test_sources", test_sources, tau.shape[1])
+    same_kind(name, "sources", of_train, of_test)
     positive = of_train[:, None] == of_test
-    return _mean_precision(name, tau, positive, "the source", bootstrap)
+    return _mean_precision(name, tau, positive, of_train, "the source", bootstrap)
 
 
 def _mean_precision(
-    name: str, scores: Array, positive: Array, what: str, bootstrap: Bootstrap
+    name: str, scores: Array, positive: Array, strata: Array, what: str, bootstrap: Bootstrap
 ) -> MetricResult:
     n, counts = len(scores), positive.sum(axis=0)
     if counts.min() < 1 or counts.max() == n:
@@ -105,7 +126,14 @@ def _mean_precision(
             "some must, and some must not"
         )
     chance = float(expected_precision(n, counts).mean())
-    return summary(precisions(scores, positive), chance, bootstrap, bounds=(0.0, 1.0))
+    trials = 1 / float((1 / counts).mean())  # a precision is a mean over positives
+    return summary(
+        precisions(scores, positive, strata),
+        chance,
+        bootstrap,
+        shape=Proportion(trials),
+        bounds=(0.0, 1.0),
+    )
 
 
 @frozen

@@ -10,8 +10,11 @@ from dattri_parts.training import leave_one_out
 
 from dattri_core import Evidence, MetricResult
 from dattri_metrics.arrays import numbers, same_shape
-from dattri_metrics.bootstrap import DEFAULT, Bootstrap, Estimate, summary
+from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
 from dattri_metrics.evidence import goodness, outcomes_of, scores_of
+from dattri_metrics.ids import ordered_with
+from dattri_metrics.intervals import Proportion
+from dattri_metrics.spread import Estimate
 from dattri_metrics.top import check_k, top
 
 NAME = "top-k-overlap"
@@ -34,20 +37,22 @@ def top_k_overlap(
         scores: ``[n_train, n_test]``.
         others: ``[n_train, n_test]``: of another method, or what leaving each example out does.
         k: From 1 to n_train - 1.
-        bootstrap: How to draw the interval.
+        bootstrap: The confidence of the interval, Wilson's.
 
     Returns:
         Value in [0, 1]; chance k / n_train.
 
     Raises:
-        InputError: Shapes differ, a number is not finite, or k is out of range.
+        InputError: Shapes or ids differ, a number is not finite, or k is out of range.
     """
+    ordered_with(NAME, "others", scores, others)
     one = numbers(NAME, "scores", scores, ("n_train", "n_test"))
     two = numbers(NAME, "others", others, ("n_train", "n_test"))
     same_shape(NAME, scores=one, others=two)
     check_k(NAME, k, len(one))
     shared = (top(one, k) * top(two, k)).sum(axis=0) / k
-    return summary(Estimate(shared, None), k / len(one), bootstrap, bounds=(0.0, 1.0))
+    shape = Proportion(len(shared), most=True)
+    return summary(Estimate(shared, None), k / len(one), bootstrap, shape=shape, bounds=(0.0, 1.0))
 
 
 @frozen

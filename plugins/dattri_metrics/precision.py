@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from dattri_metrics.bootstrap import Estimate
 from dattri_metrics.ranks import Ranks, running
+from dattri_metrics.spread import Estimate
 
 Array = np.ndarray[Any, Any]
 
 
-def precisions(scores: Array, positive: Array) -> Estimate:
+def precisions(scores: Array, positive: Array, strata: Array | None = None) -> Estimate:
     """Return the average precision of each column, and its influence function.
 
         AP = (1 / p) sum over positive i of T_i / N_i,
@@ -24,6 +24,7 @@ def precisions(scores: Array, positive: Array) -> Estimate:
     Args:
         scores: ``[n, m]``, high first.
         positive: ``[n, m]`` truth values, at least one in each column.
+        strata: ``[n]``, groups of rows, for the interval; see `Estimate`.
     """
     ranks = Ranks.of(-scores)
     found = ranks.gather(positive).astype(np.float64)
@@ -38,7 +39,7 @@ def precisions(scores: Array, positive: Array) -> Estimate:
     )
     own = found * (hits / seen - values)
     moved = len(scores) / count * (own + found * passed - cost)
-    return Estimate(values, ranks.scatter(moved))
+    return Estimate(values, ranks.scatter(moved), strata)
 
 
 def expected_precision(n: int, positives: Array) -> Array:

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from dattri_core import Counterfactual, Evidence, InputError, MetricResult, Task, World
 from dattri_metrics.arrays import numbers, same_shape
-from dattri_metrics.bootstrap import DEFAULT, Bootstrap, Estimate, summary
-from dattri_metrics.correlation import correlate
+from dattri_metrics.bootstrap import DEFAULT, Bootstrap, summary
+from dattri_metrics.correlation import correlate, varies
 from dattri_metrics.evidence import attribute_of, other_seed, scores_of
+from dattri_metrics.ids import ordered_with
+from dattri_metrics.intervals import Correlation
+from dattri_metrics.spread import Estimate
 
 Array = np.ndarray[Any, Any]
 RANDOMISED, STABLE = "model-randomisation", "rank-stability"
@@ -32,7 +35,7 @@ def rank_stability(scores: Any, *, bootstrap: Bootstrap = DEFAULT) -> MetricResu
 
     Args:
         scores: ``[seeds, n_train, n_test]``, of 2 or more models that differ by their seed.
-        bootstrap: How to draw the interval.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value in [-1, 1]; chance 0.
@@ -41,6 +44,9 @@ def rank_stability(scores: Any, *, bootstrap: Bootstrap = DEFAULT) -> MetricResu
         InputError: There are fewer than two seeds or three train examples, or a number is not
             finite.
     """
+    if isinstance(scores, (list, tuple)):
+        for other in scores[1:]:
+            ordered_with(STABLE, "those of another seed", scores[0], other)
     tau = numbers(STABLE, "scores", scores, ("seeds", "n_train", "n_test"))
     if len(tau) < 2:
         raise InputError(f"{STABLE}: scores of {len(tau)} seed; give 2 or more")
@@ -63,7 +69,7 @@ def model_randomisation(
     Args:
         scores: ``[n_train, n_test]``, of the trained model.
         randomised: ``[models, n_train, n_test]``, the same method for models of random weights.
-        bootstrap: How to draw the interval.
+        bootstrap: The confidence of the interval.
 
     Returns:
         Value in [-1, 1]; chance 0.
@@ -72,6 +78,11 @@ def model_randomisation(
         InputError: Shapes do not match, a number is not finite, or there are fewer than three train
             examples.
     """
+    if isinstance(randomised, (list, tuple)):
+        for other in randomised:
+            ordered_with(RANDOMISED, "randomised", scores, other)
+    else:
+        ordered_with(RANDOMISED, "randomised", scores, randomised)
     tau = numbers(RANDOMISED, "scores", scores, ("n_train", "n_test"))
     others = numbers(RANDOMISED, "randomised", randomised, ("models", "n_train", "n_test"))
     same_shape(RANDOMISED, scores=tau, each_of_randomised=others[0])
@@ -82,7 +93,7 @@ def model_randomisation(
 def _agreement(name: str, one: Array, two: Array) -> Estimate:
     """Return the rank correlation of each column; 0 where either does not vary."""
     values, influence = np.zeros(one.shape[1]), np.zeros(one.shape)
-    kept = np.ptp(two, axis=0) > 0
+    kept = varies(two)  # as `correlate` has it; what it leaves out counts 0 here
     if kept.any():
         found = correlate(name, "spearman", one[:, kept], two[:, kept])
         assert found.influence is not None
@@ -97,6 +108,7 @@ def _mean_of(pairs: list[Estimate], bootstrap: Bootstrap, higher_is_better: bool
         Estimate(values, influence),
         0.0,
         bootstrap,
+        shape=Correlation(len(influence), ranks=True),
         bounds=(-1.0, 1.0),
         higher_is_better=higher_is_better,
     )

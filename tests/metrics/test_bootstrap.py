@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from dattri_metrics.bootstrap import GROUPS, Bootstrap, Estimate, summary
+from dattri_metrics.bootstrap import FEW, GROUPS, Bootstrap, summary
+from dattri_metrics.spread import Estimate
+from scipy import stats
 
 from dattri_core import InputError
 
@@ -81,6 +83,15 @@ def test_skewness_is_kept():
     random = np.random.default_rng(1)
     found = summary(Estimate(random.exponential(size=25) ** 2, None), 0.0, Bootstrap(20000))
     assert found.high - found.value > 1.15 * (found.value - found.low)
+
+
+def test_of_few_values_it_is_students():
+    """Drawn again, a few numbers take a few means."""
+    for count in (2, 5, FEW - 1):
+        drawn = np.random.default_rng(count).normal(size=count)
+        found = summary(Estimate(drawn, None), 0.0, Bootstrap(confidence=0.9))
+        want = stats.t.interval(0.9, count - 1, drawn.mean(), stats.sem(drawn))
+        assert (found.low, found.high) == pytest.approx(want)
 
 
 def test_without_spread_and_at_the_bounds():

@@ -63,7 +63,8 @@ def test_shortcut_and_source_detection_equal_scikit_learn():
     found = mixed_source_detection(scores, train, test)
     assert found.value == pytest.approx(average_precisions(scores, same(train, test) > 0))
     perfect = mixed_source_detection(same(train, test), train, test)
-    assert (perfect.value, perfect.low, perfect.high) == (1.0, 1.0, 1.0)
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert 0.3 < perfect.low < 1
 
 
 def test_scores_without_information_give_chance():
@@ -130,6 +131,16 @@ def test_bad_input_is_named():
         class_detection(scores, CLASSES[:4], CLASSES[:3])
     with pytest.raises(InputError, match="test_labels is float64"):
         class_detection(scores, CLASSES, [0.5, 1, 2])
+    texts = ["0", "1", "2"]
+    message = r"train_labels are numbers \(0 first\), test_labels texts \('0' first\).*same kind"
+    with pytest.raises(InputError, match=message):
+        class_detection(scores, CLASSES, texts)
+    with pytest.raises(InputError, match=r"train_sources are texts.*test_sources numbers"):
+        mixed_source_detection(scores, CLASSES.astype(str), CLASSES[:3])
+    with pytest.raises(InputError, match="no test example has one that occurs in the train set"):
+        class_detection(scores, CLASSES, [7, 8, 9])
+    some = class_detection(scores, CLASSES, [0, 8, 9])  # one class is known
+    assert some.chance == pytest.approx(2 / 6 / 3)
     with pytest.raises(InputError, match="all train labels are"):
         class_detection(scores, np.ones(6, int), CLASSES[:3])
     with pytest.raises(InputError, match="none of 3 tests has the shortcut"):

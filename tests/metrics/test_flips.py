@@ -1,5 +1,7 @@
 """Brittleness against trying every number of removals."""
 
+import math
+
 import numpy as np
 import pytest
 from dattri_metrics import Bootstrap, brittleness, share_flipped, smallest_removals
@@ -51,10 +53,27 @@ def test_the_median_and_the_share():
     smallest, control = [1, 3, 3, 8, 11], [9, 11, 11]
     found = brittleness(smallest, control, largest=10)
     assert (found.value, found.chance, found.higher_is_better) == (3, 11, False)
-    assert 1 <= found.low <= 3 <= found.high <= 11
+    assert (found.low, found.high) == (1, 11)  # five tests say nothing at 95 %
     share = share_flipped(smallest, control, largest=10)
     assert (share.value, share.chance, share.higher_is_better) == (4 / 5, 1 / 3, True)
     assert share.low < 4 / 5 < share.high <= 1
+
+
+@pytest.mark.parametrize("tests", [5, 6, 8, 9, 12, 30, 61])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_of_the_median_is_the_narrowest_by_counts(tests, confidence):
+    """Sums of binomial probabilities: 1 - 2 P(fewer than l below the median)."""
+    found = brittleness(
+        np.arange(1, tests + 1), [1], largest=99, bootstrap=Bootstrap(confidence=confidence)
+    )
+
+    def held(place):  # by the place-th smallest and largest
+        return 1 - 2 * sum(math.comb(tests, k) for k in range(place)) / 2**tests
+
+    place = int(found.low) if found.high < 100 else 0
+    assert held(place) >= confidence > held(place + 1)
+    assert found.high == (tests + 1 - place if place else 100)
+    assert found.low == max(place, 1)
 
 
 def test_the_interval_of_the_median_covers():
