@@ -76,8 +76,8 @@ def ordered_with(metric: str, what: str, one: Any, two: Any) -> None:
 def _only_positions(
     metric: str, scores: Any, name: str, what: str, side: str, fix: str = ""
 ) -> None:
-    own = getattr(scores, side) if isinstance(scores, Scores) else range(0)
-    if not isinstance(own, range):
+    own = getattr(scores, side) if isinstance(scores, Scores) else ()
+    if not _are_positions(own):
         raise InputError(
             f"{metric}: the {side} of {name} are {_shown(own)}, not their positions, and {what} "
             f"have none; give {fix}where the order is the same, the .values of {name}"
@@ -95,7 +95,7 @@ def of_world(metric: str, scores: Any, world: World) -> Any:
     chosen = {}
     for side in SIDES:
         own, wanted = getattr(scores, side), getattr(world, side)
-        if isinstance(own, range) or tuple(own) == tuple(wanted):
+        if _are_positions(own) or tuple(own) == tuple(wanted):
             continue
         if set(own) != set(wanted):
             raise InputError(
@@ -105,6 +105,10 @@ def of_world(metric: str, scores: Any, world: World) -> Any:
             )
         chosen[side] = wanted
     return scores.select(**chosen) if chosen else scores
+
+
+def _are_positions(ids: Any) -> bool:
+    return tuple(ids) == tuple(range(len(ids)))  # a selection names them one by one
 
 
 def _shown(ids: Any) -> str:

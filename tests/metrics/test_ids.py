@@ -49,6 +49,7 @@ def test_other_orders_and_names_are_refused_and_positions_and_values_taken(name)
     want = function(VALUES)
     plain = Scores(VALUES)
     assert function(plain) == want
+    assert function(plain.select(train_ids=range(N), test_ids=range(M))) == want
     for scores in (
         plain.select(train_ids=MOVED),
         plain[:, [1, 0, 2, 3, 4]],
@@ -68,6 +69,7 @@ def test_given_ids_put_scores_into_the_order_of_the_other_arguments(name):
     moved = Scores(VALUES).select(train_ids=MOVED, test_ids=tests)
     assert function(moved.values) != want  # what it would silently have been
     assert function(moved, **positions) == want
+    assert function(Scores(VALUES).select(train_ids=MOVED), train_ids=range(N)) == want
     named = Scores(VALUES, *NAMES).select(train_ids=[NAMES[0][i] for i in MOVED])
     assert function(named, train_ids=NAMES[0], test_ids=NAMES[1]) == want
     with pytest.raises(InputError, match=r"the test_ids of scores are 'b0', 'b1', 'b2', \.\.\."):
