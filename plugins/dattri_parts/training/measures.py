@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dattri_core import InputError, Loss, labels_of, nearest, squared_error
-from dattri_parts.training.objective import IGNORED, SHIFTS
+from dattri_parts.training.objective import IGNORED, SHIFTS, is_shipped
 
 HIGHER_IS_BETTER = {"loss": False, "margin": True, "logit": True, "correct": True}
 """``loss``: of an example. ``margin``: log(p / (1 - p)) of the label. ``logit``: of the label.
@@ -39,8 +39,17 @@ def check_targets(targets: Iterable[str], loss: Loss) -> None:
     """Refuse targets that a loss does not have.
 
     Raises:
-        InputError: A regression is asked for a class.
+        InputError: A regression is asked for a class, or a loss of one's own for what it lacks.
     """
+    if not is_shipped(loss):
+        has = {"loss"} | ({"margin"} if loss.margin is not None else set())
+        lacks = sorted(set(targets) - has)
+        if lacks:
+            raise InputError(
+                f"retraining: the targets {lacks} are not known of the loss {loss.name!r}, which "
+                f"has {sorted(has)}; give a dattri.Loss with a margin, or a Retraining of your own"
+            )
+        return
     classes = [target for target in targets if target != "loss"]
     if classes and loss.name == squared_error.name:
         raise InputError(

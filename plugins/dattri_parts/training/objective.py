@@ -1,4 +1,4 @@
-"""What training minimises: the mean of a shipped loss over a batch."""
+"""What training minimises: the mean of a loss over a batch."""
 
 from __future__ import annotations
 
@@ -39,11 +39,47 @@ def loss_named(name: str) -> Loss:
     return LOSSES[name]
 
 
+def loss_of(given: Any) -> Loss:
+    """Return a loss: a shipped one by name or as it is, or one's own.
+
+    Args:
+        given: A name; a `Loss`, whose forward calls the model and nothing else of it; or a function
+            ``(model, batch) -> [B]``.
+
+    Raises:
+        InputError: It is none of these, or one's own has the name of a shipped one.
+    """
+    if isinstance(given, str):
+        return loss_named(given)
+    if isinstance(given, Loss):
+        if given.name in LOSSES and given != LOSSES[given.name]:
+            raise InputError(
+                f"retraining: a Loss of your own is named {given.name!r}, as a shipped one is, "
+                "which is averaged and measured in its own way; give yours another name"
+            )
+        return given
+    if not callable(given):
+        raise InputError(
+            f"retraining: the loss is {given!r} ({type(given).__name__}), expected one of "
+            f"{sorted(LOSSES)}, a dattri.Loss or a function (model, batch) -> [B]"
+        )
+    return Loss(given, _as_they_are, getattr(given, "__name__", type(given).__name__))
+
+
+def is_shipped(loss: Loss) -> bool:
+    """Return whether a loss is one of this package, known by its name."""
+    return loss.name in LOSSES
+
+
+def _as_they_are(losses: Tensor, batch: Any) -> Tensor:
+    return losses
+
+
 def mean_loss(loss: Loss, model: Callable[..., Any], batch: Any) -> Tensor:
     """Return the mean loss of a batch: over its examples, or the tokens that are predicted in it.
 
     Args:
-        loss: One of the shipped losses.
+        loss: A shipped loss, or one's own.
         model: A module, or a function that is called as one.
         batch: A nest of tensors, labels last.
     """

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dattri_core import InputError, Loss, batch_size, cross_entropy, labels_of, take
+from dattri_parts.training.objective import is_shipped
 
 
 @torch.no_grad()
-def rehearse(loss: Loss, model: nn.Module, train_data: Any, test_data: Any) -> int:
+def rehearse(loss: Loss, model: Callable[..., Any], train_data: Any, test_data: Any) -> int:
     """Run a new model on two examples of each side; return how many outputs a test example has.
 
     Args:
-        loss: One of the shipped losses.
-        model: In eval mode.
+        loss: A shipped loss, or one's own.
+        model: In eval mode, or a function that is called as one.
         train_data: A nest of tensors in the model's precision, labels last.
         test_data: The same for the test set.
 
     Raises:
-        InputError: Labels are no classes of the outputs, or the loss is not one number for each
-            example.
+        InputError: Labels are no classes of the outputs, the loss is not one number for each
+            example, or it asks the model for more than its outputs.
     """
     for name, data in (("train_data", train_data), ("test_data", test_data)):
         batch = take(data, slice(0, 2))
-        outputs = loss.forward(model, batch)
+        outputs = _outputs(loss, model, batch)
+        got = f"outputs {tuple(outputs.shape)} of {name}"
+        if is_shipped(loss):
+            labels = tuple(labels_of(batch).shape)
+            got = f"outputs {tuple(outputs.shape)} and labels {labels} of {name}"
         if loss.name == cross_entropy.name:
             _check_classes(name, labels_of(data), outputs)
-        got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels_of(batch).shape)} of {name}"
         try:
             values = loss.criterion(outputs, batch)
         except (RuntimeError, IndexError, ValueError) as error:
@@ -42,6 +47,25 @@ def rehearse(loss: Loss, model: nn.Module, train_data: Any, test_data: Any) -> i
                 "expected one number for each example"
             )
     return outputs.numel() // batch_size(batch)
+
+
+def _outputs(loss: Loss, model: Callable[..., Any], batch: Any) -> Tensor:
+    try:
+        outputs: Any = loss.forward(model, batch)  # type: ignore[arg-type]
+    except AttributeError as error:
+        if "'function' object" not in str(error):
+            raise
+        raise InputError(
+            f"retraining: the loss {loss.name!r} asks the model for more than its outputs "
+            f"({error}); a model that is trained again is called with weights from outside, so "
+            "move what it needs into the model's forward"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"retraining: the loss {loss.name!r} gave a {type(outputs).__name__}, expected a "
+            "tensor that begins with the examples"
+        )
+    return outputs
 
 
 def _check_classes(name: str, labels: Tensor, outputs: Tensor) -> None:

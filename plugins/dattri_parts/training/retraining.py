@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, field, fields_dict, frozen
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,7 +27,7 @@ from dattri_core import (
 )
 from dattri_parts.training.fingerprint import fingerprint
 from dattri_parts.training.measures import check_targets, measured, outcomes_of
-from dattri_parts.training.objective import loss_named, mean_loss
+from dattri_parts.training.objective import is_shipped, loss_of, mean_loss
 from dattri_parts.training.optima import Optima, prepare
 from dattri_parts.training.optimum import Optimum
 from dattri_parts.training.recipe import Recipe, check_kept
@@ -54,6 +54,7 @@ class _Held:
     """What is made once and used by every training."""
 
     fingerprint: str | None = None
+    versions: tuple[int, ...] = ()  # of the data, when the fingerprint was taken
     template: nn.Module | None = None
     data: tuple[Any, Any] | None = None
     optima: Optima | None = None
@@ -68,7 +69,8 @@ class ModelRetraining:
     Args:
         build: Makes a new model; called under the seed of the counterfactual, on the CPU.
         recipe: `Recipe` of minibatch steps, or `Optimum` of a convex model.
-        loss: A shipped one by name, such as ``"cross-entropy"``.
+        loss: A shipped one by name, such as ``"cross-entropy"``; a `dattri.Loss` of one's own, or a
+            function ``(model, batch) -> [B]``. They call the model, and ask it for nothing else.
         train_data: A nest of tensors that begin with ``[n_train]``, labels last.
         test_data: The same for the test set.
         targets: What is measured: names of ``"loss"``, ``"margin"``, ``"logit"`` and ``"correct"``.
@@ -88,7 +90,7 @@ class ModelRetraining:
 
     build: Build
     recipe: Recipe | Optimum
-    loss: str
+    loss: str | Loss | Callable[..., Tensor]
     train_data: Any
     test_data: Any
     targets: Mapping[str, bool] = field(converter=measured)
@@ -106,7 +108,8 @@ class ModelRetraining:
         for name, data in (("train_data", self.train_data), ("test_data", self.test_data)):
             if batch_size(data) < 1:
                 raise InputError(f"retraining: {name} holds no example")
-            labels_of(data)
+            if is_shipped(loss):
+                labels_of(data)
 
     @property
     def n_train(self) -> int:
@@ -120,19 +123,41 @@ class ModelRetraining:
 
     @property
     def _loss(self) -> Loss:
-        return loss_named(self.loss)
+        return loss_of(self.loss)
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of data, model, recipe, loss, targets and ``about``."""
+        """Return a hash of data, model, recipe, loss, targets and ``about``; it is taken once.
+
+        Of the model, the code of its classes and all that it holds count, see `Description`; of
+        ``build``, what it builds under two seeds, however it is written.
+
+        Raises:
+            InputError: ``about`` is not JSON-ready, or ``build`` makes no model.
+        """
         if self._held.fingerprint is None:
+            loss = self._loss
+            own = [] if is_shipped(loss) else [loss.forward, loss.criterion, loss.margin]
+            known = fields_dict(ModelRetraining)
+            more = {name: getattr(self, name) for name in fields_dict(type(self)).keys() - known}
             self._held.fingerprint = fingerprint(
                 self.recipe,
-                self._template,
+                self._two_starts(),
                 (self.train_data, self.test_data),
-                {"loss": self.loss, "targets": sorted(self.targets), "about": dict(self.about)},
+                {"loss": loss.name, "targets": sorted(self.targets), "about": dict(self.about)},
+                [own, type(self), dict(sorted(more.items()))],
             )
+            self._held.versions = _versions(self.train_data, self.test_data)
         return self._held.fingerprint
+
+    def _two_starts(self) -> tuple[nn.Module, nn.Module]:
+        """Return new models of two seeds on the CPU, by one thread as everywhere."""
+        cpu, models = torch.device("cpu"), []
+        with with_threads(1):
+            for seed in (0, 1):
+                with seeded(seed, self.device):
+                    models.append(built(self.build, cpu))
+        return models[0], models[1]
 
     def run(self, counterfactual: Counterfactual, keep: tuple[int, ...] | None = None) -> Run:
         """Return the run of one model, with its states on the way.
@@ -315,15 +340,35 @@ class ModelRetraining:
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """Refuse what every training would fail on, once and before the first."""
+        """Refuse what every training would fail on, once and before the first.
+
+        Data that were changed in place since the fingerprint was taken are refused each time.
+        """
+        if self._held.fingerprint and self._held.versions != _versions(
+            self.train_data, self.test_data
+        ):
+            raise InputError(
+                "retraining: train_data or test_data were changed in place after the fingerprint "
+                "was taken, so outcomes would be kept under that of other data; make a new "
+                "ModelRetraining of the changed data"
+            )
         if self._held.checked:
             return
         if self.together > 1 and isinstance(self.recipe, Recipe):
             check_stackable(self._template)
-        samples = [_like(part, self._template.state_dict()) for part in self._on_device]
-        outputs = rehearse(self._loss, self._template, samples[0], samples[1])
+        state = self._template.state_dict()
+        samples = [_like(part, state) for part in self._on_device]
+        model = self._template if is_shipped(self._loss) else _caller(self._template, state)
+        outputs = rehearse(self._loss, model, samples[0], samples[1])
         self._held.measured = max(1, min(MEASURED, OUTPUTS // outputs))
         self._held.checked = True
+
+
+def _versions(*data: Any) -> tuple[int, ...]:
+    """Return how often each tensor was written to; torch does not count it for some."""
+    found: list[int] = []
+    map_tensors(lambda t: found.append(0 if t.is_inference() else t._version), data)
+    return tuple(found)
 
 
 def _positions(counterfactual: Counterfactual) -> Tensor:
