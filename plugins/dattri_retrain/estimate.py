@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from attrs import field, frozen, validators
+from attrs import define, field, frozen, validators
 
 from dattri_core import InputError
 
@@ -64,9 +64,11 @@ class Estimate:
         }
 
 
-@frozen(eq=False)
+@define(eq=False)
 class Game:
     """A utility that is checked, and has the mean over its columns as one column more.
+
+    Every call must give as many columns as the first.
 
     Args:
         utility: ``[B, n]`` truth values to ``[B, m]``.
@@ -75,14 +77,27 @@ class Game:
 
     utility: Utility
     n: int
+    _columns: int | None = field(default=None, init=False)
 
     def __call__(self, masks: Array) -> Array:
-        """Return utilities and their mean, ``[B, m + 1]``, float64."""
+        """Return utilities and their mean, ``[B, m + 1]``, float64.
+
+        Raises:
+            InputError: The utility gave another shape, or numbers that are not finite.
+        """
         found = np.asarray(self.utility(masks), dtype=np.float64)
         if found.ndim != 2 or len(found) != len(masks) or found.shape[1] == 0:
             raise InputError(
                 f"semivalue: the utility gave shape {found.shape} for masks {masks.shape}, "
                 f"expected ({len(masks)}, m): a row for each mask, a column for each test example"
+            )
+        if self._columns is None:
+            self._columns = found.shape[1]
+        if found.shape[1] != self._columns:
+            raise InputError(
+                f"semivalue: the utility gave shape {found.shape} for masks {masks.shape}, "
+                f"expected ({len(masks)}, {self._columns}): it gave {self._columns} columns "
+                "before, one for each test example, and must give as many each time"
             )
         if not np.isfinite(found).all():
             row = int(np.flatnonzero(~np.isfinite(found).all(1))[0])

@@ -319,6 +319,19 @@ def test_bad_input_is_refused(act, message):
         act(Additive(5))
 
 
+@pytest.mark.parametrize("estimator", [semivalue, banzhaf])
+def test_a_utility_that_changes_its_number_of_columns_is_refused(estimator):
+    calls = []
+
+    def utility(masks):
+        calls.append(len(masks))
+        return np.ones((len(masks), 2 if len(calls) == 1 else 1))
+
+    with pytest.raises(InputError, match=r"shape \(\d+, 1\) .* expected \(\d+, 2\): it gave 2"):
+        estimator(utility, 5, stopping=Stopping(budget=500))
+    assert len(calls) == 2
+
+
 # --- Data-OOB -------------------------------------------------------------------------------------
 def test_data_oob_is_the_mean_over_the_models_without_the_example():
     random = np.random.default_rng(0)
