@@ -15,12 +15,14 @@ from dattri_core import (
     Examples,
     InputError,
     Outcomes,
+    Retraining,
     Scores,
     ScoresWriter,
     SpecError,
     Task,
     default_registry,
 )
+from dattri_retrain.same_data import require_same
 from dattri_retrain.store import CounterfactualStore
 
 Array = np.ndarray[Any, Any]
@@ -98,7 +100,7 @@ class Question:
 
         Raises:
             SpecError: There is no ground truth, or it does not measure the target.
-            InputError: It is of other numbers of examples.
+            InputError: It is of other examples, or of them in another order.
         """
         if ground_truth is None:
             raise SpecError(
@@ -153,6 +155,25 @@ class Question:
                 f"{self.name}: got {sizes[0]} train and {sizes[1]} test examples, and the "
                 f"retraining has {theirs[0]} and {theirs[1]}; attribute its own data"
             )
+        self._check_data(retraining)
+
+    def _check_data(self, retraining: Retraining) -> None:
+        """Refuse other examples than the retraining's, where it shows its own.
+
+        ``train_data`` and ``test_data`` are no part of the protocol, but where a retraining has
+        them, as `ModelRetraining`, they must be what scores are of.
+        """
+        for side, examples in (("train", self.train), ("test", self.test)):
+            fix = (
+                "give dattri.attribute its own data in their order, retraining.train_data and "
+                "retraining.test_data, or a store whose retraining has these data"
+            )
+            if side == "test" and self.test is self.train:
+                fix = (
+                    "models must be measured on the train examples: give a store of "
+                    "attrs.evolve(retraining, test_data=retraining.train_data)"
+                )
+            require_same(self.name, side, examples, getattr(retraining, f"{side}_data", None), fix)
 
     def scores(
         self,

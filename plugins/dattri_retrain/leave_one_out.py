@@ -63,7 +63,7 @@ class LeaveOneOut:
 
         Raises:
             SpecError: There is no ground truth, or it does not measure the target.
-            InputError: It is of other numbers of examples.
+            InputError: It is of other examples, or of them in another order.
         """
         asked = Question.of("leave-one-out", self.ground_truth, task, train, test, progress)
         n = len(asked.train)

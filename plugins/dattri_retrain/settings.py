@@ -62,6 +62,16 @@ class SettingRetraining:
         return self.loaded.n_test
 
     @property
+    def train_data(self) -> Any:
+        """Return the train set, where the setting's retraining shows it; None elsewhere."""
+        return getattr(self.loaded, "train_data", None)
+
+    @property
+    def test_data(self) -> Any:
+        """Return the test set, where the setting's retraining shows it; None elsewhere."""
+        return getattr(self.loaded, "test_data", None)
+
+    @property
     def targets(self) -> Mapping[str, bool]:
         """Return what is measured."""
         return self.loaded.targets

@@ -197,7 +197,8 @@ class DataOOB:
             dry_run: Only say, as text, how many models would be trained.
             settings: Memory of other methods; nothing to set here.
         """
-        asked = Question.of("data-oob", self.ground_truth, task, train, train, progress)
+        both = Examples.of(train, "train")
+        asked = Question.of("data-oob", self.ground_truth, task, both, both, progress)
         n = len(asked.train)
         plan = random_subsets(n, self.count, fraction=self.fraction, seed=self.seed)
         if dry_run:
