@@ -1,8 +1,9 @@
-"""Train sets that are asked for again and again: all but one example, and random subsets."""
+"""Train sets that are asked for again and again: all but one example or group, random subsets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,56 @@ def leave_one_out(
         mask[i] = False
         masks.append(mask)
     return [Counterfactual(mask, seed) for mask in masks]
+
+
+def leave_groups_out(n: int, groups: Sequence[Any], *, seed: int = 0) -> list[Counterfactual]:
+    """Return a train set without the examples of a group, for each of ``groups``.
+
+    Args:
+        n: Examples of the whole train set.
+        groups: Each a sequence of positions, or ``[n]`` truth values of which examples are in it.
+            They may overlap. ``[labels == c for c in range(10)]`` are those of classes.
+        seed: Of the training, one for all, so that two models differ by their train sets only.
+
+    Raises:
+        InputError: A group is empty, holds all examples, or is no group of positions 0 to n - 1.
+    """
+    masks = []
+    for number, group in enumerate(groups):
+        mask = ~_members(n, group, number)
+        if mask.all() or not mask.any():
+            held = "no example" if mask.all() else f"all {n} examples"
+            raise InputError(
+                f"leave groups out: group {number} holds {held}; give groups that leave some and "
+                "take some"
+            )
+        masks.append(mask)
+    if not masks:
+        raise InputError("leave groups out: got no groups; give one or more")
+    return [Counterfactual(mask, seed) for mask in masks]
+
+
+def _members(n: int, group: Any, number: int) -> np.ndarray[Any, Any]:
+    """Return which examples are in a group, ``[n]``."""
+    given = np.asarray(group)
+    if given.dtype == np.bool_ and given.shape == (n,):
+        return given
+    mask = np.zeros(n, dtype=bool)
+    if given.size == 0:
+        return mask
+    if given.dtype.kind not in "iu" or given.ndim != 1:
+        raise InputError(
+            f"leave groups out: group {number} is {given.dtype} of shape {given.shape}; expected "
+            f"positions [k], or truth values [{n}]"
+        )
+    wrong = given[(given < 0) | (given >= n)]
+    if len(wrong):
+        raise InputError(
+            f"leave groups out: group {number} has positions {wrong[:8].tolist()} of {n} examples; "
+            f"expected 0 to {n - 1}"
+        )
+    mask[given] = True
+    return mask
 
 
 def random_subsets(

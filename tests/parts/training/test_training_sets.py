@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dattri_parts.training import leave_one_out, random_subsets
+import torch
+from dattri_parts.training import leave_groups_out, leave_one_out, random_subsets
 
 import dattri_core as dattri
 
@@ -14,6 +15,19 @@ def test_each_example_is_left_out_once():
     assert np.array_equal(np.stack([s.mask for s in sets]), ~np.eye(5, dtype=bool))
     assert {s.seed for s in sets} == {3}
     assert [s.mask.tolist() for s in leave_one_out(4, indices=[2])] == [[True, True, False, True]]
+
+
+def test_each_group_is_left_out_once_however_it_is_given():
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    want = [[False, True, False, True, True], [True, False, True, True, False], [True] * 5]
+    want[2][3] = False
+    positions = [[0, 2], (4, 1, 4), np.array([3])]
+    for groups in (positions, [labels == c for c in range(3)], [labels.numpy() == 0, [1, 4], [3]]):
+        sets = leave_groups_out(5, groups, seed=7)
+        assert [s.mask.tolist() for s in sets] == want
+        assert {s.seed for s in sets} == {7}
+    alone = leave_groups_out(4, [[i] for i in range(4)])
+    assert [s.key for s in alone] == [s.key for s in leave_one_out(4)]
 
 
 def test_a_subset_depends_on_its_number_and_the_seed_alone():
@@ -37,6 +51,13 @@ def test_subsets_are_spread_evenly():
     [
         (lambda: leave_one_out(1), "of 1 examples none can be left out"),
         (lambda: leave_one_out(3, indices=[0, 3]), r"positions \[3\] of 3 examples"),
+        (lambda: leave_groups_out(3, []), "got no groups"),
+        (lambda: leave_groups_out(3, [[0], []]), "group 1 holds no example"),
+        (lambda: leave_groups_out(3, [[0, 1, 2]]), "group 0 holds all 3 examples"),
+        (lambda: leave_groups_out(3, [[0, 3, -1]]), r"positions \[3, -1\] of 3 examples"),
+        (lambda: leave_groups_out(3, [[True, False]]), r"bool of shape \(2,\)"),
+        (lambda: leave_groups_out(3, [0, 1]), r"group 0 is int64 of shape \(\)"),
+        (lambda: leave_groups_out(3, [[0.0]]), "group 0 is float64"),
         (lambda: random_subsets(9, 1, fraction=0.01), "keeps at least one example"),
         (lambda: random_subsets(9, 1, fraction=1.1), r"fraction 1\.1"),
         (lambda: random_subsets(9, 0), "count is 0"),
