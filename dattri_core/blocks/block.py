@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dattri_core.blocks.dense import DenseBlock
 
 LinearFunction: TypeAlias = Callable[[Tensor], Tensor] | Tensor
-"""Of the last axis: a function, or a matrix ``[k, I]``."""
+"""Of the last axis, the same for every row and position: a function, or a matrix ``[k, I]``."""
 
 
 @runtime_checkable
@@ -89,7 +89,11 @@ class Block(Protocol):
         ...
 
     def map(self, on_inputs: LinearFunction | None, on_outputs: LinearFunction | None) -> Block:
-        """Apply linear functions of the last axis to inputs and outputs; None leaves a side."""
+        """Apply linear functions of the last axis to inputs and outputs; None leaves a side.
+
+        A function treats every vector alike and takes any number of them: what it is applied to
+        need not be the rows, but the base that they are combinations of, or inputs that they share.
+        """
         ...
 
     def scale(self, weights: Tensor) -> Block:

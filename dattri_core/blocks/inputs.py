@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.blocks.block import LinearFunction
+from dattri_core.errors import SpecError
 
 
 @frozen(eq=False)
@@ -81,8 +82,18 @@ def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
     if function is None:
         return vectors
     if isinstance(function, Tensor):
-        return accumulate(vectors) @ function.mT
+        return accumulate(vectors) @ _for_all_rows(function).mT
     return function(vectors)
+
+
+def _for_all_rows(matrix: Tensor) -> Tensor:
+    """Return a matrix; a stack of them, one a row, would meet the rows of a base, or inputs."""
+    if matrix.dim() != 2:
+        raise SpecError(
+            f"map of a block: a tensor {tuple(matrix.shape)} is no matrix [k, I], the same for "
+            "every row; form the rows (block.dense().values) to multiply each by its own"
+        )
+    return matrix
 
 
 # --- what they are ------------------------------------------------------------------------------
@@ -130,7 +141,7 @@ def map_inputs(inputs: Inputs, function: LinearFunction | None, dtype: torch.dty
     if function is None:
         return inputs
     if isinstance(inputs, OneHot) and isinstance(function, Tensor):
-        return function.mT[inputs.index]
+        return _for_all_rows(function).mT[inputs.index]
     if isinstance(inputs, OneHot) and isinstance(function, Selection):
         return function.columns(inputs.index, torch.promote_types(dtype, torch.float32))
     return applied(function, _written(inputs, dtype))

@@ -11,10 +11,14 @@ from torch import Tensor
 from dattri_core import (
     Block,
     Damping,
+    DenseBlock,
     Inverse,
     InverseHessian,
     InverseRoot,
     LinearMap,
+    NumericsError,
+    OneHot,
+    OuterBlock,
     Outlook,
     Problem,
     RandomStream,
@@ -68,14 +72,18 @@ class LowRank:
         told = Outlook(blockwise=not self.inner.needs)
         if hasattr(self.inner, "outlook"):
             told = self.inner.outlook(space)
-        return evolve(told, rank=self.rank)
+        return self._after(told)
 
     def foresee(self, problem: Problem) -> Outlook:
         """Return the same with what the inner part decides by the train set."""
         if not hasattr(self.inner, "foresee"):
             return self.outlook(problem.space)
-        foreseen: Outlook = self.inner.foresee(problem)
-        return evolve(foreseen, rank=self.rank, spectral=False)
+        return self._after(self.inner.foresee(problem))
+
+    def _after(self, told: Outlook) -> Outlook:
+        """Return what is known of the inner part's answers, once they are cut: not combinations."""
+        forms = bool(self.inner.needs)
+        return evolve(told, rank=self.rank, forms=forms, base=0, spectral=False, leverages=False)
 
     def check(self, space: Space) -> None:
         """Raise `SpecError` when the inner part does not fit, or does not give whole rows."""
@@ -115,7 +123,7 @@ class _LowRankInverse:
     @property
     def stats(self) -> Mapping[str, float]:
         """Return those of the inner inverse, and how much of the rows is kept."""
-        share = self._kept / self._all if self._all else 1.0
+        share = min(1.0, self._kept / self._all) if self._all else 1.0  # 1 + rounding at most
         return {**self.inner.stats, "captured": share}
 
     @property
@@ -170,9 +178,29 @@ class _LowRankInverse:
             return block
         left, right = (torch.cat(side) for side in zip(*parts, strict=True))
         made = low_rank(left.to(block.dtype), right.to(block.dtype))
-        self._all += float(block.pair_inner(block).double().sum())
-        self._kept += float(made.pair_inner(made).double().sum())
+        whole, kept = (float(rows.pair_inner(rows).double().sum()) for rows in (block, made))
+        require_shorter(kept, whole, name, block.dtype)
+        self._all += whole
+        self._kept += kept
         return made
+
+
+def require_shorter(kept: float, whole: float, name: str, dtype: torch.dtype) -> None:
+    """Raise `NumericsError` where cut rows are longer than rows: a projection makes none longer.
+
+    Args:
+        kept: Sum of the squared lengths of the cut rows.
+        whole: The same of the rows.
+        name: Of the block.
+        dtype: Of the rows; the root of its precision is what rounding may add.
+    """
+    if kept > whole * (1 + torch.finfo(dtype).eps ** 0.5):
+        raise NumericsError(
+            f"inverse Hessian 'low-rank': the cut of {name!r} keeps {kept / max(whole, 5e-324):.6g}"
+            " of the squared length of its rows, which can be 1 at most: a block of the inner "
+            "inverse is not the rows that it stands for; report it, and use the inner inverse "
+            "without 'low-rank'"
+        )
 
 
 def cut(block: Block, normal: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -186,25 +214,45 @@ def cut(block: Block, normal: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns:
         Left ``[C, O, r]`` and right ``[C, r, I]``.
     """
-    image = _image(block, normal)  # [C, O, k]
+    rows = _factors(block)
+    image = _image(rows, normal)  # [C, O, k]
     for _ in range(POWERS):
-        columns = _orthonormal(_coimage(block, _orthonormal(image)).mT)
-        image = _image(block, columns)
+        columns = _orthonormal(_coimage(rows, _orthonormal(image)).mT)
+        image = _image(rows, columns)
     basis = _orthonormal(image)
-    small = _coimage(block, basis)  # [C, k, I]
+    small = _coimage(rows, basis)  # [C, k, I]
     gram = small.double() @ small.double().mT
     turns = torch.linalg.eigh(gram).eigenvectors[..., -rank:].to(small.dtype)  # [C, k, r]
     return basis @ turns, turns.mT @ small
 
 
-def _image(block: Block, columns: Tensor) -> Tensor:
-    """Return G times columns, ``[C, O, k]``; through the factors where there are any."""
-    return block.map(lambda x: x.to(columns.dtype) @ columns, None).dense().values
+def _factors(block: Block) -> OuterBlock | DenseBlock:
+    """Return rows as factors or formed: each can meet a matrix of its own.
+
+    `Block.map` takes one function for all rows, since what it is applied to may be the base of a
+    span, or inputs that rows share.
+    """
+    return block if isinstance(block, OuterBlock) else block.dense()
 
 
-def _coimage(block: Block, rows: Tensor) -> Tensor:
-    """Return the transpose of rows ``[C, O, k]`` times G, ``[C, k, I]``."""
-    return block.map(None, lambda e: e.to(rows.dtype) @ rows).dense().values
+def _image(rows: OuterBlock | DenseBlock, columns: Tensor) -> Tensor:
+    """Return G_c times columns ``[I, k]`` or ``[C, I, k]``, ``[C, O, k]``; through the factors."""
+    if isinstance(rows, DenseBlock):
+        return rows.values.to(columns.dtype) @ columns
+    inputs, each = rows.own_inputs, columns.expand(len(rows), *columns.shape[-2:])
+    if isinstance(inputs, OneHot):
+        index = inputs.index.unsqueeze(-1).expand(-1, -1, columns.shape[-1])
+        met = each.gather(1, index)  # [C, T, k]
+    else:
+        met = inputs.to(columns.dtype) @ each
+    return rows.outputs.to(columns.dtype).mT @ met
+
+
+def _coimage(rows: OuterBlock | DenseBlock, basis: Tensor) -> Tensor:
+    """Return the transpose of basis ``[C, O, k]`` times G, ``[C, k, I]``; through the factors."""
+    if isinstance(rows, DenseBlock):
+        return basis.mT @ rows.values.to(basis.dtype)
+    return OuterBlock(rows.outputs.to(basis.dtype) @ basis, rows.inputs).dense().values
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -213,8 +261,11 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _gains(block: Block, rank: int) -> bool:
-    """Whether a cut makes rows smaller: no factors of that rank or less, and no small matrix."""
+    """Whether a cut makes rows smaller: no factors of that rank or less, and no small matrix.
+
+    Only of plain factors are positions a bound on the rank: spans and sums have formed rows too.
+    """
     outputs, inputs = block.shape
-    if block.positions is not None and block.positions <= rank:
+    if isinstance(block, OuterBlock) and (block.positions or 0) <= rank:
         return False
     return rank < min(outputs, inputs) and rank * (outputs + inputs) < outputs * inputs
