@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from dattri_core.discovery import find_candidates
 from dattri_core.registry import default_registry
 
 OWN = "dattri-core"
@@ -39,9 +41,11 @@ def origins_of(value: Any) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _own_packages() -> set[str]:
-    plugins = [p for p in default_registry().plugins if p.origin.distribution == OWN]
-    return {"dattri_core", *(plugin.target.partition(".")[0] for plugin in plugins)}
+@cache
+def _own_packages() -> frozenset[str]:
+    """Return the packages that came with dattri-core, by its entry points."""
+    found = [c.entry_point.value for c in find_candidates() if c.origin.distribution == OWN]
+    return frozenset({"dattri_core", *(target.partition(".")[0] for target in found)})
 
 
 def _values(value: Any) -> Iterator[Any]:

@@ -18,7 +18,6 @@ from dattri_parts.measuring.attribution import (
 )
 
 from dattri_bench.choices import Choice
-from dattri_bench.owners import foreign_parts
 from dattri_core import (
     InputError,
     Method,
@@ -29,6 +28,7 @@ from dattri_core import (
     describe_part,
     method,
     nearest,
+    origins_of,
 )
 from dattri_core import __version__ as dattri_version
 
@@ -198,7 +198,7 @@ class Request:
                 "name": entrant.choice.name,
                 "from": str(default_registry().recipe(entrant.choice.name).origin),
                 "spec": spec,
-                **foreign_parts(made),
+                **_origins(made),
             },
             "models": entrant.models,
             "trained_on": self.trained_on if entrant.models > 1 else None,
@@ -213,7 +213,7 @@ class Request:
             "metric": {
                 "name": self.chooser.choice.name,
                 "spec": describe_part(self.chooser.metric),
-                **foreign_parts(self.chooser.metric),
+                **_origins(self.chooser.metric),
             },
         }
 
@@ -226,9 +226,15 @@ class Request:
                 "name": name,
                 "from": str(default_registry().entry("metric", name).origin),
                 "spec": describe_part(measure.metric),
-                **foreign_parts(measure.metric),
+                **_origins(measure.metric),
             },
         }
+
+
+def _origins(made: Any) -> dict[str, Any]:
+    """Return ``{"parts": origins}`` where some came with another distribution than dattri-core."""
+    found = origins_of(made)
+    return {"parts": found} if found else {}
 
 
 def setting_of(name: str) -> Setting:

@@ -95,6 +95,7 @@ def summary(
         ceiling=ceiling,
         higher_is_better=higher_is_better,
         per_test=tuple(map(float, estimate.values)) if per_test else None,
+        bounds=None if bounds == UNBOUNDED else bounds,
     )
 
 

@@ -105,6 +105,7 @@ def brittleness(
         chance=float(np.median(random_order)),
         confidence=bootstrap.confidence,
         higher_is_better=False,
+        bounds=(1.0, largest + 1.0),
     )
 
 

@@ -9,7 +9,9 @@ from oracles.toy_tasks import examples, mlp
 from torch.utils.data import Dataset
 
 import dattri_core as dattri
+from dattri_core.discovery import Origin
 from dattri_core.origins import origins_of
+from dattri_core.registry import Registry, using
 
 CODE = """
 from attrs import frozen
@@ -49,6 +51,27 @@ def test_a_part_of_another_one_is_told_by_its_code(tmp_path):
     assert list(first) == ["own_scorer:Own"]
     assert first == origins_of(dattri.Method(scorer=released(tmp_path)))
     assert first != origins_of(dattri.Method(scorer=released(tmp_path, "-")))
+
+
+def test_parts_inside_parts_have_origins_too(tmp_path):
+    scorer = released(tmp_path)
+    deep = {"a": [dattri.Method(scorer=scorer)], "b": (dattri.method("trak"), 1)}
+    assert origins_of(deep) == origins_of(scorer) != {}
+
+
+def test_a_registered_part_is_told_by_its_release(tmp_path):
+    scorer = released(tmp_path)
+
+    def of(version):
+        registry = Registry.discovered()
+        own = Registry(Origin("own", "dattri-own", version))
+        own.part("scorer", "own", "own_scorer:Own", "An inner product")
+        registry.merge(own)
+        with using(registry):
+            return origins_of(scorer)["own_scorer:Own"]
+
+    assert of("1.0").startswith("dattri-own 1.0, ")
+    assert of("1.1").startswith("dattri-own 1.1, ")
 
 
 def test_a_run_that_was_stopped_is_not_gone_on_with_by_another_release(tmp_path):
