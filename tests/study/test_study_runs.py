@@ -171,6 +171,19 @@ def test_shared_scores_are_those_of_fresh_fits_and_passes_are_fewer(tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
+def test_what_is_asked_of_a_world_was_planned_with_its_seed(tmp_path, monkeypatch):
+    ask, asked = Shared.attribute, []
+
+    def heard(self, made, task):
+        asked.append((made.seed, made in self.planned))
+        return ask(self, made, task)
+
+    monkeypatch.setattr(Shared, "attribute", heard)
+    factors = {"inverse_hessian": {"ekfac": SPECTRAL}, "scorer": ["dot", "cosine"]}
+    run(study(factors=factors, metrics=["agreement"]), tmp_path)
+    assert asked == [(0, True), (0, True), (3, True), (3, True)]
+
+
 def test_a_fit_that_fails_at_the_first_damping_is_tried_at_its_own(tmp_path, monkeypatch):
     world = ToySetting().load((24, 8), seed=0, wrong=0.0)
     bad, good = dattri.method("if-ekfac", damping=0.5), dattri.method("if-ekfac", damping=0.03)
