@@ -230,7 +230,7 @@ class Evidence:
 
 @frozen
 class MetricResult:
-    """A metric's value, its bootstrap interval, and what it is to be compared with.
+    """A metric's value, its interval, and what it is to be compared with.
 
     Args:
         value: On the whole data.

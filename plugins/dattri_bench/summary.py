@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from dattri_bench.cells import Finished
 from dattri_bench.tuning import spell_damping
 
-ONE_SEED = "the metric's own bootstrap interval"
+ONE_SEED = "the metric's own interval"
 SEVERAL_SEEDS = (
     "Student's t interval of the mean over seeds, no narrower than the metric's own intervals of "
     "the seeds give it, and within the values that the metric can have"

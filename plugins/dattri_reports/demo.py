@@ -113,7 +113,7 @@ HEAD = (
     f"{'time':>9} {'peak memory':>12}"
 )
 FOOT = (
-    "AUROC: chance that a wrong label ranks above a correct one, with its 95 % bootstrap interval; "
+    "AUROC: chance that a wrong label ranks above a correct one, with its 95 % interval; "
     "0.5 is chance.\nBy self-influence, high first; by test scores, the mean over the clean test "
     "set, low (harmful) first."
 )

@@ -27,7 +27,7 @@ def table(report: Report) -> str:
         '<section id="table"><h2>Finding the wrong labels</h2>'
         "<p>AUROC: the chance that a wrongly labelled image is ranked above a correctly labelled "
         "one. 1 is perfect, 0.5 (the dotted line) is chance. Bars are "
-        f"{share} bootstrap intervals over the training images.</p>"
+        f"{share} intervals over the training images.</p>"
         '<div class="scroll" tabindex="0"><table class="methods"><thead><tr>'
         '<th scope="col">method</th>'
         '<th scope="col">AUROC by self-influence<small>high is suspicious</small></th>'
