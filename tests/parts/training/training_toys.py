@@ -66,7 +66,7 @@ def retraining(
     build: Callable[[], nn.Module],
     recipe: Recipe | Optimum,
     data: Callable[..., Any] = classes,
-    loss: str = "cross-entropy",
+    loss: Any = "cross-entropy",
     targets: tuple[str, ...] = ("loss",),
     **options: Any,
 ) -> ModelRetraining:
