@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from dattri_core.errors import StoreError
+from dattri_core.errors import StoreError, format_bytes
 
 
 @contextmanager
@@ -34,6 +34,39 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn what the system says of a disk (full, read-only, gone) into a `StoreError`.
+
+    Args:
+        what: What is written, with its path, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{what}: cannot be written ({error.strerror or error}); free room there, see that the "
+            "folder may be written to, or give another one"
+        ) from error
+
+
+def require_room(folder: Path, needed: int, what: str, fix: str) -> None:
+    """Raise `StoreError` where a disk has not as many bytes free as are going to be written.
+
+    Args:
+        folder: On that disk; it, or the nearest folder above it that exists, is asked.
+        needed: Bytes.
+        what: What takes them, for the message.
+        fix: What can be done.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise StoreError(
+            f"{what} take {format_bytes(needed)}, and {format_bytes(free)} are free; {fix}"
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

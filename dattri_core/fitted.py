@@ -482,7 +482,7 @@ class FittedMethod:
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,
-            "reference": None if self.reference is None else self.reference.fingerprint,
+            "reference": None if self.reference is None else self.reference.content,
             "group": "sum" if request.group else None,
             "store": None if self.store is None else {"dtype": self.store.dtype},
             "versions": {

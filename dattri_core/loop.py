@@ -18,7 +18,7 @@ from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.capabilities import BilinearScorer
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import SpecError
+from dattri_core.errors import SpecError, StoreError
 from dattri_core.halving import halving
 from dattri_core.making import Variants, make_branches
 from dattri_core.measures import (
@@ -157,10 +157,25 @@ def fold_tiles(
                 known.foretell({v: chain.self_influence() for v, chain in chains.items()})
             for start, stop in waiting:
                 scored = score_tile(run, fitted, branches, start, stop, advance, known)
+                _require_untouched(tiles, group, start, done)
                 states = _updated(run, tiles.get(group, start), scored, checkpoint)
                 tiles.put(group, start, done + 1, states)
                 if whole is not None and done + 1 == len(ordered):
                     whole(group, start, stop)
+
+
+def _require_untouched(tiles: Tiles, group: int, start: int, done: int) -> None:
+    """Raise unless a tile still holds the checkpoints before this one, so that none counts twice.
+
+    The lock of a run's folder keeps others out; this holds where a file system has no locks.
+    """
+    held = tiles.done(group, start)
+    if held != done:
+        raise StoreError(
+            f"attribute: the tile of train rows from {start} on, query group {group}, held {done} "
+            f"checkpoints and now holds {held}: another process writes these scores; stop one of "
+            "the two and run again"
+        )
 
 
 def finished(run: Run, tiles: Tiles) -> Iterator[tuple[slice, slice, list[Tensor]]]:

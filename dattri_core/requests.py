@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
@@ -34,7 +34,17 @@ class Request:
 
     methods: tuple[Any, ...]
     by: By | None = None
-    group: bool = False
+    group: bool = field(default=False)
+
+    @group.validator
+    def _is_one_or_none(self, attribute: Any, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise SpecError(
+                f"attribute: group={value!r}; expected True, for one column that is the sum over "
+                "the test set, or False; for a column each of several groups, add up the scores: "
+                "torch.stack([scores.values[:, group == g].sum(1) for g in labels], 1), which is "
+                "the same for a scorer that is a plain inner product"
+            )
 
     def check(self, task: Task, out: str | Path | None) -> None:
         """Raise `SpecError` for what cannot be answered, before any work."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +14,12 @@ import torch
 from attrs import define, field
 
 from dattri_core import assemble
-from dattri_core.atomic import discard_leftovers
+from dattri_core.atomic import discard_leftovers, require_room
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
 from dattri_core.errors import MemoryBudgetError, NumericsError, format_bytes
 from dattri_core.ids import id_array
+from dattri_core.locks import sole_writer
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
 from dattri_core.pairing import WHOLE
 from dattri_core.progress import bar
@@ -25,6 +28,7 @@ from dattri_core.queries import Branch
 from dattri_core.registry import default_registry
 from dattri_core.requests import Request
 from dattri_core.scores import Scores
+from dattri_core.scores_file import MANIFEST, is_scores_folder
 from dattri_core.scores_writer import ScoresWriter
 from dattri_core.shelf import Shelf
 from dattri_core.snapshot import Fitted
@@ -100,11 +104,24 @@ class Runner:
         }
 
     def to_folder(self, out: Path, first: Fitted) -> Scores:
-        """Return the scores on disk; a run of the same facts that was stopped goes on."""
+        """Return the scores on disk; a run of the same facts that was stopped goes on.
+
+        Raises:
+            StoreError: Another process writes them, the disk has no room, or an unfinished run of
+                other facts is there.
+        """
+        with sole_writer(run_folder(out), "scores"):
+            contents = {"train": self.run.train.content, "test": self.run.test.content}
+            self.provenance = {**self.provenance, **contents}
+            return self._to_folder(out, first)
+
+    def _to_folder(self, out: Path, first: Fitted) -> Scores:
         sizes = {name: getattr(self.run.plan, name) for name in LAYOUT}
         folder = run_folder(out)
         for path in (out, folder):
             discard_leftovers(path)
+        self._require_room(out, first.dtype)
+        _tell_of_replaced(out, self.provenance)
         tiles, sizes = open_tiles(folder, self.provenance, sizes)
         resumed: dict[str, Any] = dict(sizes)
         costs = first.outline.costs(measured=first.outline.measures(self.run.scorer))
@@ -124,6 +141,19 @@ class Runner:
             scores = writer.finish(run.train.ids, test_ids, self._facts(0, WHOLE))
         tiles.close()
         return scores
+
+    def _require_room(self, out: Path, dtype: torch.dtype) -> None:
+        """Raise unless the disk has room for the tiles and for the scores, both in full."""
+        folder = run_folder(out)
+        shape = (len(self.run.train), self.run.plan.n_test)
+        size = shape[0] * shape[1] * dtype.itemsize
+        there = sum(f.stat().st_size for f in folder.iterdir()) if folder.is_dir() else 0
+        require_room(
+            out,
+            2 * size - min(size, there),
+            f"scores {str(out)!r}: {shape[0]} x {shape[1]} numbers, twice until they are whole,",
+            "give out= on another disk, or fitted.extremes(test, k) where the largest are enough",
+        )
 
     def to_extremes(self, k: int) -> Extremes:
         """Return the k largest and smallest scores of each query; no tile outlives its batch.
@@ -234,6 +264,25 @@ def contractions(budget: int) -> int:
     Four intermediates of that size may live at once: a quarter of the budget for all of them.
     """
     return min(DEFAULT_LIMIT, budget // 16)
+
+
+def _tell_of_replaced(out: Path, facts: Mapping[str, Any]) -> None:
+    """Warn that finished scores are about to be replaced, and by what.
+
+    The same call computes them anew: no hash sees the code of a loss or a model, so that the scores
+    there may be those of an earlier version of it.
+    """
+    if not (out.is_dir() and is_scores_folder(out)):
+        return
+    held = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("provenance", {})
+    now = json.loads(json.dumps(facts))
+    changed = [name for name in now if held.get(name) != now[name]]
+    others = f"those of another {' and another '.join(changed)}" if changed else "of the same call"
+    warnings.warn(
+        f"attribute: out={str(out)!r} holds finished scores, {others}; they are replaced when the "
+        "new ones are whole; to read them instead, dattri.Scores.load",
+        stacklevel=2,
+    )
 
 
 def run_folder(out: Path) -> Path:

@@ -46,7 +46,7 @@ from dattri_core.stages import (
     needs_data,
     space_after,
 )
-from dattri_core.stored import Formed, Keeping, Stored, hold, keep_rows, positions
+from dattri_core.stored import Formed, Keeping, Stored, hold, keep_rows
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
@@ -206,7 +206,7 @@ def fit_checkpoint(
             if not plan_only:
                 size = max(1, min(MAXIMUM_BATCH, memory // 8 // (activations + _whole(rows))))
                 given = Stored(projected, hold(projected, examples, size, task.device))
-                data = positions(examples)
+                data = examples.positions()
     chain = Chain(given, absorbed=len(front) - (keeping is not None))
     per_example = activations + (
         _largest(rows, formed=False)

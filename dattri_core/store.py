@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,22 @@ from attrs import define, field, frozen, validators
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dattri_core.atomic import atomic_file, discard_leftovers, write_text
+from dattri_core.atomic import (
+    atomic_file,
+    discard_leftovers,
+    disk_errors,
+    require_room,
+    write_text,
+)
 from dattri_core.batch import digest
-from dattri_core.errors import StoreError, format_bytes
+from dattri_core.errors import StoreError
 from dattri_core.tensor_file import tensor_file
 
 FORMAT = "dattri-store"
 VERSION = 1
 MANIFEST = "store.json"
+EXAMPLES = "train examples"
+"""The fact that is a hash of all train examples; left out where only some are compared."""
 CHECKPOINT = "checkpoint.json"
 ROWS = "dattri-rows"
 VALUES = "values"
@@ -52,12 +59,18 @@ class Store:
         folder: Made when it does not exist.
         dtype: Of the numbers on disk: ``"float32"``, ``"float64"``, or half as large and rounded,
             ``"float16"`` or ``"bfloat16"``; None: that of the rows, at least float32.
+        check: How the train set is compared with the one that the rows were made of:
+            ``"whole"`` hashes every example, by one pass over the data without the model each time
+            a store is opened; ``"sample"`` its length and 64 examples, for data that are so slow to
+            read that you rather vouch for the rest. Tensors, a `TensorDataset` and a stream are
+            hashed whole either way.
     """
 
     folder: Path = field(converter=Path)
     dtype: str | None = field(
         default=None, validator=validators.optional(validators.in_(tuple(DTYPES)))
     )
+    check: str = field(default="whole", validator=validators.in_(("whole", "sample")))
 
     @staticmethod
     def of(given: Any) -> Store | None:
@@ -127,7 +140,7 @@ class OpenStore:
             StoreError: The folder holds a store of other facts, of another dtype, or something
                 else.
         """
-        facts = json.loads(json.dumps(facts))
+        facts = dict(json.loads(json.dumps(facts)))
         discard_leftovers(folder / MANIFEST)
         if not (folder / MANIFEST).exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -135,13 +148,29 @@ class OpenStore:
                     f"store {str(folder)!r}: it is not empty and has no {MANIFEST}; give a new "
                     "folder, or empty this one"
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            _require_room(folder, layout)
+            with disk_errors(f"store {str(folder)!r}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            require_room(
+                folder,
+                layout.nbytes,
+                f"store {str(folder)!r}: the rows of a checkpoint ({layout.rows} rows of "
+                f"{layout.dim} numbers)",
+                "use a projector of a smaller rank, dattri.Store(folder, dtype='float16'), or "
+                "another disk",
+            )
             manifest = {"format": FORMAT, "version": VERSION, "facts": facts}
             manifest |= {"layout": {name: getattr(layout, name) for name in _LAYOUT}}
-            write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+            with disk_errors(f"store {str(folder)!r}"):
+                write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
             return OpenStore(folder, facts, layout)
         held = OpenStore.read(folder)
+        if EXAMPLES not in facts and EXAMPLES in held.facts:
+            facts[EXAMPLES] = held.facts[EXAMPLES]
+        elif EXAMPLES in facts and EXAMPLES not in held.facts:
+            raise StoreError(
+                f"store {str(folder)!r}: it was begun without a hash of all train examples; give "
+                "dattri.Store(folder, check='sample') again, or another store="
+            )
         changed = [
             name for name in {**facts, **held.facts} if facts.get(name) != held.facts.get(name)
         ]
@@ -209,8 +238,10 @@ class OpenStore:
                     f"store=, or delete {str(folder)!r} to compute it anew"
                 )
             return held
-        folder.mkdir(exist_ok=True)
-        write_text(folder / CHECKPOINT, json.dumps({"name": name, "weights": weights}, indent=1))
+        with disk_errors(f"store {str(self.folder)!r}"):
+            folder.mkdir(exist_ok=True)
+            text = json.dumps({"name": name, "weights": weights}, indent=1)
+            write_text(folder / CHECKPOINT, text)
         return self.held(position)
 
     def held(self, position: int) -> StoredCheckpoint:
@@ -268,7 +299,7 @@ class StoredCheckpoint:
         assert values.shape == (stop - start, self.layout.dim)
         facts = {"owner": self.owner, "start": start, "digest": _digest(held)}
         discard_leftovers(path)
-        with atomic_file(path) as handle:
+        with disk_errors(f"store: the shard {str(path)!r}"), atomic_file(path) as handle:
             for piece in tensor_file(held, {ROWS: json.dumps(facts)}):
                 handle.write(piece)
 
@@ -343,16 +374,6 @@ class StoredCheckpoint:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     names = sorted(tensors)
     return hashlib.sha256(f"{names}{digest([tensors[n] for n in names])}".encode()).hexdigest()
-
-
-def _require_room(folder: Path, layout: Layout) -> None:
-    free = shutil.disk_usage(folder).free
-    if layout.nbytes > free:
-        raise StoreError(
-            f"store {str(folder)!r}: the rows of a checkpoint take {format_bytes(layout.nbytes)} "
-            f"({layout.rows} rows of {layout.dim} numbers), and {format_bytes(free)} are free; use "
-            "a projector of a smaller rank, dattri.Store(folder, dtype='float16'), or another disk"
-        )
 
 
 def _difference(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -16,6 +18,7 @@ from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import NumericsError, StoreError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.halving import halved
+from dattri_core.locks import sole_writer
 from dattri_core.plans import MAXIMUM_BATCH
 from dattri_core.problem import collect
 from dattri_core.projected import Projected, weights_of
@@ -24,6 +27,7 @@ from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, Space
 from dattri_core.store import (
     DTYPES,
+    EXAMPLES,
     MANIFEST,
     Layout,
     OpenStore,
@@ -179,21 +183,34 @@ def keep_rows(
     if plan_only and not (folder / MANIFEST).exists():
         return projected, examples, (f"{said}, nothing there yet",)
     facts = {**keeping.facts, "space": projected.source.space.fingerprint}
-    opened = OpenStore.open(folder, facts, layout)
-    if plan_only and checkpoint.position not in opened.checkpoints:
-        return projected, examples, (f"{said}, this one not there yet",)
-    held = opened.checkpoint(
-        checkpoint.position, checkpoint.name, weights_of(projected.source) or ""
-    )
-    require_same_rows(held, rows.take(slice(0, min(len(rows), len(examples)))))
-    count = len(held.layout.starts)
-    told = (f"{said}, {count - len(held.missing)} of {count} shards there",)
-    if plan_only and held.missing:
-        return projected, examples, told
-    if held.missing:
-        before()
-    build(projected, held, examples, device, keeping.advance)
-    return Stored(projected, held), positions(examples), told
+    if not (plan_only or examples.known_whole or keeping.store.check == "sample"):
+        facts[EXAMPLES] = examples.content
+    # Builders take turns: the next one finds the rows there. Readers of whole rows wait for nobody.
+    alone = not plan_only and _lacks_rows(folder, checkpoint.position)
+    with sole_writer(folder, "store", wait=True) if alone else nullcontext():
+        opened = OpenStore.open(folder, facts, layout)
+        if plan_only and checkpoint.position not in opened.checkpoints:
+            return projected, examples, (f"{said}, this one not there yet",)
+        held = opened.checkpoint(
+            checkpoint.position, checkpoint.name, weights_of(projected.source) or ""
+        )
+        require_same_rows(held, rows.take(slice(0, min(len(rows), len(examples)))))
+        count = len(held.layout.starts)
+        told = (f"{said}, {count - len(held.missing)} of {count} shards there",)
+        if plan_only and held.missing:
+            return projected, examples, told
+        if held.missing:
+            before()
+        build(projected, held, examples, device, keeping.advance)
+    return Stored(projected, held), examples.positions(), told
+
+
+def _lacks_rows(folder: Path, position: int) -> bool:
+    """Return whether rows of a checkpoint are still to be written."""
+    if not (folder / MANIFEST).exists():
+        return True
+    opened = OpenStore.read(folder)
+    return position not in opened.checkpoints or bool(opened.held(position).missing)
 
 
 def build(
@@ -291,9 +308,3 @@ def require_same_rows(rows: StoredCheckpoint, some: Rows) -> None:
             f"from those on disk by {gap:.2g} (the largest number is {size:.2g}), so the loss, the "
             "code of the model or its settings changed; give another store=, or delete this one"
         )
-
-
-def positions(examples: Examples) -> Examples:
-    """Return the positions of examples in place of their data, with the same ids."""
-    order = None if examples.ids == range(len(examples)) else examples.ids
-    return Examples(examples.name, len(examples), "tensors", torch.arange(len(examples)), order)

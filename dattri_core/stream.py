@@ -19,8 +19,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dattri_core.batch import Batch, batch_size, digest, join, take, tensors_of
-from dattri_core.errors import InputError
+from dattri_core.batch import Batch, batch_size, join, take, tensors_of
+from dattri_core.contents import content_of, piece_of, tensors_behind
+from dattri_core.errors import DattriError, InputError
 
 Kind = Literal["tensors", "items", "batches"]
 FINGERPRINT_EXAMPLES = 64
@@ -39,10 +40,11 @@ class Examples:
     _data: Any
     _order: Sequence[int] | None = None
     _collate: Callable[[list[Any]], Batch] = default_collate
-    _workers: int = 0
+    _origin: Examples | None = None
     reads: int = field(default=0, init=False)
     """Examples read so far: what passes over the data cost."""
     _seen: dict[int, str] = field(factory=dict, init=False)
+    _content: str | None = field(default=None, init=False)
 
     @staticmethod
     def of(data: Any, name: str) -> Examples:
@@ -61,6 +63,7 @@ class Examples:
         if isinstance(data, DataLoader):
             examples = _of_loader(data, name)
         elif _is_nest_of_tensors(data):
+            _require_even(data, name)
             examples = Examples(name, batch_size(data), "tensors", data)
         elif isinstance(data, IterableDataset):
             examples = _of_batches(DataLoader(data, batch_size=1), name)
@@ -120,7 +123,7 @@ class Examples:
         if self.kind == "tensors":
             return take(self._data, index)
         if self.kind == "items":
-            return self._collate([self._data[self._position(i)] for i in positions])
+            return self._collated(positions)
         kept: dict[int, Batch] = {}
         wanted = set(positions)
         for at, batch in self._rebatched(1, 0, self.n):
@@ -128,19 +131,73 @@ class Examples:
                 kept[int(at)] = batch
         return join([kept[i] for i in positions])
 
+    def positions(self) -> Examples:
+        """Return the positions of the examples in place of their data, with the same ids."""
+        order = None if self.ids == range(self.n) else self.ids
+        return Examples(self.name, self.n, "tensors", torch.arange(self.n), order, origin=self)
+
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the length and of up to 64 evenly spaced examples (tensors: of all)."""
+        """Return a hash that costs no pass over the data.
+
+        Of tensors, a `TensorDataset` and a stream it is that of all examples. Of any other data set
+        it is that of the length and up to 64 evenly spaced examples, and begins with ``sampled-``
+        where there are more: see `content`.
+        """
         state = hashlib.sha256(str(self.n).encode())
-        if self.kind == "tensors":
-            state.update(digest(self._data).encode())
-        elif self.kind == "items":
-            for at in np.linspace(0, self.n - 1, min(self.n, FINGERPRINT_EXAMPLES)).astype(int):
-                state.update(digest(self._read(int(at), int(at) + 1)).encode())
-        else:
+        if self.kind == "batches":
             for start in sorted(self._seen):
                 state.update(f"{start}{self._seen[start]}".encode())
-        return state.hexdigest()
+            return state.hexdigest()
+        tensors = self._tensors
+        if tensors is not None:
+            state.update(content_of(tensors).encode())
+            if self._order is not None and self.kind == "items":
+                state.update(str(list(self._order)).encode())
+            return state.hexdigest()
+        for at in np.linspace(0, self.n - 1, min(self.n, FINGERPRINT_EXAMPLES)).astype(int):
+            state.update(content_of(self._read(int(at), int(at) + 1)).encode())
+        return f"{'sampled-' if self.n > FINGERPRINT_EXAMPLES else ''}{state.hexdigest()}"
+
+    @property
+    def known_whole(self) -> bool:
+        """Return whether `fingerprint` is a hash of all examples."""
+        return self.kind == "batches" or self._tensors is not None
+
+    @property
+    def content(self) -> str:
+        """Return a hash of all examples: of a data set by one pass over it, which is made once."""
+        if self._origin is not None:
+            return self._origin.content
+        if self.known_whole:
+            return self.fingerprint
+        if self._content is None:
+            state = hashlib.sha256(str(self.n).encode())
+            size = piece_of(self._read(0, 1))
+            for start in range(0, self.n, size):
+                for said in self._contents(start, min(start + size, self.n)):
+                    state.update(said.encode())
+            self._content = state.hexdigest()
+            self.reads += self.n
+        return self._content
+
+    def _contents(self, first: int, last: int) -> list[str]:
+        """Return the hash of some examples in one batch, or of each where they make none."""
+        items = self._items(range(first, last))
+        try:
+            return [content_of(self._batch(items, range(first, last)))]
+        except InputError:
+            return [
+                content_of(self._batch([item], [at])) for at, item in enumerate(items, start=first)
+            ]
+
+    @property
+    def _tensors(self) -> Batch | None:
+        """Return all examples as one nest of tensors, where they are known to be one."""
+        if self.kind == "tensors":
+            return self._data
+        plain = self.kind == "items" and self._collate is default_collate
+        return tensors_behind(self._data) if plain else None
 
     # --- reading --------------------------------------------------------------------------------
     def _position(self, at: int) -> int:
@@ -149,14 +206,47 @@ class Examples:
     def _read(self, first: int, last: int) -> Batch:
         if self.kind == "tensors":
             return take(self._data, slice(first, last))
-        items = [self._data[self._position(at)] for at in range(first, last)]
+        return self._collated(range(first, last))
+
+    def _collated(self, positions: Sequence[int]) -> Batch:
+        return self._batch(self._items(positions), positions)
+
+    def _items(self, positions: Sequence[int]) -> list[Any]:
+        return [self._item(at) for at in positions]
+
+    def _item(self, at: int) -> Any:
         try:
-            return self._collate(items)
+            return self._data[self._position(at)]
+        except (DattriError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{self.name} data: example {at} cannot be read: the data set raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _batch(self, items: list[Any], positions: Sequence[int]) -> Batch:
+        """Put examples into one batch."""
+        which = f"example {positions[0]}"
+        if len(positions) > 1:
+            which = f"examples {min(positions)} to {max(positions)}"
+        try:
+            batch = self._collate(items)
         except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.name} data: examples {first} to {last - 1} cannot be put into one batch "
-                f"({str(error).splitlines()[0]}); give a DataLoader with a collate_fn that pads"
+                f"{self.name} data: {which} cannot be put into one batch "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); give a "
+                "DataLoader with a collate_fn that pads"
             ) from error
+        _require_even(batch, self.name)
+        given = batch_size(batch)
+        if given != len(items):
+            raise InputError(
+                f"{self.name} data: the collate function made a batch of {given} of {which}, which "
+                f"are {len(items)}, and row i of the scores is example i; keep every example in "
+                "it, and leave those that are to be dropped out of the data set"
+            )
+        return batch
 
     def _rebatched(self, size: int, start: int, stop: int) -> Iterator[tuple[Tensor, Batch]]:
         """Cut the batches of a loader anew: batch boundaries must not show in any result."""
@@ -181,7 +271,7 @@ class Examples:
     def _given(self) -> Iterator[tuple[int, Batch]]:
         total = 0
         for batch in self._data:
-            count, content = batch_size(batch), digest(batch)
+            count, content = batch_size(batch), content_of(batch)
             before = self._seen.setdefault(total, content)
             if before != content or total + count > self.n:
                 raise InputError(
@@ -203,8 +293,8 @@ class Examples:
         tried = sorted({int(at) for at in np.linspace(0, self.n - 1, min(self.n, 8))})
         again = max(3, 24 // len(tried))  # a flip with even odds stays unseen once in 10 million
         for at in tried:
-            first = digest(self._read(at, at + 1))
-            if any(digest(self._read(at, at + 1)) != first for _ in range(again)):
+            first = content_of(self._read(at, at + 1))
+            if any(content_of(self._read(at, at + 1)) != first for _ in range(again)):
                 raise InputError(
                     f"{self.name} data: example {at} differs when it is read again; switch random "
                     "augmentation off: attribution needs the same example every time"
@@ -219,6 +309,17 @@ def _is_nest_of_tensors(data: Any) -> bool:
     if isinstance(data, Mapping):
         return bool(tensors_of(data))
     return False
+
+
+def _require_even(batch: Batch, name: str) -> None:
+    """Raise where a tensor is one of many lengths, which has no rows that could be cut out."""
+    nested = [t for t in tensors_of(batch) if t.is_nested]
+    if nested:
+        raise InputError(
+            f"{name} data: a nested tensor of {nested[0].size(0)} examples of unequal length; give "
+            "torch.nested.to_padded_tensor(data, 0.0) and a mask that the model reads, or a "
+            "DataLoader with a collate_fn that pads"
+        )
 
 
 def _is_keyed(data: Any) -> bool:
@@ -255,7 +356,8 @@ def _flatten(batches: Iterable[Iterable[int]]) -> list[int]:
 def _of_batches(loader: Iterable[Batch], name: str) -> Examples:
     total, seen = 0, {}
     for batch in loader:
-        seen[total] = digest(batch)
+        _require_even(batch, name)
+        seen[total] = content_of(batch)
         total += batch_size(batch)
     examples = Examples(name, total, "batches", loader)
     examples._seen = seen

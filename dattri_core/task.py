@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,9 +111,14 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> tuple[
     Raises:
         InputError: A pattern matches no parameter, or only frozen ones, or nothing is left.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise InputError(f"parameters: got {patterns!r}; give one or more patterns such as 'fc*'")
+    given = [patterns] if isinstance(patterns, str) else patterns
+    listed = list(given) if isinstance(given, Iterable) else []
+    if not listed or not all(isinstance(pattern, str) for pattern in listed):
+        raise InputError(
+            f"parameters: got {patterns!r}; give one or more patterns of parameter names such as "
+            "'fc*', or '*' for all"
+        )
+    patterns = listed
     everything = dict(model.named_parameters())
     unmade = [name for name, p in everything.items() if is_lazy(p)]
     if unmade:

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dattri_core.atomic import atomic_file, remove_folder, write_text
+from dattri_core.atomic import atomic_file, disk_errors, remove_folder, write_text
 from dattri_core.errors import StoreError
+from dattri_core.locks import require_free
 from dattri_core.protocols import FoldState
 
 FORMAT = "dattri-run"
@@ -106,11 +107,12 @@ class FolderTiles:
         """Write the new state, then remove the one before."""
         before = self._files(group, start)
         path = self.folder / f"g{group:05d}_s{start:09d}_c{done:05d}.safetensors"
-        with atomic_file(path) as handle:
-            handle.write(save(_contiguous(state)))
-        for _, old in before:
-            if old != path:
-                old.unlink(missing_ok=True)
+        with disk_errors(f"run {str(path)!r}: the tile"):
+            with atomic_file(path) as handle:
+                handle.write(save(_contiguous(state)))
+            for _, old in before:
+                if old != path:
+                    old.unlink(missing_ok=True)
 
     def drop(self, group: int, start: int) -> None:
         """Keep the file: the folder goes as a whole when the scores are safely written."""
@@ -157,16 +159,22 @@ def open_tiles(
         raise StoreError(
             f"run folder {str(folder)!r}: it is not empty and has no {MANIFEST}; give another out="
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(
-        manifest,
-        json.dumps({"format": FORMAT, "layout": layout, "facts": facts}, indent=1),
-    )
+    with disk_errors(f"run folder {str(folder)!r}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(
+            manifest,
+            json.dumps({"format": FORMAT, "layout": layout, "facts": facts}, indent=1),
+        )
     return FolderTiles(folder), layout
 
 
 def budget_of(folder: Path, default: int) -> int:
-    """Return the memory budget of an unfinished run, or the default where there is none."""
+    """Return the memory budget of an unfinished run, or the default where there is none.
+
+    Raises:
+        StoreError: Another process is at work on the run: known before a long fit.
+    """
+    require_free(folder, "scores")
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return default
