@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from attrs import evolve, field, frozen
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dattri_core.adapters import adapter_names, is_adapter, require_same_adapter
 from dattri_core.batch import raw_bytes
-from dattri_core.errors import InputError, StoreError
+from dattri_core.errors import InputError
+from dattri_core.state_files import find_states, hash_of, read_state, shapes_of
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 CheckpointSource: TypeAlias = "str | Path | StateDict | Checkpoint | None"
 ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], Any]
 """Module, arguments and output to another output, or None; as torch has it."""
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @frozen(eq=False)
@@ -67,24 +63,34 @@ class Checkpoint:
     step: TrainingStep | None = field(default=None, repr=False)  # from here on, where recorded
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Return a hash of the weights: of the file's bytes, or of names and numbers."""
-        if isinstance(self.source, Path):
-            digest = hashlib.sha256()
-            with self.source.open("rb") as file:
-                while piece := file.read(4 * 2**20):
-                    digest.update(piece)
-            return digest.hexdigest()
-        return state_fingerprint(own_tensors(model) if self.source is None else self.source)
+        """Return a hash of the weights: of the file's bytes, or of names and numbers.
+
+        Of an adapter's weights it is that of the model's others as well.
+        """
+        own = own_tensors(model)
+        if self.source is None:
+            return state_fingerprint(own)
+        file = self.source if isinstance(self.source, Path) else None
+        said = state_fingerprint(self.source) if file is None else hash_of(file)
+        adapter = adapter_names(model, own)
+        if not adapter:
+            return said
+        found = set(self.source if file is None else shapes_of(file))
+        if not is_adapter(found, adapter, own):
+            return said
+        given = {adapter.get(key, key) for key in found}
+        base = {name: tensor for name, tensor in own.items() if name not in given}
+        return hashlib.sha256(f"{said}{state_fingerprint(base)}".encode()).hexdigest()
 
     def check(self, model: nn.Module) -> None:
         """Compare names and shapes with the model's, without loading the numbers where possible."""
         if self.source is None:
             return
         if isinstance(self.source, Path):
-            shapes = _shapes(self.source)
+            shapes = shapes_of(self.source)
         else:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.source.items()}
-        _check_keys(self.name, model, shapes)
+        self._keys(model, shapes)
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """Return parameters and buffers by the model's own names, on the model's devices.
@@ -97,13 +103,40 @@ class Checkpoint:
         if self.source is None:
             return {name: tensor.detach() for name, tensor in wanted.items()}
         found = read_state(self.source) if isinstance(self.source, Path) else self.source
-        _check_keys(self.name, model, {key: tuple(value.shape) for key, value in found.items()})
-        aliases = _aliases(model)
-        loaded = {}
-        for name, tensor in wanted.items():
-            value = found[next(alias for alias in aliases[name] if alias in found)]
-            loaded[name] = value.detach().to(device=tensor.device, dtype=tensor.dtype)
-        return loaded
+        keys = self._keys(model, {key: tuple(value.shape) for key, value in found.items()})
+        return {
+            name: found[keys[name]].detach().to(device=tensor.device, dtype=tensor.dtype)
+            if name in keys
+            else tensor.detach()
+            for name, tensor in wanted.items()
+        }
+
+    def _keys(self, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Return the key of each tensor of the model; of an adapter's state, those it holds."""
+        own, aliases = own_tensors(model), _aliases(model)
+        adapter = adapter_names(model, own)
+        partial = is_adapter(found, adapter, own)
+        if partial and isinstance(self.source, Path):
+            require_same_adapter(model, self.source.parent)
+        keys = {
+            name: next(alias for alias in aliases[name] if alias in found)
+            for name in own
+            if any(alias in found for alias in aliases[name])
+        }
+        if partial:
+            keys |= {name: key for key, name in adapter.items() if key in found}
+        missing = [name for name in (adapter.values() if partial else own) if name not in keys]
+        known = {*model.state_dict(keep_vars=True), *(adapter if partial else ())}
+        unexpected = sorted(set(found) - known)
+        if missing or unexpected:
+            raise InputError(_misfit(self.name, model, missing, unexpected))
+        for name, key in keys.items():
+            if found[key] != tuple(own[name].shape):
+                raise InputError(
+                    f"checkpoint {self.name!r}: {key!r} has shape {found[key]}, "
+                    f"the model's has {tuple(own[name].shape)}"
+                )
+        return keys
 
 
 def checkpoints_of(
@@ -153,36 +186,6 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _first_sentence(error: Exception) -> str:
-    """Return what torch says before its advice, which is to load the pickle all the same."""
-    return str(error).partition("\n")[0].partition(". ")[0]
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read tensors from a safetensors file or a weights-only torch file; never a pickle of code."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(str(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"checkpoint: no file {str(path)!r}") from error
-    except Exception as error:
-        raise StoreError(
-            f"checkpoint {str(path)!r}: cannot be read as tensors only "
-            f"({type(error).__name__}: {_first_sentence(error)}); a pickled "
-            "model is never loaded, since it may hold code: save its tensors with "
-            "safetensors.torch.save_file(model.state_dict(), path)"
-        ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise StoreError(
-            f"checkpoint {str(path)!r}: holds a {type(state).__name__}, expected names and tensors"
-        )
-    return state
-
-
 def state_fingerprint(state: StateDict) -> str:
     """Return a hash of names, dtypes, shapes and numbers of a state."""
     digest = hashlib.sha256()
@@ -214,24 +217,7 @@ def _expand(item: Any, start: int) -> list[tuple[str, Path | StateDict | None]]:
             f"checkpoint: got a {type(item).__name__}; give a path, a pattern, a folder, "
             "a state dict, or a list of them; or a list of dattri.Checkpoint alone"
         )
-    path = Path(item)
-    if path.is_dir():
-        files = sorted((p for p in path.iterdir() if p.suffix in SUFFIXES), key=_natural)
-    elif path.exists():
-        files = [path]
-    else:
-        files = sorted(map(Path, glob.glob(str(item))), key=_natural)  # noqa: PTH207 - any root
-    if not files:
-        raise InputError(
-            f"checkpoint: {str(item)!r} names no file with a suffix of {', '.join(SUFFIXES)}"
-        )
-    return [(file.name, file) for file in files]
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Return a key that puts ``step-9`` before ``step-10``."""
-    pieces = re.split(r"(\d+)", str(path))
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in pieces]
+    return list(find_states(item))
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -242,38 +228,10 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return {name: by_identity.get(id(t), [name]) for name, t in own_tensors(model).items()}
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes in a file; of a safetensors file only the header is read."""
-    if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in read_state(path).items()}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise StoreError(
-            f"checkpoint {str(path)!r}: is no whole safetensors file ({error}); save it again"
-        ) from error
-
-
-def _check_keys(name: str, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
-    aliases = _aliases(model)
-    wanted = own_tensors(model)
-    missing = [key for key in wanted if not any(alias in found for alias in aliases[key])]
-    unexpected = sorted(set(found) - set(model.state_dict(keep_vars=True)))
-    if missing or unexpected:
-        parts = []
-        if missing:
-            parts.append(f"missing {missing}")
-        if unexpected:
-            parts.append(f"unexpected {unexpected}")
-        raise InputError(
-            f"checkpoint {name!r} does not fit the model: {'; '.join(parts)}; "
-            "save the state dict of this very model, unwrapped"
-        )
-    for key, tensor in wanted.items():
-        alias = next(alias for alias in aliases[key] if alias in found)
-        if found[alias] != tuple(tensor.shape):
-            raise InputError(
-                f"checkpoint {name!r}: {alias!r} has shape {found[alias]}, "
-                f"the model's has {tuple(tensor.shape)}"
-            )
+def _misfit(name: str, model: nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    parts = [f"missing {missing}"] if missing else []
+    parts += [f"unexpected {unexpected}"] if unexpected else []
+    fix = "save the state dict of this very model, unwrapped"
+    if any(".lora_" in key for key in unexpected) and not hasattr(model, "peft_config"):
+        fix = "these are weights of an adapter: give the task the PeftModel that has it"
+    return f"checkpoint {name!r} does not fit the model: {'; '.join(parts)}; {fix}"

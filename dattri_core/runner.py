@@ -17,7 +17,7 @@ from dattri_core import assemble
 from dattri_core.atomic import discard_leftovers, require_room
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
-from dattri_core.errors import MemoryBudgetError, NumericsError, format_bytes
+from dattri_core.errors import MemoryBudgetError, NumericsError, StoreError, format_bytes
 from dattri_core.ids import id_array
 from dattri_core.locks import sole_writer
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
@@ -28,7 +28,7 @@ from dattri_core.queries import Branch
 from dattri_core.registry import default_registry
 from dattri_core.requests import Request
 from dattri_core.scores import Scores
-from dattri_core.scores_file import MANIFEST, is_scores_folder
+from dattri_core.scores_file import is_scores_folder
 from dattri_core.scores_writer import ScoresWriter
 from dattri_core.shelf import Shelf
 from dattri_core.snapshot import Fitted
@@ -120,8 +120,9 @@ class Runner:
         folder = run_folder(out)
         for path in (out, folder):
             discard_leftovers(path)
+        if not folder.exists() and (held := _finished_before(out, self.provenance)) is not None:
+            return held
         self._require_room(out, first.dtype)
-        _tell_of_replaced(out, self.provenance)
         tiles, sizes = open_tiles(folder, self.provenance, sizes)
         resumed: dict[str, Any] = dict(sizes)
         costs = first.outline.costs(measured=first.outline.measures(self.run.scorer))
@@ -266,23 +267,34 @@ def contractions(budget: int) -> int:
     return min(DEFAULT_LIMIT, budget // 16)
 
 
-def _tell_of_replaced(out: Path, facts: Mapping[str, Any]) -> None:
-    """Warn that finished scores are about to be replaced, and by what.
+def _finished_before(out: Path, facts: Mapping[str, Any]) -> Scores | None:
+    """Return the finished scores of the same call, where they are there; warn of others.
 
-    The same call computes them anew: no hash sees the code of a loss or a model, so that the scores
-    there may be those of an earlier version of it.
+    The fingerprints cover weights, data and method, not the code of the model and of the loss, so
+    what is returned is said.
     """
     if not (out.is_dir() and is_scores_folder(out)):
-        return
-    held = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("provenance", {})
+        return None
+    try:
+        held = Scores.load(out)
+    except StoreError:
+        return None  # damaged: replaced as a whole
     now = json.loads(json.dumps(facts))
-    changed = [name for name in now if held.get(name) != now[name]]
-    others = f"those of another {' and another '.join(changed)}" if changed else "of the same call"
+    changed = [name for name in now if held.provenance.get(name) != now[name]]
+    if changed:
+        warnings.warn(
+            f"attribute: out={str(out)!r} holds finished scores with another "
+            f"{' and another '.join(changed)}; they are replaced once the new ones are whole",
+            stacklevel=2,
+        )
+        return None
     warnings.warn(
-        f"attribute: out={str(out)!r} holds finished scores, {others}; they are replaced when the "
-        "new ones are whole; to read them instead, dattri.Scores.load",
+        f"attribute: out={str(out)!r} holds the finished scores of this very call, which are "
+        "returned; delete it where the code of the model or of the loss changed, which no hash "
+        "sees",
         stacklevel=2,
     )
+    return held
 
 
 def run_folder(out: Path) -> Path:
