@@ -67,15 +67,14 @@ class Checkpoint:
 
         Of an adapter's weights it is that of the model's others as well.
         """
-        own = own_tensors(model)
-        if self.source is None:
+        own, source = own_tensors(model), self.source
+        if source is None:
             return state_fingerprint(own)
-        file = self.source if isinstance(self.source, Path) else None
-        said = state_fingerprint(self.source) if file is None else hash_of(file)
+        said = hash_of(source) if isinstance(source, Path) else state_fingerprint(source)
         adapter = adapter_names(model, own)
         if not adapter:
             return said
-        found = set(self.source if file is None else shapes_of(file))
+        found = set(shapes_of(source) if isinstance(source, Path) else source)
         if not is_adapter(found, adapter, own):
             return said
         given = {adapter.get(key, key) for key in found}

@@ -39,7 +39,7 @@ def sole_writer(folder: Path, what: str, *, wait: bool = False) -> Iterator[None
 
     Args:
         folder: It need not exist; the lock lies beside it.
-        what: What is written, for messages.
+        what: What is written and where, for messages.
         wait: Wait for the other writer instead of raising.
 
     Raises:
@@ -55,7 +55,7 @@ def sole_writer(folder: Path, what: str, *, wait: bool = False) -> Iterator[None
             if not wait:
                 break  # tried twice, since `require_free` takes the lock for a moment
     if held is None:
-        raise _busy(path, folder, what)
+        raise _busy(path, what)
     try:
         yield
     finally:
@@ -77,7 +77,7 @@ def require_free(folder: Path, what: str) -> None:
         return
     with handle:
         if not _lock(handle):
-            raise _busy(path, folder, what)
+            raise _busy(path, what)
         _unlock(handle)
 
 
@@ -139,13 +139,13 @@ def _unlock(handle: BinaryIO) -> None:
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-def _busy(path: Path, folder: Path, what: str) -> StoreError:
+def _busy(path: Path, what: str) -> StoreError:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {found['pid']} on {found['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"  # one that is just beginning, or ending
     return StoreError(
-        f"{what} {str(folder)!r}: {who} is writing to it; wait until it is done and run again, or "
-        "give another folder"
+        f"{what}: {who} is writing them; wait until it is done and run again, or give another "
+        "folder"
     )

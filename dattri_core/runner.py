@@ -110,7 +110,7 @@ class Runner:
             StoreError: Another process writes them, the disk has no room, or an unfinished run of
                 other facts is there.
         """
-        with sole_writer(run_folder(out), "scores"):
+        with sole_writer(run_folder(out), f"scores {str(out)!r}"):
             contents = {"train": self.run.train.content, "test": self.run.test.content}
             self.provenance = {**self.provenance, **contents}
             return self._to_folder(out, first)

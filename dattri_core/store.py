@@ -33,7 +33,7 @@ from dattri_core.tensor_file import tensor_file
 FORMAT = "dattri-store"
 VERSION = 1
 MANIFEST = "store.json"
-EXAMPLES = "train examples"
+EXAMPLES = "train set"
 """The fact that is a hash of all train examples; left out where only some are compared."""
 CHECKPOINT = "checkpoint.json"
 ROWS = "dattri-rows"

@@ -187,7 +187,7 @@ def keep_rows(
         facts[EXAMPLES] = examples.content
     # Builders take turns: the next one finds the rows there. Readers of whole rows wait for nobody.
     alone = not plan_only and _lacks_rows(folder, checkpoint.position)
-    with sole_writer(folder, "store", wait=True) if alone else nullcontext():
+    with sole_writer(folder, f"rows in {str(folder)!r}", wait=True) if alone else nullcontext():
         opened = OpenStore.open(folder, facts, layout)
         if plan_only and checkpoint.position not in opened.checkpoints:
             return projected, examples, (f"{said}, this one not there yet",)

@@ -233,10 +233,12 @@ class Examples:
         try:
             batch = self._collate(items)
         except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            fix = "give a DataLoader with a collate_fn that pads"
+            if len(items) == 1:
+                fix = "a collate function has to make a batch of any one example, and drop none"
             raise InputError(
-                f"{self.name} data: {which} cannot be put into one batch "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); give a "
-                "DataLoader with a collate_fn that pads"
+                f"{self.name} data: {which} cannot be put into one batch ({reason}); {fix}"
             ) from error
         _require_even(batch, self.name)
         given = batch_size(batch)

@@ -174,7 +174,7 @@ def budget_of(folder: Path, default: int) -> int:
     Raises:
         StoreError: Another process is at work on the run: known before a long fit.
     """
-    require_free(folder, "scores")
+    require_free(folder, f"scores in {str(folder)!r}")
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return default

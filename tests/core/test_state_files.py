@@ -161,7 +161,7 @@ def test_what_is_named_otherwise_is_refused_with_what_was_looked_for(tmp_path):
 def test_a_folder_with_a_model_and_an_adapter_is_refused(tmp_path):
     state = trained(tmp_path / "out", 1)
     save_file(state, tmp_path / "out" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="holds both model.safetensors and adapter_model"):
+    with pytest.raises(InputError, match=r"holds both model.safetensors and adapter_model"):
         checkpoints_of(tmp_path / "out", None)
 
 
