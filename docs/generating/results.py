@@ -23,8 +23,8 @@ SHORT = 60
 
 INTERVALS = (
     "Intervals of these tables are those of the bootstrap that was used until",
-    "[formulas](../metrics.md#intervals) took its place for metrics with bounds: of correlations over 40 tests",
-    "and more they hardly differ, of areas and shares near 1 they are too narrow.",
+    "[formulas](../metrics.md#intervals) took its place for metrics with bounds: of correlations",
+    "over 40 tests and more they hardly differ, of areas and shares near 1 they are too narrow.",
 )
 """Of tables measured before; to be dropped with the last of them."""
 
