@@ -18,11 +18,13 @@ from dattri_core.laws.law import (
     require_close,
     require_equal,
     require_identical,
+    require_same_aux,
 )
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
-from dattri_core.laws.spaces import block_diagonal, flat_rows, formed
+from dattri_core.laws.spaces import block_diagonal, flat_rows, formed, labelled, turned
 from dattri_core.laws.spy import Operations
+from dattri_core.laws.untouched import require_dtype, require_frozen, require_rows_untouched
 from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Curvature, CurvatureKind, Operator
 from dattri_core.rows import Rows
@@ -42,6 +44,8 @@ NAMES: dict[str, CurvatureKind] = {
     "ggn-rows": "ggn",
 }
 """The curvature that each word of `Curvature.needs` is enough for; other words name none."""
+FLOAT32 = 1e-3
+"""Largest relative difference of a matrix that is fitted in float32."""
 
 
 @frozen(eq=False)
@@ -98,15 +102,34 @@ def _exact(bench: CurvatureBench) -> str | None:
     return None if _named(bench) else f"needs {sorted(bench.part.needs)} name no dense oracle"
 
 
-def _named(bench: CurvatureBench) -> CurvatureKind | None:
-    found = {NAMES.get(need) for need in bench.part.needs}
+def _named(bench: CurvatureBench) -> str | None:
+    found = {"rows" if need == "rows" else NAMES.get(need) for need in bench.part.needs}
     return found.pop() if len(found) == 1 else None
+
+
+def _oracle(problem: DenseProblem, name: str) -> Tensor:
+    """Return the curvature of a name: of `NAMES`, or of needs ``"rows"`` the mean of g g^T."""
+    if name != "rows":
+        return problem.matrices[cast("CurvatureKind", name)]
+    flat = problem.train_rows.flat()
+    return flat.T @ flat / len(flat)
 
 
 def _of_squares(bench: CurvatureBench) -> str | None:
     if "hessian-product" in bench.part.needs:
         return "it is made from Hessian products, which may be indefinite"
     return None
+
+
+@law("curvature")
+def part_is_frozen(bench: CurvatureBench) -> None:
+    """No field can be set; fitted on other data before, H is the same and so is the part."""
+
+    def use(some: CurvatureBench, other: bool) -> Tensor:
+        world, problem = next(some.places())
+        return some.matrix(problem_of(world, (3, 8, 1)) if other else problem)
+
+    require_frozen(bench, use)
 
 
 @law("curvature")
@@ -136,12 +159,12 @@ def operator_is_symmetric(bench: CurvatureBench) -> None:
 
 @law("curvature", _exact)
 def operator_is_the_named_one(bench: CurvatureBench) -> None:
-    """H = the dense float64 oracle of the curvature that it needs products of."""
-    kind = _named(bench)
-    assert kind is not None
+    """H = the dense float64 oracle of what it needs: the Hessian, the GGN, the mean of g g^T."""
+    name = _named(bench)
+    assert name is not None
     for world, problem in bench.places():
-        want = problem.matrices[kind]
-        require_close(bench.matrix(problem), want, f"the {kind} of {world.name}")
+        want = _oracle(problem, name)
+        require_close(bench.matrix(problem), want, f"the curvature of the {name} in {world.name}")
 
 
 @law("curvature")
@@ -187,13 +210,57 @@ def operator_is_linear(bench: CurvatureBench) -> None:
 def apply_is_of_single_rows(bench: CurvatureBench) -> None:
     """(H rows)_b = H row_b, with its index and aux, factored or formed."""
     for world, problem in bench.places():
-        operator, rows = bench.part.fit(problem), problem.train_rows
+        operator, rows = bench.part.fit(problem), labelled(problem.train_rows)
         whole = operator.apply(rows)
         one = operator.apply(rows.take(slice(2, 3)))
         require_close(one.flat(), whole.flat()[2:3], f"H of a row alone in {world.name}")
         made = operator.apply(formed(rows))
         require_close(made.flat(), whole.flat(), f"H of formed rows in {world.name}")
         require_identical(whole.index, rows.index, f"index in {world.name}")
+        require_same_aux(whole.aux, rows.aux, f"aux in {world.name}")
+
+
+@law("curvature")
+def blocks_go_by_name(bench: CurvatureBench) -> None:
+    """H fitted on, and applied to, rows whose blocks come in another order than the space is H."""
+    for world, problem in bench.places():
+        want = bench.matrix(problem)
+        other = evolve(problem, reverse=True)
+        require_close(bench.matrix(other), want, f"H of rows in another order in {world.name}")
+        if "apply" in bench.part.gives(problem.space):
+            operator, rows = bench.part.fit(problem), problem.train_rows
+            got, given = operator.apply(turned(rows)).flat(), operator.apply(rows).flat()
+            require_close(got, given, f"H g of rows in another order in {world.name}")
+
+
+@law("curvature", _gives("apply"))
+def inputs_are_untouched(bench: CurvatureBench) -> None:
+    """apply leaves the rows that it is given, factored or formed, as they were."""
+    for _, problem in bench.places():
+        operator, rows = bench.part.fit(problem), labelled(problem.train_rows)
+        require_rows_untouched(rows, operator.apply, "apply")
+        require_rows_untouched(formed(rows), operator.apply, "apply")
+
+
+@law("curvature")
+def float32_operator_is_close(bench: CurvatureBench) -> None:
+    """H fitted on rows in float32 = H, to the tolerance of float32, and H g is of g's dtype."""
+    for world, problem in bench.places():
+        rows, given = flat_rows(problem.space, 3), bench.part.gives(problem.space)
+        high: Any = bench.part.fit(problem)
+        low: Any = bench.part.fit(problem.low)
+        if "dense" in given:
+            what = f"dense() in float32 in {world.name}"
+            require_close(low.dense(), high.dense(), what, FLOAT32)
+        if "apply" not in given:
+            continue
+        want = high.apply(rows).flat()
+        for operator, name in ((low, "float32"), (high, "float64")):
+            for dtype in (torch.float32, torch.float64):
+                got = operator.apply(rows.to(dtype=dtype))
+                what = f"H g, fitted in {name}, in {world.name}"
+                require_dtype(got.dtype, dtype, what)
+                require_close(got.flat().double(), want, what, FLOAT32)
 
 
 @law("curvature", _gives("apply", "dense"))

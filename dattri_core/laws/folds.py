@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import torch
 from attrs import frozen
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.pretended import accelerator
+from dattri_core.laws.untouched import require_frozen
 from dattri_core.laws.worlds import random
 from dattri_core.protocols import Fold, FoldState, Scored, Snapshot
 
@@ -60,6 +62,16 @@ def tiles(count: int, dtype: torch.dtype = torch.float64) -> list[Scored]:
 def part(scored: Scored, rows: slice) -> Scored:
     """Return some rows of a tile."""
     return Scored(scored.values[rows], None if scored.weight is None else scored.weight[rows])
+
+
+@law("fold")
+def part_is_frozen(bench: FoldBench) -> None:
+    """No field can be set; after a fold of other tiles, the fold and the part are the same."""
+
+    def use(some: FoldBench, other: bool) -> Tensor:
+        return some.run(tiles(COUNT + 2)[::-1] if other else tiles(COUNT))
+
+    require_frozen(bench, use)
 
 
 @law("fold")
@@ -142,6 +154,22 @@ def equal_checkpoints_keep_the_sign(bench: FoldBench) -> None:
     ratio = folded / one.values
     require(bool((ratio > 0).all()), "scores of equal checkpoints change their sign")
     require_close(ratio, ratio[0, 0].expand(TILE), "ratio of the fold to the scores")
+
+
+@law("fold")
+def counts_are_alike(bench: FoldBench) -> None:
+    """The fold of c equal checkpoints is r_c S, with r_1, r_2, ... all equal, rising or falling."""
+    one = tiles(1)[0]
+    even = Scored(one.values, torch.ones(TILE[0], dtype=torch.float64))
+    ratios = []
+    for count in range(1, 7):
+        ratio = bench.run([even] * count, [1.0] * count) / one.values
+        require_close(ratio, ratio[0, 0].expand(TILE), f"ratio of the fold at {count} checkpoints")
+        ratios.append(float(ratio[0, 0]))
+    steps = [after - before for before, after in pairwise(ratios)]
+    same = all(abs(step) <= 1e-9 * abs(ratios[0]) for step in steps)
+    turns = all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    require(same or turns, f"the fold of equal checkpoints by their count: {ratios}")
 
 
 @law("fold")

@@ -19,10 +19,12 @@ from dattri_core.laws.law import (
     require_close,
     require_equal,
     require_identical,
+    require_same_aux,
 )
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
-from dattri_core.laws.spaces import formed
+from dattri_core.laws.spaces import formed, labelled, turned
+from dattri_core.laws.untouched import require_frozen, require_rows_untouched
 from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Damping, Inverse, InverseHessian
 from dattri_core.rows import Rows
@@ -54,6 +56,17 @@ class InverseBench:
 
 
 @law("inverse_hessian")
+def part_is_frozen(bench: InverseBench) -> None:
+    """No field can be set; fitted on other data before, A is the same and so is the part."""
+
+    def use(some: InverseBench, other: bool) -> Tensor:
+        world, problem = next(some.places())
+        return some.applied(problem_of(world, (3, 8, 1)) if other else problem, problem.train_rows)
+
+    require_frozen(bench, use)
+
+
+@law("inverse_hessian")
 def inverse_is_linear(bench: InverseBench) -> None:
     """A(2 g - 3 h) = 2 A g - 3 A h."""
     for world, problem in bench.places():
@@ -71,13 +84,34 @@ def inverse_is_linear(bench: InverseBench) -> None:
 def apply_is_of_single_rows(bench: InverseBench) -> None:
     """(A rows)_b = A row_b, with its space, index and aux."""
     for world, problem in bench.places():
-        inverse, rows = bench.part.fit(problem), problem.train_rows
+        inverse, rows = bench.part.fit(problem), labelled(problem.train_rows)
         whole = inverse.apply(rows)
         one = inverse.apply(rows.take(slice(3, 4))).flat()
         require_close(one, whole.flat()[3:4], f"A of a row alone in {world.name}", 1e-5)
         require_equal(whole.space.fingerprint, rows.space.fingerprint, "space after A")
         require_identical(whole.index, rows.index, "index after A")
-        require_equal(set(whole.aux), set(rows.aux), "aux after A")
+        require_same_aux(whole.aux, rows.aux, "aux after A")
+
+
+@law("inverse_hessian")
+def blocks_go_by_name(bench: InverseBench) -> None:
+    """A fitted on, and applied to, rows whose blocks come in another order than the space is A."""
+    for world, problem in bench.places():
+        rows = problem.train_rows
+        want = bench.applied(problem, rows)
+        got = bench.applied(evolve(problem, reverse=True), rows)
+        require_close(got, want, f"A fitted on rows in another order in {world.name}", 1e-5)
+        got = bench.applied(problem, turned(rows))
+        require_close(got, want, f"A of rows in another order in {world.name}", 1e-5)
+
+
+@law("inverse_hessian")
+def inputs_are_untouched(bench: InverseBench) -> None:
+    """apply leaves the rows that it is given, factored or formed, as they were."""
+    for _, problem in bench.places():
+        inverse, rows = bench.part.fit(problem), labelled(problem.train_rows)
+        require_rows_untouched(rows, inverse.apply, "apply")
+        require_rows_untouched(formed(rows), inverse.apply, "apply")
 
 
 def _blockwise(bench: InverseBench) -> str | None:

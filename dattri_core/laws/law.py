@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -88,6 +88,13 @@ def require_identical(got: Tensor, want: Tensor, what: str) -> None:
     require(
         torch.equal(got, want), f"{what}: differs by {_gap(got, want):.3e}, expected no difference"
     )
+
+
+def require_same_aux(got: Mapping[str, Tensor], want: Mapping[str, Tensor], what: str) -> None:
+    """Raise `LawBroken` unless two sets of auxiliary numbers agree in names and bits."""
+    require_equal(set(got), set(want), f"{what}: names")
+    for name, numbers in want.items():
+        require_identical(got[name], numbers, f"{what}: {name!r}")
 
 
 def require_close(got: Tensor, want: Tensor, what: str, tolerance: float | None = None) -> None:

@@ -19,7 +19,8 @@ from dattri_core.laws.oracles import (
     plain_space,
     pulled_rows,
 )
-from dattri_core.laws.worlds import World, language, logistic, network
+from dattri_core.laws.spaces import turned
+from dattri_core.laws.worlds import World, cast, language, logistic, network
 from dattri_core.losses import Loss
 from dattri_core.protocols import CurvatureKind, RandomStream, Role, RowKind
 from dattri_core.rows import Rows
@@ -47,6 +48,8 @@ class DenseProblem:
         seed: Of the fit.
         reference: The test set of the world, as a problem of its own.
         role: Of the rows of kind ``"loss"``.
+        dtype: Of the rows that are read; what they are made from is float64.
+        reverse: Whether the blocks of rows come in the reverse of the order of the space.
     """
 
     world: World
@@ -61,6 +64,8 @@ class DenseProblem:
     seed: int = 0
     reference: DenseProblem | None = None
     role: Role = "train"
+    dtype: torch.dtype = torch.float64
+    reverse: bool = False
 
     @property
     def space(self) -> Space:
@@ -76,11 +81,6 @@ class DenseProblem:
     def device(self) -> torch.device:
         """Return where the model is."""
         return self.task.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return float64."""
-        return torch.float64
 
     @property
     def random(self) -> RandomStream:
@@ -109,10 +109,20 @@ class DenseProblem:
             reference=None if self.reference is None else self.reference.on(device),
         )
 
+    @property
+    def low(self) -> DenseProblem:
+        """Return the same problem in float32."""
+        return evolve(
+            self,
+            task=self.world.task(torch.float32),
+            dtype=torch.float32,
+            reference=None if self.reference is None else self.reference.low,
+        )
+
     def batches(self) -> Iterator[Batch]:
         """Read the train set in order."""
         for start in range(0, self.n_train, self.batch):
-            yield take(self.train, slice(start, start + self.batch))
+            yield cast(take(self.train, slice(start, start + self.batch)), self.dtype)
 
     def rows(
         self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
@@ -126,7 +136,8 @@ class DenseProblem:
         else:
             found = self._single(kind, draw).take(chosen)
         for start in range(0, len(found), self.batch):
-            yield found.take(slice(start, start + self.batch))
+            part = found.take(slice(start, start + self.batch)).to(dtype=self.dtype)
+            yield turned(part) if self.reverse else part
 
     def stream(
         self,
@@ -147,7 +158,8 @@ class DenseProblem:
         matrix = self.matrices[kind]
         if index is not None:
             oracle = {"hessian": hessian, "ggn": ggn}[kind]
-            matrix = oracle(self.task, self.space, take(self.train, index))
+            part = cast(take(self.train, index), self.dtype)
+            matrix = oracle(self.task, self.space, part).double()
         flat = vectors.flat().double() @ matrix
         return Rows.from_flat(self.space, flat.to(vectors.dtype), vectors.index, vectors.aux)
 

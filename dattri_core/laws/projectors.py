@@ -6,17 +6,30 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from dattri_core.capabilities import DataProjector
-from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
+from dattri_core.laws.law import (
+    law,
+    require,
+    require_close,
+    require_equal,
+    require_identical,
+    require_same_aux,
+)
 from dattri_core.laws.pretended import accelerator
-from dattri_core.laws.spaces import SPACE, ToyProblem, flat_rows, formed, toy_rows
+from dattri_core.laws.spaces import SPACE, ToyProblem, flat_rows, formed, toy_rows, turned
 from dattri_core.laws.spy import Operations
+from dattri_core.laws.untouched import require_dtype, require_frozen, require_rows_untouched
 from dattri_core.protocols import LinearMap, Projector, RandomStream
 from dattri_core.rows import Rows
 from dattri_core.stages import needs_data
 
 CPU = torch.device("cpu")
+STREAMS = 40
+"""Of random numbers, over which the mean of |P g|^2 is taken."""
+DEVIATIONS = 5.0
+"""Standard errors by which that mean may differ."""
 
 
 @frozen(eq=False)
@@ -51,6 +64,17 @@ def _additive(bench: ProjectorBench) -> str | None:
 
 def _blockwise(bench: ProjectorBench) -> str | None:
     return None if bench.build().blockwise else "its map is not blockwise"
+
+
+@law("projector")
+def part_is_frozen(bench: ProjectorBench) -> None:
+    """No field can be set; after it was built for another stream, P and the part are the same."""
+
+    def use(some: ProjectorBench, other: bool) -> Tensor:
+        rows = toy_rows(2, seed=3) if other else toy_rows(4)
+        return some.build(seed=int(other)).map(rows).flat()
+
+    require_frozen(bench, use)
 
 
 @law("projector")
@@ -105,9 +129,28 @@ def map_keeps_index_and_aux(bench: ProjectorBench) -> None:
     rows = toy_rows(4)
     mapped = bench.build().map(rows)
     require_identical(mapped.index, rows.index, "index of mapped rows")
-    require_equal(set(mapped.aux), set(rows.aux), "aux of mapped rows")
-    for key, numbers in rows.aux.items():
-        require_identical(mapped.aux[key], numbers, f"aux {key!r}")
+    require_same_aux(mapped.aux, rows.aux, "aux of mapped rows")
+
+
+@law("projector")
+def blocks_go_by_name(bench: ProjectorBench) -> None:
+    """P of rows whose blocks come in another order than that of the space is P g."""
+    built, rows = bench.build(), toy_rows(4)
+    require_close(built.map(turned(rows)).flat(), built.map(rows).flat(), "map of turned rows")
+    if "adjoint" in bench.part.gives:
+        keys = flat_rows(built.out_space, 3, seed=5)
+        got = built.adjoint(turned(keys)).flat()
+        require_close(got, built.adjoint(keys).flat(), "adjoint of turned rows")
+
+
+@law("projector")
+def inputs_are_untouched(bench: ProjectorBench) -> None:
+    """P leaves the rows that it is given, factored or formed, as they were; so does P^T."""
+    built, rows = bench.build(), toy_rows(4)
+    require_rows_untouched(rows, built.map, "map")
+    require_rows_untouched(formed(rows), built.map, "map")
+    if "adjoint" in bench.part.gives:
+        require_rows_untouched(flat_rows(built.out_space, 3, seed=5), built.adjoint, "adjoint")
 
 
 @law("projector")
@@ -125,6 +168,28 @@ def _fitted(bench: ProjectorBench) -> str | None:
     return None if needs_data(bench.part) else "it is not fitted on data"
 
 
+def _drawn(bench: ProjectorBench) -> str | None:
+    return "it is fitted on data, not drawn" if needs_data(bench.part) else None
+
+
+@law("projector", _drawn)
+def norms_are_kept_in_the_mean(bench: ProjectorBench) -> None:
+    """E |P g|^2 = |g|^2 over the streams of random numbers, to 5 standard errors."""
+    rows = toy_rows(3)
+    want = rows.flat().square().sum(1)
+    found = torch.stack(
+        [bench.build(seed).map(rows).flat().double().square().sum(1) / want for seed in _seeds()]
+    )
+    error = DEVIATIONS * found.std(0) / len(found) ** 0.5 + 1e-9
+    gap = (found.mean(0) - 1).abs()
+    said = f"mean |P g|^2 / |g|^2 over {len(found)} streams: {found.mean(0).tolist()}"
+    require(bool((gap <= error).all()), f"{said}, expected 1 to {error.tolist()}")
+
+
+def _seeds() -> range:
+    return range(100, 100 + STREAMS)
+
+
 @law("projector", _fitted)
 def fit_is_of_the_train_set(bench: ProjectorBench) -> None:
     """The map fitted in batches of 1 or n, or on the rows in another order, is the same map."""
@@ -140,10 +205,18 @@ def fit_is_of_the_train_set(bench: ProjectorBench) -> None:
 
 @law("projector")
 def float32_map_is_close(bench: ProjectorBench) -> None:
-    """P in float32 = P in float64, to the tolerance of float32."""
+    """P g of float32 is float32, = P g in float64 to the tolerance of float32; so for P^T k."""
     built, rows = bench.build(), toy_rows(4)
-    low = built.map(rows.to(dtype=torch.float32)).flat().double()
-    require_close(low, built.map(rows).flat(), "float32 map", 2e-5)
+    low, high = built.map(rows.to(dtype=torch.float32)), built.map(rows)
+    require_close(low.flat().double(), high.flat(), "float32 map", 2e-5)
+    require_dtype(low.dtype, torch.float32, "map")
+    require_dtype(high.dtype, torch.float64, "map")
+    if "adjoint" in bench.part.gives:
+        keys = flat_rows(built.out_space, 3, seed=5)
+        low, high = built.adjoint(keys.to(dtype=torch.float32)), built.adjoint(keys)
+        require_close(low.flat().double(), high.flat(), "float32 adjoint", 2e-5)
+        require_dtype(low.dtype, torch.float32, "adjoint")
+        require_dtype(high.dtype, torch.float64, "adjoint")
 
 
 @law("projector")
@@ -167,6 +240,7 @@ def adjoint_is_true(bench: ProjectorBench) -> None:
     left = built.map(rows).flat() @ keys.flat().T
     raised = built.adjoint(keys)
     require_equal(raised.space.fingerprint, SPACE.fingerprint, "space of the adjoint")
+    require_identical(raised.index, keys.index, "index of the adjoint")
     require_close(rows.flat() @ raised.flat().T, left, "<g, P^T k> against <P g, k>")
 
 

@@ -13,6 +13,7 @@ from dattri_core.errors import PluginError, SpecError, nearest
 from dattri_core.laws import (
     curvatures,
     folds,
+    inverse_numbers,
     inverses,
     methods,
     metrics,
@@ -20,6 +21,7 @@ from dattri_core.laws import (
     scorers,
     settings,
     solvers,
+    source_sides,
     sources,
 )
 from dattri_core.laws.law import LAWS, Law, LawBroken, NotApplicable
@@ -28,6 +30,7 @@ from dattri_core.laws.report import Finding, Report
 from dattri_core.methods import method
 from dattri_core.registry import Registry, default_registry, using
 
+_MORE = (inverse_numbers, source_sides)  # laws of kinds whose bench is elsewhere
 BENCHES: dict[str, Callable[[Any], Any]] = {
     "source": sources.SourceBench,
     "projector": projectors.ProjectorBench,

@@ -20,6 +20,7 @@ from dattri_core.laws.law import (
     require_close,
     require_equal,
     require_identical,
+    require_same_aux,
 )
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.spaces import (
@@ -31,7 +32,9 @@ from dattri_core.laws.spaces import (
     places,
     symmetric,
     toy_rows,
+    turned,
 )
+from dattri_core.laws.untouched import require_dtype, require_frozen, require_rows_untouched
 from dattri_core.protocols import (
     Damping,
     Inverse,
@@ -51,6 +54,10 @@ for _where in places(SPACE).values():
     _size = _where.stop - _where.start
     NULL_BLOCKS.matrix[_where, _where] = symmetric(_size, 0.1, 3.0, zeros=_size // 2)
 TIGHT = 1e-12
+STRONG = 1e3
+"""A damping at which an inverse is its series in H to the first order."""
+FELT = 0.1
+"""Largest relative difference of that order; one that samples examples is off by their noise."""
 
 
 @frozen(eq=False)
@@ -116,6 +123,17 @@ def _needs_given(bench: SolverBench) -> str | None:
 
 def _exact(bench: SolverBench) -> str | None:
     return None if bench.part.exact else "it declares that it is not exact"
+
+
+@law("solver", _needs_given)
+def part_is_frozen(bench: SolverBench) -> None:
+    """No field can be set; after a solve of another H, apply is the same and so is the part."""
+
+    def use(some: SolverBench, other: bool) -> Tensor:
+        operator, rows = (BLOCKS, toy_rows(2, seed=3)) if other else (POSITIVE, toy_rows(4))
+        return some.inverse(operator, Damping(0.4) if other else DAMPING).apply(rows).flat()
+
+    require_frozen(bench, use)
 
 
 @law("solver", _needs_given, _exact)
@@ -195,7 +213,22 @@ def apply_is_of_the_row(bench: SolverBench) -> None:
     require_close(got.flat(), inverse.apply(formed(rows)).flat(), "apply of factored rows")
     require_equal(got.space.fingerprint, rows.space.fingerprint, "space after apply")
     require_identical(got.index, rows.index, "index after apply")
-    require_equal(set(got.aux), set(rows.aux), "aux after apply")
+    require_same_aux(got.aux, rows.aux, "aux after apply")
+
+
+@law("solver", _needs_given)
+def blocks_go_by_name(bench: SolverBench) -> None:
+    """apply of rows whose blocks come in another order than that of the space is the same."""
+    inverse, rows = bench.inverse(), toy_rows(4)
+    require_close(inverse.apply(turned(rows)).flat(), inverse.apply(rows).flat(), "apply, turned")
+
+
+@law("solver", _needs_given)
+def inputs_are_untouched(bench: SolverBench) -> None:
+    """apply leaves the rows that it is given, factored or formed, as they were."""
+    inverse, rows = bench.inverse(), toy_rows(4)
+    require_rows_untouched(rows, inverse.apply, "apply")
+    require_rows_untouched(formed(rows), inverse.apply, "apply")
 
 
 def _reduces(bench: SolverBench) -> str | None:
@@ -216,7 +249,7 @@ def reduced_sides_are_true(bench: SolverBench) -> None:
     require_equal(sides.out_space.fingerprint, space.fingerprint, "space of the train map")
     require_close(sides.map(formed(rows)).flat(), small.flat(), "P of formed rows")
     require_identical(small.index, rows.index, "index after P")
-    require_equal(set(small.aux), set(rows.aux), "aux after P")
+    require_same_aux(small.aux, rows.aux, "aux after P")
     halves = inverse.in_basis(small)
     require_equal(halves.space.fingerprint, space.fingerprint, "space of M k")
     require_close(halves.flat(), inverse.apply(rows).flat(), "M P h against apply(h)")
@@ -264,7 +297,7 @@ def root_squared_is_the_inverse(bench: SolverBench) -> None:
     mapped = root.apply(left)
     require_equal(mapped.space.fingerprint, left.space.fingerprint, "space after R")
     require_identical(mapped.index, left.index, "index after R")
-    require_equal(set(mapped.aux), set(left.aux), "aux after R")
+    require_same_aux(mapped.aux, left.aux, "aux after R")
 
 
 @law("solver", _needs_given, _rooted)
@@ -310,6 +343,15 @@ def damping_wins_in_the_end(bench: SolverBench) -> None:
     rows = toy_rows(4)
     got = 1e8 * bench.inverse(damping=Damping(1e8)).apply(rows).flat()
     require_close(got, rows.flat(), "damping times apply at damping 1e8", 1e-6)
+
+
+@law("solver", _needs_given)
+def curvature_is_felt(bench: SolverBench) -> None:
+    """damping (g - damping apply(g)) -> H g as damping -> infinity, at 10^3 to 10 %."""
+    rows = toy_rows(4)
+    found = bench.inverse(BLOCKS, Damping(STRONG)).apply(rows).flat()
+    got = STRONG * (rows.flat() - STRONG * found)
+    require_close(got, rows.flat() @ BLOCKS.matrix, "H g read off apply, H block diagonal", FELT)
 
 
 @law("solver", _needs_given)
@@ -380,13 +422,15 @@ def stats_are_true(bench: SolverBench) -> None:
 
 @law("solver", _needs_given)
 def float32_apply_is_close(bench: SolverBench) -> None:
-    """apply in float32 = apply in float64, to the tolerance of float32."""
+    """apply of rows in float32 is float32, = apply in float64 to the tolerance of float32."""
     rows = toy_rows(4)
     tolerance = {"tolerance": 1e-5} if hasattr(bench.part, "tolerance") else {}
     solver: Any = attrs.evolve(bench.part, damping=DAMPING, **tolerance)
     inverse = _whole(solver.solve_for(POSITIVE, CPU))
-    low = inverse.apply(rows.to(dtype=torch.float32)).flat().double()
-    require_close(low, bench.inverse().apply(rows).flat(), "float32 apply", 2e-3)
+    low, high = inverse.apply(rows.to(dtype=torch.float32)), bench.inverse().apply(rows)
+    require_close(low.flat().double(), high.flat(), "float32 apply", 2e-3)
+    require_dtype(low.dtype, torch.float32, "apply")
+    require_dtype(high.dtype, torch.float64, "apply")
 
 
 @law("solver", _needs_given)

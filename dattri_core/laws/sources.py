@@ -192,7 +192,8 @@ def rows_are_repeatable(bench: SourceBench) -> None:
             require_identical(flat_of(bound, world.train), first, f"rows in {world.name}")
 
 
-def _of_the_loss(bench: SourceBench) -> str | None:
+def of_the_loss(bench: SourceBench) -> str | None:
+    """Return why rows are not those of the loss, None where they are."""
     if "residual" not in bench.part.provides:
         return None
     return "it provides the residual: its rows are of a margin that the loss is a function of"
@@ -203,7 +204,7 @@ def _of_a_margin(bench: SourceBench) -> str | None:
     return None if given else "it provides no residual: its rows are of the loss"
 
 
-@law("source", _of_the_loss)
+@law("source", of_the_loss)
 def rows_are_gradients(bench: SourceBench) -> None:
     """row(z) = d loss(z) / d theta where the space covers parameters; z alone in its batch."""
     for world, task, bound in bench.gradients():
@@ -241,7 +242,7 @@ def target_rows_carry_the_sign(bench: SourceBench) -> None:
             require_close(alone(bound, some, "test"), want, f"target rows in {world.name}")
 
 
-@law("source", _of_the_loss)
+@law("source", of_the_loss)
 def rows_scale_with_the_loss(bench: SourceBench) -> None:
     """Rows of c loss = c rows of loss, for c = 1000 and c = -1000."""
     for world, _, bound in bench.gradients():

@@ -54,6 +54,16 @@ def formed(rows: Rows) -> Rows:
     return rows.map_blocks(lambda _, block: block.dense())
 
 
+def turned(rows: Rows) -> Rows:
+    """Return the same rows, their mapping of blocks in the reverse of the order of the space."""
+    return evolve(rows, blocks={name: rows.blocks[name] for name in reversed(rows.space.names)})
+
+
+def labelled(rows: Rows) -> Rows:
+    """Return the same rows with auxiliary numbers, none of them alike."""
+    return evolve(rows, aux={**rows.aux, "label": 3 + 2 * torch.arange(len(rows))})
+
+
 def flat_rows(space: Space, count: int, seed: int = 0) -> Rows:
     """Return formed random rows of any space."""
     return Rows.from_flat(space, random(count, space.dim, seed=seed), torch.arange(count) + 100)

@@ -2,6 +2,7 @@
 
 import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
+from toy_loose import loose
 from toy_moment_parts import ToyMoment
 from toy_row_parts import (
     ForgetfulScorer,
@@ -17,6 +18,7 @@ from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
 from toy_world_parts import (
     ToyDataSource,
     ToyEnsemble,
+    ToyFeatures,
     ToyFisher,
     ToyGGN,
     ToyInverseHessian,
@@ -49,7 +51,7 @@ def registry():
 
 
 GOOD = {
-    "source": [ToySource(), ToyMargin(), ToyEnsemble(), ToyDataSource()],
+    "source": [ToySource(), ToyMargin(), ToyEnsemble(), ToyDataSource(), ToyFeatures()],
     "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
@@ -71,6 +73,7 @@ GOOD = {
         ToyInverseHessian(two_sided=True),
         ToyInverseHessian(split=True),
         ToyInverseHessian(knowing=True),
+        ToyInverseHessian(exact=True),
     ],
     "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
     "fold": [ToyFold(), ToyFold(weighted=True)],
@@ -87,6 +90,10 @@ GOOD = {
 # kind -> law -> a part that breaks it. A function makes the part when the test runs.
 BROKEN = {
     "source": {
+        "part-is-frozen": loose(ToySource),
+        "sample-does-not-show": ToyFeatures("centred"),
+        "both-sides-are-one-source": ToyFeatures("one role"),
+        "rows-are-plain-numbers": ToySource("graph"),
         "space-is-true": ToySource("twice"),
         "aux-is-declared": ToySource("aux"),
         "rows-are-their-own": ToySource("centre"),
@@ -108,7 +115,11 @@ BROKEN = {
         "model-is-untouched": ToySource("eval"),
     },
     "projector": {
+        "part-is-frozen": loose(ToyProjector),
         "out-space-is-true": ToyProjector("space"),
+        "blocks-go-by-name": ToyFlatProjector("dict"),
+        "inputs-are-untouched": ToyProjector("in place"),
+        "norms-are-kept-in-the-mean": ToyFlatProjector("large"),
         "out-space-is-pure": ToyProjector("impure"),
         "map-is-linear": ToyProjector("bend"),
         "map-is-of-single-rows": ToyProjector("count"),
@@ -124,7 +135,11 @@ BROKEN = {
         "additive-is-true": ToyFlatProjector("place"),
     },
     "curvature": {
+        "part-is-frozen": loose(ToyGGN),
         "gives-is-pure": ToyGGN("gives"),
+        "blocks-go-by-name": ToyFisher("dict"),
+        "inputs-are-untouched": ToyFisher("in place"),
+        "float32-operator-is-close": ToyFisher("wide"),
         "operator-is-symmetric": ToyFisher("skew"),
         "operator-is-the-named-one": ToyGGN("double"),
         "operator-is-a-mean": ToyFisher("sum"),
@@ -141,7 +156,11 @@ BROKEN = {
         "operator-is-positive": ToyFisher("shift"),
     },
     "solver": {
+        "part-is-frozen": loose(ToySolver),
         "inverse-is-exact": ToySolver(fault="shift"),
+        "blocks-go-by-name": ToySolver(fault="dict"),
+        "inputs-are-untouched": ToySolver(fault="in place"),
+        "curvature-is-felt": ToySolver(fault="mean", exact=False),
         "null-space-is-damped": ToySolver(fault="range"),
         "saddle-is-not-hidden": ToySolver(fault="clip"),
         "inverse-is-linear": ToySolver(fault="bend", exact=False),
@@ -165,7 +184,17 @@ BROKEN = {
         "float32-apply-is-close": ToySolver(fault="coarse"),
     },
     "inverse_hessian": {
+        "part-is-frozen": loose(ToyInverseHessian),
         "inverse-is-linear": ToyInverseHessian("bend"),
+        "inverse-is-symmetric": ToyInverseHessian("turn"),
+        "inverse-is-exact": ToyInverseHessian("double", exact=True),
+        "blocks-go-by-name": ToyInverseHessian("dict"),
+        "inputs-are-untouched": ToyInverseHessian("in place"),
+        "damping-can-change": ToyInverseHessian("keep"),
+        "damping-wins-in-the-end": ToyInverseHessian("floor"),
+        "zero-stays-zero": ToyInverseHessian("zero"),
+        "stats-are-finite": ToyInverseHessian("stats"),
+        "float32-apply-is-close": ToyInverseHessian("wide"),
         "apply-is-of-single-rows": ToyInverseHessian("alone"),
         "blockwise-is-true": ToyInverseHessian("leak", blockwise=True),
         "split-is-true": ToyInverseHessian("unsplit", split=True),
@@ -178,7 +207,11 @@ BROKEN = {
         "fit-is-repeatable": ToyInverseHessian("noise"),
     },
     "scorer": {
+        "part-is-frozen": loose(ToyScorer),
         "facts-are-declared": ToyScorer("locality"),
+        "zero-rows-have-finite-scores": ToyScorer("zero", "inverse-norm"),
+        "positions-do-not-show": ToyScorer("index"),
+        "inputs-are-untouched": ToyScorer("in place", "self-influence"),
         "needs-are-all-it-reads": ToyScorer("reads"),
         "what-is-measured-is-read": ToyScorer("idle", "self-influence"),
         "pair-adds-up-over-blocks": ToyScorer("bend"),
@@ -194,7 +227,9 @@ BROKEN = {
         "float32-scores-are-close": ToyScorer("coarse"),
     },
     "fold": {
+        "part-is-frozen": loose(ToyFold),
         "facts-are-declared": ToyFold("order"),
+        "counts-are-alike": ToyFold("three"),
         "one-checkpoint-is-itself": ToyFold("double"),
         "tiles-are-their-own": ToyFold("rows"),
         "state-is-all-it-keeps": ToyFold("number"),
@@ -263,6 +298,11 @@ ALSO = {
     ("source", "rows-are-repeatable"): {"moved-rows-are-bound-rows"},
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
+    ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric"},
+    # The negative of an inverse is that at any damping.
+    ("inverse_hessian", "inverse-is-positive-where-the-loss-is-convex"): {
+        "damping-wins-in-the-end"
+    },
     # A map of the global random state is another each time that it is built, on any device.
     ("projector", "map-is-of-its-stream"): {"device-does-not-show"},
     # The global random state is something that a fold keeps beside its state.

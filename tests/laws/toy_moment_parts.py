@@ -45,16 +45,14 @@ class ToyMomentOperator:
         self.readings.append(None)
         turn = -1.0 if self.fault == "sign" and len(self.readings) > 1 else 1.0
         for rows in self.problem.rows():
-            yield rows.scale(
-                torch.full((len(rows),), turn, dtype=torch.float64, device=rows.device)
-            )
+            yield rows.scale(torch.full((len(rows),), turn, dtype=rows.dtype, device=rows.device))
 
     def apply(self, rows):
         total = torch.zeros(len(rows), self.space.dim, dtype=torch.float64, device=rows.device)
         names = [(name,) for name in self.space.names] if self.blockwise else [self.space.names]
         for part in self.problem.rows():
             for some in names:
-                mine, given = part.select(some), rows.select(some)
+                mine, given = (r.select(some).to(dtype=torch.float64) for r in (part, rows))
                 there = torch.cat([torch.full((s.size,), s.name in some) for s in self.space])
                 total[:, there] += mine.inner(given).T @ mine.flat() / self.problem.n_train
-        return Rows.from_flat(self.space, total, rows.index, rows.aux)
+        return Rows.from_flat(self.space, total.to(rows.dtype), rows.index, rows.aux)

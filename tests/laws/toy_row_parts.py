@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 from torch.utils.data import DataLoader
+from toy_loose import emptied
 from toy_solver_parts import noise
 
 from dattri_core import BlockSpec, DenseBlock, Rows, Scored, Space
@@ -37,6 +38,7 @@ class ToyProjector:
 
             def normal(rows, columns, generator=generator):
                 numbers = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+                numbers = numbers / rows**0.5
                 return numbers if self.fault == "home" else numbers.to(device)
 
             sizes = spec.shape if spec.kind == "outer" else (spec.size,)
@@ -74,6 +76,7 @@ class ToyFlatProjector:
     def build(self, space, *, stream, device):
         size = (3, space.dim)
         matrix = torch.randn(*size, generator=stream.generator(), dtype=torch.float64).to(device)
+        matrix = (37 if self.fault == "large" else 1) * matrix / 3**0.5
         return ToyFlatMap(self.fault, space, self.out_space(space), matrix)
 
 
@@ -88,8 +91,12 @@ class ToyFlatMap:
 
     def map(self, rows):
         total = torch.zeros(len(rows), 3, dtype=rows.dtype, device=rows.device)
-        for spec in rows.space:
-            start = (self.in_space if self.fault != "place" else rows.space).offsets[spec.name]
+        whole = len(rows.space) == len(self.in_space)
+        blind = self.fault == "dict" and whole
+        space = rows.space if not blind else Space(tuple(rows.space[n] for n in rows.blocks))
+        for spec in space:
+            known = space if blind or self.fault == "place" else self.in_space
+            start = known.offsets[spec.name]
             columns = self.matrix[:, start : start + spec.size].to(rows.dtype)
             total += rows.blocks[spec.name].flat() @ columns.T
         return Rows(self.out_space, {"sketch": DenseBlock(total)}, rows.index, rows.aux)
@@ -115,6 +122,8 @@ class ToyMap:
 
     def map(self, rows):
         blocks = {}
+        if self.fault == "in place":
+            emptied(rows)
         for name, block in rows.blocks.items():
             *out, last = (m.to(rows.dtype) for m in self.matrices[name])
             if out:
@@ -126,9 +135,9 @@ class ToyMap:
             else:
                 values = block.flat() @ last.T
                 if self.fault == "bend":
-                    values = values * values.abs()
-                if self.fault == "count":
-                    values = values * (1 + 0.1 * len(rows))
+                    values = values.abs()
+                if self.fault == "count" and len(rows) == 1:
+                    values = 1.1 * values
                 if self.fault == "device" and values.device.type != "cpu":
                     values = 1.001 * values
                 if self.fault == "leak" and len(rows.space) == 1:
@@ -184,7 +193,13 @@ class ToyScorer:
     def finish(self, total, train, test):
         values = total.clone()
         if self.form and self.fault != "idle":
-            values = values / getattr(train, self.form.replace("-", "_")).unsqueeze(1)
+            number = getattr(train, self.form.replace("-", "_"))
+            size = number if self.fault == "zero" else number.clamp_min(1e-12)
+            values = values / size.unsqueeze(1)
+            if self.fault == "in place":
+                number.mul_(2)
+        if self.fault == "index":
+            values = values / (1 + train.index.to(values)).unsqueeze(1)
         if self.fault == "reads":
             train.aux.get("secret")
         if self.fault == "device" and values.device.type != "cpu":
@@ -192,9 +207,9 @@ class ToyScorer:
         if self.fault == "place" and len(values) > 3:
             values[3] *= 1.5
         if self.fault == "tile":
-            values = values / values.abs().amax(0)
+            values = values / values.abs().amax(0).clamp_min(1e-12)
         if self.fault == "queries":
-            values = values / values.abs().amax(1, keepdim=True)
+            values = values / values.abs().amax(1, keepdim=True).clamp_min(1e-12)
         if self.fault == "negative":
             values = -values
         if self.fault == "threshold":
@@ -265,7 +280,8 @@ class ToyFold:
         return {"total": total, "count": int(count) if self.fault == "number" else count}
 
     def finish(self, state):
-        mean = state["total"] / state["count"]
+        count = state["count"].clamp_max(3) if self.fault == "three" else state["count"]
+        mean = state["total"] / count
         return 2 * mean if self.fault == "double" else mean
 
 

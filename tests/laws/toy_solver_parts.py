@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from attrs import evolve, field, frozen
+from toy_loose import emptied
 
 from dattri_core import (
     BlockSpec,
@@ -47,6 +48,8 @@ class ToySolver:
         matrix = operator.dense()
         if self.blockwise:
             matrix = block_diagonal(operator.space, matrix)
+        if self.fault == "mean":
+            matrix = matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
         values, vectors = torch.linalg.eigh(matrix)
         if self.fault == "shift" and values[0] < -1e-9:
             raise NumericsError("indefinite")
@@ -161,6 +164,8 @@ class ToyInverse:
 
     @property
     def stats(self):
+        if self.fault == "stats":
+            return {"residual": float("nan")}
         told = self.fault in ("", "early") and not self.blockwise
         return {"residual": 1e-13} if told else {}
 
@@ -193,7 +198,11 @@ class ToyInverse:
             leak = 1.001 if self.fault == "leak" else 1.0
             return part.scale(torch.full((len(rows),), leak, device=rows.device))
         given = rows.flat()
+        if self.fault == "dict":
+            given = torch.cat([block.flat() for block in rows.blocks.values()], 1)
         flat = given.double()
+        if self.fault == "in place":
+            emptied(rows)
         if self.fault == "zero":
             size = flat.norm(dim=1, keepdim=True)
             found = self._apply(flat / size) * size
@@ -201,7 +210,7 @@ class ToyInverse:
             found = self._apply(flat)
         if self.fault == "bend":
             found = found + 1e-3 * self._apply(found * found.abs())
-        if self.fault == "skew":
+        if self.fault in ("skew", "turn"):
             turn = torch.ones_like(self.vectors)
             found = found + 1e-3 * self._apply(found @ (turn.triu() - turn.tril()))
         if self.fault == "device" and found.device.type != "cpu":
@@ -218,7 +227,9 @@ class ToyInverse:
             found = 1.01 * found
         if self.fault == "negative":
             found = -found
-        return Rows.from_flat(self.space, found.to(given.dtype), rows.index, rows.aux)
+        if self.fault != "wide":
+            found = found.to(given.dtype)
+        return Rows.from_flat(self.space, found, rows.index, rows.aux)
 
 
 @frozen

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
+from toy_loose import emptied
 from toy_solver_parts import ToyInverse, ToyRoot, ToySpectralInverse, block_diagonal, noise
 
 from dattri_core import (
@@ -53,6 +54,37 @@ class ToyEnsemble:
         factor = 2 if self.fault == "same" else 1 + checkpoint.member
         hooks = {"": lambda model, args, output: factor * output}
         return ToySource().bind(task, evolve(checkpoint, hooks=hooks), sample)
+
+
+@frozen
+class ToyFeatures:
+    """Gradients that say nothing of parameters."""
+
+    fault: str = ""
+    provides = ToySource.provides
+
+    def bind(self, task, checkpoint, sample):
+        bound, found = ToySource().bind(task, checkpoint, sample), {}
+        if self.fault == "centred":
+            bound.stream(sample, "train", found.__setitem__)
+        means = {name: block.dense().values.mean(0) for name, block in found.items()}
+        space = Space(tuple(evolve(block, parameters=()) for block in bound.space))
+        return BoundToyFeatures(self.fault, bound, space, means)
+
+
+@frozen(eq=False)
+class BoundToyFeatures:
+    fault: str
+    bound: object
+    space: Space
+    means: dict
+
+    def stream(self, batch, role, sink):
+        def centred(name, block):
+            values = block.dense().values
+            sink(name, DenseBlock(values - self.means[name] if self.means else values))
+
+        return self.bound.stream(batch, "train" if self.fault == "one role" else role, centred)
 
 
 @frozen
@@ -123,6 +155,8 @@ class BoundToySource:
             flat = flat * (30 / flat.norm(dim=1, keepdim=True)).clamp_max(1)
         if self.fault == "coarse" and flat.dtype == torch.float32:
             flat = flat.bfloat16().float()
+        if self.fault == "graph":
+            flat = flat * torch.ones((), dtype=flat.dtype, device=flat.device, requires_grad=True)
         made = Rows.from_flat(self.space, flat, torch.arange(count))
         for name, block in made.blocks.items():
             sink(name, block)
@@ -242,7 +276,9 @@ def fisher(fault, problem):
     total = torch.zeros(problem.space.dim, problem.space.dim, **numbers)
     first = None
     for rows in problem.rows():
-        flat = rows.flat()
+        flat = rows.flat().double()
+        if fault == "dict":
+            flat = torch.cat([block.flat().double() for block in rows.blocks.values()], 1)
         first = first or len(rows)
         weights = torch.ones(len(rows), 1, **numbers)
         if fault == "positions":
@@ -272,6 +308,10 @@ class ToyMatrix:
 
     def apply(self, rows):
         flat = rows.flat()
+        if self.fault == "in place":
+            emptied(rows)
+        if self.fault == "wide":
+            flat = flat.double()
         if self.fault == "absolute":
             flat = flat.abs()
         if self.fault == "alone" and len(rows) == 1:
@@ -337,6 +377,8 @@ class ToyInverseHessian:
     two_sided: bool = False
     split: bool = False
     knowing: bool = False
+    exact: bool = False
+    damping: Damping = field(default=Damping(0.1))
     needs = frozenset({"rows"})
 
     def check(self, space):
@@ -346,6 +388,8 @@ class ToyInverseHessian:
         if self.knowing:
             return ToyKnowing(self.fault, evolve(self, knowing=False).fit(problem), problem)
         matrix = fisher(self.fault, problem)
+        if self.fault == "double":
+            matrix = 2 * matrix
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
         if self.split:
@@ -353,9 +397,9 @@ class ToyInverseHessian:
                 matrix
             )
             operator = ToyOperator(problem.space, matrix)
-            return ToySpectralInverse(self.fault, operator, Damping(0.1))
+            return ToySpectralInverse(self.fault, operator, self.damping)
         values, vectors = torch.linalg.eigh(matrix)
-        parts = (self.fault, problem.space, values, vectors, Damping(0.1))
+        parts = (self.fault, problem.space, values, vectors, self.damping)
         if self.two_sided:
             return ToyTwoSided(ToyInverse(*parts), ToyRoot(*parts))
         return ToyInverse(*parts, self.blockwise)
