@@ -14,6 +14,7 @@ from dattri_core.errors import InputError
 from dattri_core.experiment import Evidence, Metric, MetricResult
 from dattri_core.laws.evaluated import N_TEST, N_TRAIN, Array, Evaluated
 from dattri_core.laws.law import law, require, require_equal
+from dattri_core.laws.untouched import require_frozen
 from dattri_core.task import Task
 
 WORDS = frozenset({"mislabelled", "retraining", "labels", "self-influence", "attribute"})
@@ -81,6 +82,17 @@ def _same(got: MetricResult, want: MetricResult, what: str, tolerance: float = T
             and math.isclose(one, two, rel_tol=tolerance, abs_tol=tolerance)
         )
         require(agree, f"{what}: {name} is {one}, expected {two}")
+
+
+@law("metric")
+def part_is_frozen(bench: MetricBench) -> None:
+    """No field can be set; after it measured other scores, the value and the part are the same."""
+
+    def use(some: MetricBench, other: bool) -> torch.Tensor:
+        found = some.part.measure(some.uninformed(1) if other else some.informed())
+        return torch.tensor([found.value, found.low, found.high], dtype=torch.float64)
+
+    require_frozen(bench, use)
 
 
 @law("metric")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from dattri_core.entries import Entry, Recipe
 from dattri_core.errors import PluginError, SpecError, nearest
@@ -25,6 +26,7 @@ from dattri_core.laws import (
     sources,
 )
 from dattri_core.laws.law import LAWS, Law, LawBroken, NotApplicable
+from dattri_core.laws.places import where
 from dattri_core.laws.pretended import prepare
 from dattri_core.laws.report import Finding, Report
 from dattri_core.methods import method
@@ -130,15 +132,23 @@ class Case:
 def cases(name: str, *, registry: Registry | None = None) -> tuple[Case, ...]:
     """Return every law of every part and method that a plugin, or a distribution, brings.
 
+    What cannot be imported or made is one case, which fails.
+
     Raises:
         PluginError: It failed to load.
         SpecError: No such plugin, or it brings nothing that has laws.
     """
     registry = registry or default_registry()
-    found: list[Case] = []
+    found = [
+        Case("plugin", plugin, _raised(error), NO_PART) for plugin, error in _broken(name, registry)
+    ]
     with using(registry):
         for kind, part in _checkable(name, registry):
-            bench = bench_of(kind, part_of(kind, part))
+            try:
+                bench = bench_of(kind, part_of(kind, part))
+            except Exception as error:  # the others are to be checked all the same
+                found.append(Case(kind, part, _raised(error), NO_PART))
+                continue
             found += [Case(kind, part, law, bench) for law in laws_of(kind)]
     return tuple(found)
 
@@ -146,14 +156,53 @@ def cases(name: str, *, registry: Registry | None = None) -> tuple[Case, ...]:
 def check_plugin(name: str, *, registry: Registry | None = None) -> tuple[Report, ...]:
     """Check every part and method that one plugin, or one distribution, brings.
 
-    Parts whose fields have no default are left to the methods that use them.
+    Parts whose fields have no default are left to the methods that use them. What cannot be
+    imported or made has failed; the others are checked.
 
     Raises:
         PluginError: It failed to load.
         SpecError: No such plugin, or it brings nothing that has laws.
     """
     registry = registry or default_registry()
-    return tuple(check(kind, part, registry=registry) for kind, part in _checkable(name, registry))
+    reports = [_unmade("plugin", plugin, error) for plugin, error in _broken(name, registry)]
+    for kind, part in _checkable(name, registry):
+        try:
+            with using(registry):
+                made = part_of(kind, part)
+        except Exception as error:  # the others are to be checked all the same
+            reports.append(_unmade(kind, part, error))
+            continue
+        reports.append(evolve(check(kind, made, registry=registry), name=part))
+    return tuple(reports)
+
+
+def _unmade(kind: str, name: str, error: Exception | str) -> Report:
+    """Return the report of what could not be imported or made."""
+    findings: tuple[Any, ...] = (find(_raised(error), NO_PART),)
+    return Report(kind, name, findings)
+
+
+NO_PART = SimpleNamespace(part=None)
+"""The bench of a law on what could not be made."""
+
+
+def _raised(error: Exception | str) -> Law:
+    """Return a law that what could not be imported breaks."""
+
+    def fail(_: Any) -> None:
+        said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        raise LawBroken(said)
+
+    return Law("plugin", "it-can-be-made", "What is registered can be imported and made.", fail, ())
+
+
+def _broken(name: str, registry: Registry) -> list[tuple[str, str]]:
+    """Return the plugins of a name or distribution that failed to load, each with its error."""
+    return [
+        (plugin.origin.plugin, plugin.error)
+        for plugin in registry.plugins
+        if name in (plugin.origin.plugin, plugin.origin.distribution) and plugin.error
+    ]
 
 
 def _checkable(name: str, registry: Registry) -> list[tuple[str, str]]:
@@ -178,7 +227,10 @@ def _checkable(name: str, registry: Registry) -> list[tuple[str, str]]:
 def _has_defaults(entry: Entry | Recipe, registry: Registry) -> bool:
     if isinstance(entry, Recipe):
         return True
-    cls = registry.resolve(entry.kind, entry.name)
+    try:
+        cls = registry.resolve(entry.kind, entry.name)
+    except PluginError:
+        return True  # so that it is tried, and said to have failed
     bare = attrs.has(cls) and any(a.default is attrs.NOTHING and a.init for a in attrs.fields(cls))
     return not bare
 
@@ -215,7 +267,8 @@ def find(law: Law, bench: Any) -> Finding:
             return Finding(law.name, law.statement, "expected", expected[law.name])
         return Finding(law.name, law.statement, "failed", str(broken))
     except Exception as error:  # the part's own failure is a finding, and must not hide the others
-        return Finding(law.name, law.statement, "failed", f"{type(error).__name__}: {error}")
+        detail = f"{type(error).__name__}: {error}{where(error, bench.part)}"
+        return Finding(law.name, law.statement, "failed", detail)
     if law.name in expected:
         detail = f"it holds, though declared to fail: {expected[law.name]}"
         return Finding(law.name, law.statement, "failed", detail)

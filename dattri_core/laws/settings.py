@@ -16,6 +16,7 @@ from dattri_core.batch import Batch
 from dattri_core.errors import InputError
 from dattri_core.experiment import Counterfactual, Retraining, Setting, World
 from dattri_core.laws.law import NotApplicable, law, require, require_equal
+from dattri_core.laws.untouched import contents, require_fixed
 from dattri_core.task import Task
 
 SIZE = (40, 20)
@@ -103,6 +104,15 @@ def _whole(world: World) -> Counterfactual:
 
 def _half(world: World) -> Counterfactual:
     return Counterfactual(np.arange(len(world.train_ids)) % 2 == 0, SEED)
+
+
+@law("setting")
+def part_is_frozen(bench: SettingBench) -> None:
+    """No field can be set, and none has changed after a world was loaded."""
+    require_fixed(bench.part)
+    before = contents(bench.part)
+    assert bench.world is not None
+    require(contents(bench.part) == before, "its fields have changed after a world was loaded")
 
 
 @law("setting")

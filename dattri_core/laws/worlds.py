@@ -132,6 +132,31 @@ def minimise_logistic(train: Batch, weights: Tensor, rate: float) -> Tensor:
     return solution.reshape(classes, -1)
 
 
+class _Halves(nn.Module):
+    """The sum of two linear layers, each of its part of the input: convex, in two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(2, 3)
+        self.right = nn.Linear(3, 3, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        answer: Tensor = self.left(inputs[:, :2]) + self.right(inputs[:, 2:])
+        return answer
+
+
+def halves() -> World:
+    """Return softmax regression of two layers: its loss is convex, its rows have two blocks."""
+    return World(
+        "halves",
+        lambda: seeded(_Halves),
+        cross_entropy,
+        (random(N_TRAIN, 5, seed=51), integers(3, N_TRAIN, seed=52)),
+        (random(N_TEST, 5, seed=53), integers(3, N_TEST, seed=54)),
+        convex=True,
+    )
+
+
 class _Network(nn.Module):
     """Several kinds of module: a convolution, norms, dropout, a linear layer at one position."""
 

@@ -242,6 +242,7 @@ BROKEN = {
         "float32-fold-is-close": ToyFold("coarse"),
     },
     "method": {
+        "part-is-frozen": loose(ToyAttributor, PLAIN),
         "scores-are-a-matrix": ToyAttributor(PLAIN, "ids"),
         "permuted-train-rows-permute-scores": ToyAttributor(PLAIN, "train place"),
         "permuted-test-rows-permute-scores": ToyAttributor(PLAIN, "test place"),
@@ -261,6 +262,7 @@ BROKEN = {
         "a-method-is-its-spec": lambda: dattri.Method(scorer=ForgetfulScorer()),
     },
     "setting": {
+        "part-is-frozen": loose(ToySetting),
         "facts-are-declared": ToySetting("sizes"),
         "worlds-have-their-sizes": ToySetting("count"),
         "worlds-are-repeatable": ToySetting("facts"),
@@ -275,6 +277,7 @@ BROKEN = {
         "outcomes-are-of-the-model": ToySetting("measure"),
     },
     "metric": {
+        "part-is-frozen": loose(ToyDetection),
         "facts-are-declared": ToyDetection("words"),
         "value-lies-in-its-interval": ToyDetection("interval"),
         "metric-is-repeatable": ToyDetection("noise"),

@@ -64,10 +64,13 @@ class ToyFeatures:
     provides = ToySource.provides
 
     def bind(self, task, checkpoint, sample):
-        bound, found = ToySource().bind(task, checkpoint, sample), {}
-        if self.fault == "centred":
-            bound.stream(sample, "train", found.__setitem__)
-        means = {name: block.dense().values.mean(0) for name, block in found.items()}
+        bound, means = ToySource().bind(task, checkpoint, sample), {"train": {}, "test": {}}
+        for role in means if self.fault == "centred" else ():
+
+            def note(name, block, held=means[role]):
+                held[name] = block.dense().values.mean(0)
+
+            bound.stream(sample, role, note)
         space = Space(tuple(evolve(block, parameters=()) for block in bound.space))
         return BoundToyFeatures(self.fault, bound, space, means)
 
@@ -82,7 +85,7 @@ class BoundToyFeatures:
     def stream(self, batch, role, sink):
         def centred(name, block):
             values = block.dense().values
-            sink(name, DenseBlock(values - self.means[name] if self.means else values))
+            sink(name, DenseBlock(values - self.means[role].get(name, 0.0)))
 
         return self.bound.stream(batch, "train" if self.fault == "one role" else role, centred)
 
