@@ -12,9 +12,11 @@ import enum
 import functools
 import hashlib
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -35,9 +37,12 @@ NAMED = frozenset({"torch", "numpy", "dattri_core", "dattri_parts"}) | sys.stdli
 """Packages whose code counts by its name alone: their versions move outcomes by rounding only."""
 MAIN = frozenset({"__main__", "__mp_main__"})
 INSTALLED = frozenset({"site-packages", "dist-packages"})
-SPELLED = frozenset({"datetime", "decimal", "fractions", "operator", "pathlib", "uuid", "torch"})
+SPELLED = frozenset(
+    {"datetime", "decimal", "fractions", "operator", "pathlib", "re", "uuid", "torch"}
+)
 """Modules whose small values say all that they hold in their text."""
-NAMESPACES = frozenset({"types", "argparse"})
+NAMESPACES = frozenset({"types", "argparse", "functools"})
+"""Modules of the standard library whose objects hold what was given to them."""
 PLAIN = (type(None), bool, int, float, str)
 BOOKKEEPING = frozenset(
     f"__{name}__"
@@ -75,8 +80,8 @@ class Description:
         if type(value) in PLAIN:
             return value
         if isinstance(value, tuple):
-            return [type(value).__name__, *map(self.of, value)]
-        if isinstance(value, (bytes, complex, range, slice, type(...))):
+            return ["tuple", self._kind(value), *map(self.of, value)]
+        if isinstance(value, (bytes, bytearray, complex, range, slice, type(...))):
             return [type(value).__name__, repr(value)]
         if isinstance(value, CodeType):
             return self._code(value)
@@ -90,20 +95,20 @@ class Description:
         match value:
             case Tensor():
                 self.tensors.append(value.detach())
-                kind, position = type(value).__name__, len(self.tensors) - 1
-                return ["tensor", kind, position, value.requires_grad]
-            case torch.Generator():
-                return ["generator", self.of(value.get_state())]
+                position = len(self.tensors) - 1
+                return ["tensor", self._kind(value), position, value.requires_grad]
+            case torch.Generator() | np.random.Generator() | np.random.RandomState() | Random():
+                return ["generator", self.of(_state(value))]
             case enum.Enum():
                 return ["enum", self.of(type(value)), value.name, self.of(value.value)]
-            case list():
-                return ["list", *map(self.of, value)]
+            case list() | deque():
+                return ["list", self._kind(value), *map(self.of, value)]
             case set() | frozenset():  # others than constants come in the order of their addresses
                 plain = all(map(_is_constant, value))
                 return ["set", len(value), *(sorted(map(repr, value)) if plain else ())]
             case Mapping():
                 pairs = [[self.of(key), self.of(item)] for key, item in value.items()]
-                return ["mapping", self._name(type(value)), *pairs]
+                return ["mapping", self._kind(value), *pairs]
             case np.ndarray() | np.generic():
                 return self._array(np.asarray(value))
             case type():
@@ -168,6 +173,13 @@ class Description:
             [self.of(constant) for constant in code.co_consts],
         ]
 
+    def _kind(self, value: Any) -> Any:
+        """Return the description of a container's class, and of what it holds beside its items."""
+        kind = type(value)
+        if _is_named(kind.__module__):
+            return self._name(kind)
+        return [self.of(kind), self._held(value)]
+
     def _class(self, given: type) -> Any:
         name = self._name(given)
         if _is_named(given.__module__):
@@ -199,6 +211,7 @@ class Description:
         kind = type(value)
         package = kind.__module__.partition(".")[0]
         words = ["object", self.of(kind), _name_of(value)]
+        words += [base.__repr__(value) for base in (int, float, str) if isinstance(value, base)]
         if isinstance(value, nn.Module):
             return [*words, self._held(value)]
         if package in SPELLED and not hasattr(value, "__dict__"):
@@ -264,6 +277,17 @@ def _is_code(member: Any) -> bool:
 def _name_of(value: Any) -> str | None:
     name = getattr(value, "__qualname__", getattr(value, "__name__", None))
     return name if isinstance(name, str) else None
+
+
+def _state(generator: Any) -> Any:
+    """Return where a generator of random numbers stands."""
+    if isinstance(generator, Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
 
 
 def _content(cell: CellType) -> Any:

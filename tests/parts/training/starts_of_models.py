@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import random
+import re
 import types
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,6 +156,47 @@ def nested(by):
     return model
 
 
+def remembered(by):
+    class Inner(nn.Module):
+        @functools.cached_property
+        def by(self):
+            return by
+
+        def forward(self, x):
+            return self.by * x
+
+    return Inner()
+
+
+def partly(by):
+    class Inner(nn.Module):
+        forward = functools.partialmethod(lambda self, x, by: by * x, by=by)
+
+    return Inner()
+
+
+def numbers_with(base, *items):
+    """Return a maker of containers or numbers of one's own, whose method is other code."""
+
+    def make(by):
+        kind = type("Own", (base,), {"scale": lambda self, x: by * x})
+        return Held(options=kind(*items))
+
+    return make
+
+
+class Own(float):
+    """A number of one's own kind."""
+
+
+class Table(dict):
+    """Holds more than its items."""
+
+    def __init__(self, more) -> None:
+        super().__init__(a=1)
+        self.more = more
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -176,6 +220,17 @@ PAIRS = {
     "tensors": (lambda v: Held(table=torch.full((3,), v)), 1, 2),
     "precisions": (lambda v: Held(wide=v), torch.float32, torch.float16),
     "generators": (lambda v: Held(noise=generator(v)), 1, 2),
+    "generators of numpy": (lambda v: Held(noise=np.random.default_rng(v)), 1, 2),
+    "old generators of numpy": (lambda v: Held(noise=np.random.RandomState(v)), 1, 2),
+    "generators of Python": (lambda v: Held(noise=random.Random(v)), 1, 2),
+    "queues": (lambda v: Held(options=deque([v])), 1, 2),
+    "patterns": (lambda v: Held(options=re.compile(v)), "a", "b"),
+    "numbers of one's own": (lambda v: Held(by=Own(v)), 1, 2),
+    "dicts of one's own": (lambda v: Held(by=Table(v)), 1, 2),
+    "code of dicts": (numbers_with(dict), 1, 2),
+    "code of lists": (numbers_with(list), 1, 2),
+    "code of tuples": (numbers_with(tuple), 1, 2),
+    "code of numbers": (numbers_with(float, 1.0), 1, 2),
     "gradients": (lambda v: Held(table=torch.ones(3).requires_grad_(v)), False, True),
     "distributions": (lambda v: Held(prior=torch.distributions.Normal(0.0, v)), 1.0, 2.0),
     "persistent buffers": (lambda v: Held(with_buffer(v, True)), 1, 2),
@@ -185,5 +240,6 @@ PAIRS = {
     for make in (
         *(closed, with_default, with_keyword_default, reads_a_global, reads_a_module),
         *(without_gradient, cached, subclass, inherited, with_property, bound, hooked, nested),
+        *(remembered, partly),
     )
 }

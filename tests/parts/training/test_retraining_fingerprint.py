@@ -79,9 +79,10 @@ def test_an_edited_forward_is_another_one_and_an_edited_comment_is_not():
         "  return self.b(torch.relu(2 * self.a(x)))",
         "  return self.b(torch.relu(3 * self.a(x)))",
         "  return self.b(torch.relu(self.a(x)) + 0)",
+        "  return self.b(torch.relu(self.a(x)) - 0)",
         "  return (lambda y: self.b(y))(torch.relu(self.a(x)))",
     ]
-    assert len({printed(base), *(printed(_class_of(body)) for body in others)}) == 6
+    assert len({printed(base), *(printed(_class_of(body)) for body in others)}) == 7
 
 
 def test_running_code_does_not_change_it():
