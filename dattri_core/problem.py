@@ -23,6 +23,7 @@ from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
 from dattri_core.stream import Examples
+from dattri_core.symmetry import require_sound
 from dattri_core.task import Task
 
 
@@ -274,10 +275,16 @@ class TrainProblem:
         sample = move(self.examples.sample(1), self.device)
         if self.n_train * recording_bytes(self.evaluator, sample) > limit:
             return ()
-        return tuple(
-            record(self.evaluator, move(batch, self.device), names, kind)
-            for _, batch in self._batches(self.batch, None)
-        )
+        recordings = []
+        for _, batch in self._batches(self.batch, None):
+            there = move(batch, self.device)
+            self._require_sound(there, names, kind)
+            recordings.append(record(self.evaluator, there, names, kind))
+        return tuple(recordings)
+
+    def _require_sound(self, batch: Batch, names: Iterable[str], kind: CurvatureKind) -> None:
+        if kind == "hessian":
+            require_sound(self.evaluator, batch, names)
 
     def _stream_product(
         self,
@@ -290,9 +297,9 @@ class TrainProblem:
         first = True
         with self.evaluator.session():
             for _, batch in self._batches(self.batch, index):
-                part = self._batch_product(
-                    move(batch, self.device), directions, kind, total if first else None
-                )
+                there = move(batch, self.device)
+                self._require_sound(there, directions, kind)
+                part = self._batch_product(there, directions, kind, total if first else None)
                 if not first:
                     for name, value in part.items():
                         total[name] += value

@@ -80,6 +80,7 @@ ORDER = [
     "batched",
     "second_order",
     "recording",
+    "symmetry",
     "products",
     "projected",
     "problem",

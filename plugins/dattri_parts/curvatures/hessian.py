@@ -15,7 +15,8 @@ class Hessian:
     """H = (1/n) sum_i d^2 loss_i / d theta^2: the exact Hessian of the mean train loss.
 
     Indefinite away from a minimum of a model that is not convex in its parameters. Behind a
-    projector P it is P H P^T. Used so by Koh and Liang 2017 (arXiv 1703.04730, equation 1).
+    projector P it is P H P^T. The first product of a task looks at four examples: an H that is not
+    symmetric, since an operation of the model has a wrong second derivative, is refused. Used so by Koh and Liang 2017 (arXiv 1703.04730, equation 1).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian-product"})
