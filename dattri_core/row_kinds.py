@@ -143,6 +143,8 @@ class RowReader:
             factor = self.evaluator.output_factor(self._outputs(batch), batch)
         # Example by example, its own columns only: which rows come does not depend on the batch.
         there = factor.flatten(2).ne(0).any(-1).T.nonzero()  # pairs (example, column)
+        if not len(there):  # `split` of nothing is one part of no examples, which no model takes
+            return
         for pairs in torch.split(there, most):
             example, column = pairs.unbind(1)
             yield index[example.cpu()], (take(batch, example), factor[column, example])
