@@ -39,7 +39,8 @@ class KNNShapley:
             is the nearest).
         weights: ``"uniform"``: 1; ``"inverse"``: 1 / (1 + d / h); ``"gaussian"``: exp(-(d / h)^2 /
             2).
-        bandwidth: h of the weights; None: for each test row, the distance of its K-th nearest.
+        bandwidth: h of the weights; None: for each test row, the distance of its K-th nearest, or
+            where that is 0 (K rows equal to the test row) the smallest distance that is not 0.
     """
 
     neighbours: int = field(default=5, validator=validators.ge(1))

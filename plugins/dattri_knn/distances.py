@@ -81,11 +81,14 @@ def weights_of(
         distances: From the nearest to the farthest, ``[C, n]``.
         weights: Which of the two.
         neighbours: K.
-        bandwidth: h; None: the distance of the K-th nearest row, 1 where that is 0.
+        bandwidth: h; None: the distance of the K-th nearest row, or where that is 0 the smallest
+            that is not, so that the unit of distances does not matter.
     """
     if bandwidth is None:
         last = min(neighbours, distances.shape[1]) - 1
         width = distances[:, last : last + 1]
-        width = torch.where(width > 0, width, 1)
+        nearest = distances.masked_fill(distances <= 0, torch.inf).amin(1, keepdim=True)
+        nearest = nearest.masked_fill(nearest.isinf(), 1)  # all are at distance 0, of weight 1
+        width = torch.where(width > 0, width, nearest)
         return _KERNELS[weights](distances / width)
     return _KERNELS[weights](distances / bandwidth)

@@ -82,7 +82,9 @@ def test_regression(problem):
 
 
 def weights(kind, far, k, bandwidth):
-    width = bandwidth or np.sort(far)[min(k, len(far)) - 1] or 1.0
+    positive = far[far > 0]
+    width = bandwidth or np.sort(far)[min(k, len(far)) - 1]
+    width = width or (positive.min() if len(positive) else 1.0)
     return np.exp(-((far / width) ** 2) / 2) if kind == "gaussian" else 1 / (1 + far / width)
 
 
