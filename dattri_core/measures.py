@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from attrs import Factory, define, evolve, field
 from torch import Tensor
 
 from dattri_core.blocks import Block
+from dattri_core.contract import limit_now
 from dattri_core.protocols import Scorer, Side
 from dattri_core.rows import Rows
 
@@ -33,6 +35,7 @@ class Measures:
 
     needs: frozenset[str]
     _sums: dict[str, Tensor] = field(factory=dict)
+    _dtypes: dict[str, torch.dtype] = field(factory=dict)
 
     def add(self, train: Rows, test: Rows | None = None) -> None:
         """Add some blocks of the rows.
@@ -55,11 +58,36 @@ class Measures:
     def _add(self, name: str, left: Block, right: Block) -> None:
         if name in self.needs:
             part, held = left.pair_inner(right), self._sums.get(name)
+            self._dtypes.setdefault(name, part.dtype)
+            if left is right:
+                part = without_underflow(part, left)
             self._sums[name] = part if held is None else held + part
 
     def _root(self, name: str) -> Tensor | None:
         square = self._sums.get(name)
-        return None if square is None else root(square)
+        return None if square is None else root(square).to(self._dtypes[name])
+
+
+def without_underflow(squares: Tensor, block: Block) -> Tensor:
+    """Return squared lengths, in float64 where some are too small for their dtype.
+
+    The square of a length of 1e-24 is zero in float32, and the length is not. Rows of zeros are
+    looked at again too, since nothing tells them apart before.
+
+    Args:
+        squares: Of the rows, ``[B]``.
+        block: The rows.
+    """
+    if squares.dtype == torch.float64:
+        return squares
+    limits = torch.finfo(squares.dtype)
+    small = squares < limits.tiny / limits.eps
+    if not bool(small.any()):
+        return squares
+    index = small.nonzero()[:, 0]
+    step = max(1, limit_now() // max(1, 16 * math.prod(block.shape)))
+    found = [block.take(some).flat().double().square().sum(1) for some in index.split(step)]
+    return squares.double().index_copy_(0, index, torch.cat(found))
 
 
 @define(eq=False)
