@@ -25,7 +25,8 @@ class Task:
 
     Args:
         model: The module. Its current weights are the checkpoint unless ``checkpoints`` is given.
-        loss: The train loss: the name of a shipped loss (``"cross-entropy"``, ``"squared-error"``,
+        loss: The train loss: the name of a shipped loss (``"cross-entropy"``, ``"squared-error"``
+            (1/2 sum (f - y)^2 over the outputs),
             ``"causal-lm"``, ``"token-cross-entropy"``), a function ``(model, batch) -> [B]``, a
             `Loss`, or a function of parameters marked with `functional`.
         target: What is attributed, per test example; default the loss, or what a method has of its

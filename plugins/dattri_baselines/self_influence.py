@@ -18,6 +18,10 @@ from dattri_core import Examples, Method, SpecError
 class SelfInfluence:
     """S_ij = S'_ii of another method, for every j.
 
+    Both sides of S'_ii are rows of the train side: gradients of the train loss (of margins, or what
+    the source gives), also where the task has a target, so that it is not the diagonal of
+    ``attribute(train)`` there; nor is it for ``rps-l2``, whose test rows are logits.
+
     A large one says that an example is explained by itself alone: it is rare, hard, or has a wrong
     label. In O(n), without a test example. Source: Koh and Liang 2017, Understanding Black-box
     Predictions via Influence Functions, section 5.4 (arXiv 1703.04730); Pruthi et al. 2020, TracIn,

@@ -33,7 +33,7 @@ def register(registry: dattri.Registry) -> None:
         summary="Influence function in a mask and a sparse sketch of each layer's gradient, with "
         "its Gauss-Newton matrix there; scope='row' for the whole gradient",
         formula="S_ij = sum over layers of <k_i, (E[k k^T] + damping I)^-1 k_j>, "
-        "k = S M g of the layer's gradient g, M a mask, S a sparse sketch",
+        "k = S M g of the layer's gradient g, M a random mask, S a sparse sketch",
         citation=HU,
     )
     registry.method(
@@ -42,7 +42,7 @@ def register(registry: dattri.Registry) -> None:
         summary="Influence function in a mask of each layer's inputs and outputs and a sparse "
         "sketch of their product, with its Gauss-Newton matrix there",
         formula="S_ij = sum over layers of <k_i, (E[k k^T] + damping I)^-1 k_j>, "
-        "k = S vec(M_out G M_in^T) of the layer's gradient G, M_out and M_in masks, S a sparse "
-        "sketch",
+        "k = S vec(M_out G M_in^T) of the layer's gradient G, M_out and M_in random masks, S a "
+        "sparse sketch",
         citation=HU,
     )

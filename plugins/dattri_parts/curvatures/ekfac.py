@@ -40,8 +40,9 @@ class EKFAC:
         draws: Labels drawn for each example; both passes see the same ones.
         uncovered: Blocks without factors: ``"diagonal"``, ``"identity"``, ``"drop"`` or
             ``"error"``.
-        approximation: Of the factors, ``"expand"`` or ``"reduce"``; the eigenvalues are measured
-            on whole rows either way. With "reduce" and fewer examples than a layer has inputs, the
+        approximation: Of the factors, ``"expand"`` or ``"reduce"`` as in K-FAC, the mean of x over
+            the positions where e x^T is not zero; the eigenvalues are measured on whole rows
+            either way. With "reduce" and fewer examples than a layer has inputs, the
             eigenvectors of the factor's null space are arbitrary, and rows have a part there.
     """
 

@@ -49,7 +49,8 @@ class KFAC:
             ``"identity"``: H = I, ``"drop"``: held fixed, they give nothing to the scores, or
             ``"error"``.
         approximation: Several positions of an example count each (``"expand"``), or as one with the
-            sum of e and the mean of x (``"reduce"``); embeddings always expand.
+            sum of e and the mean of x over the positions that count, those where e x^T is not zero
+            (``"reduce"``): not padding. Embeddings always expand.
     """
 
     fisher: Fisher = field(default="sampled", validator=validators.in_(FISHERS))

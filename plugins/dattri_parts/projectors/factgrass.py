@@ -23,7 +23,8 @@ class FactGrass:
     products only r_out r_in numbers are formed, whatever the layer's size. The chain of
     ``factor-mask`` and ``sjlt``, number by number. Source: Hu et al. 2025, GraSS: Scalable Data
     Attribution with Gradient Sparsification and Sparse Projection, section 3, FactGraSS (arXiv
-    2505.18976), here with masks that are unbiased.
+    2505.18976), here with masks that are random and unbiased; the paper's Selective Mask does not
+    exist here.
 
     Args:
         dim: k, for each layer; one of which the masks leave at most so many numbers is not

@@ -21,7 +21,7 @@ class Grass:
     The chain of ``mask`` and ``sjlt``, number by number. A row costs k' additions, however long it
     is; what the mask loses shows in the variance. Source: Hu et al. 2025, GraSS: Scalable Data
     Attribution with Gradient Sparsification and Sparse Projection, section 3 (arXiv 2505.18976),
-    here with a mask that is unbiased.
+    here with a mask that is random and unbiased; the paper's Selective Mask does not exist here.
 
     Args:
         dim: k.

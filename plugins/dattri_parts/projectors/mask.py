@@ -27,7 +27,7 @@ class Mask:
     computed, where that is cheaper than to form it. What is kept are the k numbers of the set.
     Source: Hu et al. 2025, GraSS: Scalable Data Attribution with Gradient Sparsification and Sparse
     Projection, section 3, the random mask (arXiv 2505.18976), here with the scale that makes it
-    unbiased.
+    unbiased. The paper's Selective Mask, which is learned from gradients, does not exist here.
 
     Args:
         dim: k. Of fewer coordinates all are kept.
