@@ -86,7 +86,7 @@ def without_underflow(squares: Tensor, block: Block) -> Tensor:
         return squares
     index = small.nonzero()[:, 0]
     step = max(1, limit_now() // max(1, 16 * math.prod(block.shape)))
-    found = [block.take(some).flat().double().square().sum(1) for some in index.split(step)]
+    found = [block.take(some).flat().double().square().sum(1) for some in torch.split(index, step)]
     return squares.double().index_copy_(0, index, torch.cat(found))
 
 

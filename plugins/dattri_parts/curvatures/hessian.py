@@ -16,7 +16,8 @@ class Hessian:
 
     Indefinite away from a minimum of a model that is not convex in its parameters. Behind a
     projector P it is P H P^T. The first product of a task looks at four examples: an H that is not
-    symmetric, since an operation of the model has a wrong second derivative, is refused. Used so by Koh and Liang 2017 (arXiv 1703.04730, equation 1).
+    symmetric, since an operation of the model has a wrong second derivative, is refused. Used so
+    by Koh and Liang 2017 (arXiv 1703.04730, equation 1).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian-product"})
