@@ -33,6 +33,12 @@ def test_patterns(patterns, want):
     assert Task(model(), parameters=patterns).parameter_names == want
 
 
+@pytest.mark.parametrize("patterns", [None, 3, [], [None], ["fc*", 2]])
+def test_patterns_that_are_none(patterns):
+    with pytest.raises(InputError, match=r"^parameters: got .*; give one or more patterns"):
+        Task(model(), parameters=patterns)
+
+
 def test_frozen_parameters_never_take_part():
     net = model()
     net.fc1.requires_grad_(False)

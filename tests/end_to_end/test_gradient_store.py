@@ -220,6 +220,66 @@ def test_rows_of_another_run_are_refused_by_name(what, tmp_path):
         )
 
 
+class Read(torch.utils.data.Dataset):
+    """Examples that are read one at a time; one label may be another."""
+
+    def __init__(self, n=130, changed=None):
+        self.inputs, self.labels = examples(n)
+        self.reads = 0
+        if changed is not None:
+            self.labels[changed] = (self.labels[changed] + 1) % 3
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return self.inputs[i], self.labels[i]
+
+
+LOGRA = {"rank": 3, "damping": 1e-2}
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: torch.utils.data.DataLoader(d, 16)])
+def test_one_example_changed_among_many_is_seen(wrap, tmp_path):
+    method = dattri.method("logra", **LOGRA)
+    method.attribute(task(), wrap(Read()), TEST, store=tmp_path / "rows")
+    with pytest.raises(StoreError, match="another train set"):
+        method.attribute(task(), wrap(Read(changed=66)), TEST, store=tmp_path / "rows")
+    got = method.attribute(task(), wrap(Read()), TEST, store=tmp_path / "rows")
+    close(got, method.attribute(task(), wrap(Read()), TEST))
+
+
+def test_a_store_that_compares_a_sample_reads_no_more_than_that(tmp_path):
+    method = dattri.method("logra", **LOGRA)
+    store = Store(tmp_path / "rows", check="sample")
+    method.attribute(task(), Read(), TEST, store=store)
+    data = Read()
+    method.attribute(task(), data, TEST, store=store)
+    sampled = data.reads
+    with pytest.raises(StoreError, match="another train "):
+        method.attribute(task(), Read(n=129), TEST, store=store)
+    with pytest.raises(StoreError, match=r"without a hash of all.*check='sample'"):
+        method.attribute(task(), Read(), TEST, store=tmp_path / "rows")
+    whole = tmp_path / "whole"
+    method.attribute(task(), Read(), TEST, store=whole)
+    data = Read()
+    method.attribute(task(), data, TEST, store=whole)
+    assert data.reads == sampled + 130 + 1  # one pass, and one example that its pieces are cut by
+    method.attribute(task(), Read(changed=66), TEST, store=Store(whole, check="sample"))
+    with pytest.raises(ValueError, match="check"):
+        Store(whole, check="none")
+
+
+def test_a_disk_that_does_not_take_the_rows_is_a_store_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dattri_core.atomic.os.fsync", full)
+    with pytest.raises(StoreError, match=r"rows.*cannot be written \(No space left"):
+        dattri.method("grad-dot").attribute(task(), TRAIN, TEST, store=tmp_path / "rows")
+
+
 def damage(root, how):
     first, second = sorted((root / "c00000").glob("rows-*"))[:2]
     if how == "corrupt":

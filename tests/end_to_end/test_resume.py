@@ -264,13 +264,102 @@ def test_a_folder_of_something_else_is_refused_before_any_work(what, tmp_path):
     assert names(tmp_path) == ["scores"]
 
 
-def test_finished_scores_are_replaced_as_a_whole(tmp_path):
+def test_finished_scores_of_another_call_are_replaced_as_a_whole_and_that_is_said(tmp_path):
     out = tmp_path / "scores"
-    dattri.attribute(task(), TRAIN, TEST, method="grad-cos", out=out)
     dattri.attribute(task(), TRAIN, TEST, method="tracin", out=out)
-    want = dattri.attribute(task(), TRAIN, TEST, method="tracin")
+    with pytest.warns(UserWarning, match="with another test; they are replaced"):
+        changed = dattri.attribute(task(), TRAIN, other(TEST), method="tracin", out=out)
+    with pytest.warns(UserWarning, match="with another method and another test"):
+        dattri.attribute(task(), TRAIN, TEST, method="grad-dot", out=out)
+    assert changed.provenance["test"] != Scores.load(out).provenance["test"]
+    want = dattri.attribute(task(), TRAIN, TEST, method="grad-dot")
     assert np.array_equal(np.asarray(Scores.load(out).values), want.values.numpy())
     assert names(tmp_path) == ["scores"]
+
+
+def test_finished_scores_of_the_same_call_are_returned_and_that_is_said(tmp_path, monkeypatch):
+    out = tmp_path / "scores"
+    first = dattri.attribute(task(), TRAIN, TEST, method="tracin", out=out)
+    scored = Stop(monkeypatch, "dattri_core.loop.score_tile", -1)
+    with pytest.warns(UserWarning, match=r"finished scores of this very call, which are returned"):
+        again = dattri.attribute(task(), TRAIN, TEST, method="tracin", out=out)
+    assert scored.calls == 0
+    assert np.array_equal(again.values, first.values)
+    assert (again.provenance, again.train_ids) == (first.provenance, first.train_ids)
+    values = bytearray((out / "values.npy").read_bytes())
+    values[-1] ^= 1
+    (out / "values.npy").write_bytes(values)
+    mended = dattri.attribute(task(), TRAIN, TEST, method="tracin", out=out)
+    assert scored.calls > 0
+    assert np.array_equal(mended.values, dattri.attribute(task(), TRAIN, TEST, "tracin").values)
+
+
+class Read(torch.utils.data.Dataset):
+    """Examples that are read one at a time; one may be another."""
+
+    def __init__(self, n, seed=0, changed=None):
+        self.inputs, self.labels = examples(n, seed=seed)
+        if changed is not None:
+            self.inputs[changed] += 1e-6
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        return self.inputs[i], self.labels[i]
+
+
+@pytest.mark.parametrize("fact", ["train", "test", "reference"])
+def test_one_example_changed_among_many_is_seen_by_a_resumed_run(fact, tmp_path):
+    def run(**changed):
+        data = {
+            name: Read(130, changed=changed.get(name)) for name in ("train", "test", "reference")
+        }
+        method = dattri.method("grad-dot")
+        made = task(reference=data["reference"])
+        return method.attribute(made, data["train"], data["test"], out=tmp_path / "scores")
+
+    with pytest.MonkeyPatch.context() as patch:
+        Stop(patch, "dattri_core.loop.score_tile", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    with pytest.raises(StoreError, match=rf"unfinished run with another {fact} "):
+        run(**{fact: 66})
+    run()
+
+
+@pytest.mark.parametrize("errno", [28, 30], ids=["full", "read-only"])
+def test_a_disk_that_does_not_take_the_tiles_is_a_store_error(errno, tmp_path, monkeypatch, small):
+    def refuse(*_):
+        raise OSError(errno, os.strerror(errno))
+
+    with monkeypatch.context() as patch:
+        Stop(patch, "dattri_core.tiles.save", 3, OSError(errno, os.strerror(errno)))
+        with pytest.raises(
+            StoreError, match=rf"the tile: cannot be written \({os.strerror(errno)}"
+        ):
+            dattri.attribute(task(), TRAIN, TEST, method="tracin", out=tmp_path / "scores")
+    got = dattri.attribute(task(), TRAIN, TEST, method="tracin", out=tmp_path / "scores")
+    want = dattri.attribute(task(), TRAIN, TEST, method="tracin")
+    assert np.array_equal(got.values, want.values.numpy())
+    monkeypatch.setattr("dattri_core.atomic.os.fsync", refuse)
+    with pytest.raises(StoreError, match=r"run folder .*cannot be written"):
+        dattri.attribute(task(), TRAIN, TEST, method="grad-cos", out=tmp_path / "other")
+
+
+def test_scores_that_the_disk_has_no_room_for_are_refused_before_any_is_computed(
+    tmp_path, monkeypatch, small
+):
+    size = 8 * N * M
+    scored = Stop(monkeypatch, "dattri_core.loop.score_tile", -1)
+    free = {"bytes": 2 * size - 1}
+    usage = type("Usage", (), {"free": property(lambda _: free["bytes"])})
+    monkeypatch.setattr("dattri_core.atomic.shutil.disk_usage", lambda _: usage())
+    with pytest.raises(StoreError, match=rf"{N} x {M} numbers.*take 1.1 KiB, and 1.1 KiB are free"):
+        dattri.attribute(task(), TRAIN, TEST, method="grad-cos", out=tmp_path / "new" / "scores")
+    assert scored.calls == 0
+    free["bytes"] += 1
+    dattri.attribute(task(), TRAIN, TEST, method="grad-cos", out=tmp_path / "new" / "scores")
 
 
 SLOW = (pytest.mark.slow, pytest.mark.timeout(0))
