@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 import toy_bench
-from toy_bench import CALLS, Agreement, Flips, ToySetting, ToyStore
+from bench_runs import bench, kept, results, row_of
+from toy_bench import Agreement, Flips, ToySetting, ToyStore
 
 import dattri_core as dattri
 from dattri_core import Scores, Task
-from dattri_core.cli import main
 from dattri_core.registry import Registry, default_registry, using
 
 HERE = Path(__file__).parent
-TIMES = ("seconds", "metric_seconds", "peak_bytes", "hardware")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,40 +33,6 @@ def registry():
 def no_figure(monkeypatch):
     """Figures take longer than all the rest, and have tests of their own."""
     monkeypatch.setattr("dattri_bench.command.draw", lambda rows, title, path: [])
-
-
-def bench(out, *words, setting="toy"):
-    """Run the command and return (exit status, what was done)."""
-    CALLS.clear()
-    folders = ["--out", str(out), "--retrained", str(out / "retrained")]
-    return main(["bench", setting, "--size", "small", *words, *folders]), list(CALLS)
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
-def row_of(out, method, metric="agreement"):
-    return next(r for r in results(out)["rows"] if (r["method"], r["metric"]) == (method, metric))
-
-
-def untimed(value):
-    """Return a record without what differs from run to run."""
-    if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if k not in TIMES}
-    return [untimed(item) for item in value] if isinstance(value, list) else value
-
-
-def kept(out):
-    """Return the files of a folder by path, times left out of records."""
-    found = {}
-    for path in sorted(out.rglob("*")):
-        if path.is_file() and path.name != "results.csv" and path.suffix not in (".md", ".png"):
-            data = path.read_bytes()
-            if path.suffix == ".json":
-                data = untimed(json.loads(data))
-            found[str(path.relative_to(out))] = data
-    return found
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -252,79 +217,6 @@ def dattri_parts_subsets(n, count):
     from dattri_parts.training import random_subsets
 
     return random_subsets(n, count, seed=0)
-
-
-# --- the seed of a method -------------------------------------------------------------------------
-def seeds_of(out, method):
-    """Return the seed of a method in the cell of each world, by the seed of the world."""
-    found = {}
-    for cell in results(out)["cells"]:
-        spec = cell["cell"]["method"]["spec"]
-        if cell["cell"]["method"]["name"] == method:
-            own = spec.get("seed", spec.get("attributor"))
-            found[cell["cell"]["world"]["seed"]] = own
-    return found
-
-
-def test_a_method_that_draws_has_a_seed_that_follows_the_worlds(tmp_path):
-    words = ("--metrics", "bounded", "--seeds=0,3")
-    bench(tmp_path, "--methods", "noise", "if-ekfac", "grad-dot", "counted", "asking", *words)
-    assert seeds_of(tmp_path, "noise") == {0: "noise", 3: {"name": "noise", "seed": 3}}
-    assert seeds_of(tmp_path, "if-ekfac") == {0: 0, 3: 3}
-    assert seeds_of(tmp_path, "grad-dot") == {0: 0, 3: 0}  # without a sketch or an inverse
-    assert seeds_of(tmp_path, "counted") == {0: "counted", 3: "counted"}
-    assert seeds_of(tmp_path, "asking") == {0: "asking", 3: "asking"}  # see below
-    want = {seed: np.random.default_rng(seed).normal() for seed in (0, 3)}
-    for cell in results(tmp_path)["cells"]:
-        if cell["cell"]["method"]["name"] == "noise":
-            assert cell["result"]["value"] == want[cell["cell"]["world"]["seed"]]
-
-
-def test_a_seed_that_is_set_stays(tmp_path):
-    words = ("--metrics", "bounded", "--seeds=0,3")
-    bench(tmp_path, "--methods", "noise:seed=7", "if-ekfac:seed=7", *words)
-    assert seeds_of(tmp_path, "noise") == {k: {"name": "noise", "seed": 7} for k in (0, 3)}
-    assert seeds_of(tmp_path, "if-ekfac") == {0: 7, 3: 7}
-
-
-def test_the_default_seed_of_a_recipe_is_counted_from(tmp_path, registry):
-    other = Registry()
-    other.merge(registry)
-    spec = {"attributor": {"name": "noise", "seed": 10}}
-    other.method("louder", spec, summary="toy", formula="S", citation="-")
-    with using(other):
-        bench(tmp_path, "--methods", "louder", "--metrics", "bounded", "--seeds=0,2")
-    assert [seeds_of(tmp_path, "louder")[seed]["seed"] for seed in (0, 2)] == [10, 12]
-
-
-def test_a_tuned_method_has_the_seed_of_its_world(tmp_path, monkeypatch):
-    made, method = [], dattri.method
-
-    def heard(name, **fields):
-        made.append(fields)
-        return method(name, **fields)
-
-    monkeypatch.setattr("dattri_bench.work.method", heard)
-    words = ("--metrics", "agreement", "--seeds=2", "--subsets=6", "--tune", "damping=0.1,1.0")
-    bench(tmp_path, "--methods", "if-ekfac", *words)
-    assert [fields["seed"] for fields in made] == [2]
-
-
-# --- whose parts ----------------------------------------------------------------------------------
-def test_another_release_of_a_plugin_is_another_cell(tmp_path):
-    words = ("--metrics", "bounded", "--methods", "grad-dot", "grad-dot:scorer=louder", "shout")
-    counts = []
-    for version in ("1.0", "1.0", "1.1"):
-        with using(toy_bench.with_plugin(version)):
-            bench(tmp_path, *words)
-        counts.append(len(list((tmp_path / "cells").iterdir())))
-    assert counts == [3, 3, 5]  # grad-dot is made of what comes with dattri-core
-    parts = [cell["cell"]["method"].get("parts") for cell in results(tmp_path)["cells"]]
-    assert parts[0] is None
-    assert [list(found) for found in parts[1:]] == [["toy_bench:Louder"], ["toy_bench:Shout"]]
-    for found in parts[1:]:
-        (origin,) = found.values()
-        assert re.fullmatch(r"dattri-loud 1\.1, [0-9a-f]{12}", origin)
 
 
 # --- what fails -----------------------------------------------------------------------------------
