@@ -1,4 +1,4 @@
-"""What tells cells of one method apart besides its fields: the world's seed, and whose parts it has."""
+"""What tells cells of one method apart besides its fields: the seed of the world, whose parts."""
 
 import re
 
