@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dattri_core.batch import Batch, take, tensors_of
+from dattri_core.batch import Batch, strided_parts, take, tensors_of
 from dattri_core.evaluate import Evaluator, leaves
 
 LEAST = 256
@@ -24,14 +24,13 @@ def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
     if known is not None:
         return known
     single = take(batch, slice(0, 1))
-    apart = {t.untyped_storage().data_ptr() for t in tensors_of(single)}
-    apart.update(t.untyped_storage().data_ptr() for t in evaluator.state.values())
+    apart: dict[int, int] = {}
+    for given in (*tensors_of(single), *evaluator.state.values()):
+        apart.update(_storages(given))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in apart:
-            kept[pointer] = tensor.untyped_storage().nbytes()
+        kept.update((at, size) for at, size in _storages(tensor).items() if at not in apart)
         return tensor
 
     variables = leaves(evaluator.selected)
@@ -45,3 +44,9 @@ def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
         evaluator.call(run, variables)
     _known[evaluator] = max(LEAST, sum(kept.values()))
     return _known[evaluator]
+
+
+def _storages(tensor: Tensor) -> dict[int, int]:
+    """Return the bytes of the memory that a tensor lies in, by address; several of a sparse one."""
+    storages = [part.untyped_storage() for part in strided_parts(tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

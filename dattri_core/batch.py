@@ -117,6 +117,21 @@ def _digest_of_pieces(data: memoryview) -> bytes:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor, whatever its dtype and device."""
+    """Return the bytes of a tensor, whatever its dtype, device and layout."""
+    if tensor.layout != torch.strided:
+        return memoryview(b"".join(raw_bytes(part) for part in strided_parts(tensor)))
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def strided_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that a tensor is made of: itself, or the parts of a sparse one."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense()]
