@@ -168,7 +168,7 @@ def _output_hessian(criterion: Callable[[Tensor], Tensor], outputs: Tensor) -> T
             criterion(free).sum(), free, create_graph=True, materialize_grads=True
         )
         rows = []
-        for entry in slope.flatten(1).unbind(1):
+        for entry in slope.reshape(count, size).unbind(1):  # outputs may be [B]: one each
             row = torch.zeros_like(free)
             if entry.requires_grad:  # else the criterion is linear in this output
                 (row,) = torch.autograd.grad(

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from dattri_core.batch import Batch, batch_size, move, take, tensors_of
 from dattri_core.checkpoint import Checkpoint, state_fingerprint
 from dattri_core.criteria import hessian_factor
-from dattri_core.errors import InputError, NumericsError
+from dattri_core.errors import InputError, NumericsError, SpecError
 from dattri_core.losses import Draw, FunctionalLoss, Loss, Reduction
 from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import Parameters, Role
@@ -174,9 +174,8 @@ class Evaluator:
         return values * self.task.sign if role == "test" else values
 
     def outputs(self, parameters: Parameters | None, batch: Batch) -> Tensor:
-        """Return the model outputs that the loss's criterion takes, ``[B, ...]``."""
-        loss = self._split_loss()
-        return self.call(lambda model: loss.forward(model, batch), parameters)
+        """Return the model outputs that the loss's criterion takes, ``[B, ...]`` or ``[B]``."""
+        return self.call(lambda model: self._outputs_of(model, batch), parameters)
 
     def pulled_of(
         self, model: nn.Module, batch: Batch, cotangent: Callable[[Tensor], Tensor]
@@ -185,8 +184,9 @@ class Evaluator:
 
         Raises:
             InputError: The loss is not split, or u is not shaped like the outputs.
+            SpecError: Its outputs are several tensors.
         """
-        outputs = self._split_loss().forward(model, batch)
+        outputs = self._outputs_of(model, batch)
         return (outputs * self._like(cotangent(outputs.detach()), outputs, "cotangent")).sum()
 
     def criterion(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -214,6 +214,19 @@ class Evaluator:
                 f"outputs {tuple(outputs.shape)}; expected [K, *outputs.shape], K columns"
             )
         return factor.to(outputs.dtype)
+
+    def _outputs_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = self._split_loss()
+        outputs = loss.forward(model, batch)
+        if isinstance(outputs, Tensor):
+            return outputs
+        raise SpecError(
+            f"outputs of the loss {loss.name!r}: its forward returned a {type(outputs).__name__}, "
+            "and a GGN needs one tensor of outputs [B, K]; concatenate what the criterion takes, "
+            "forward=lambda model, batch: torch.cat([scores, boxes.flatten(1)], 1), and take it "
+            "apart in the criterion (outputs[:, :k], outputs[:, k:]); or use a curvature of the "
+            "rows of the loss (the empirical Fisher) or of its Hessian"
+        )
 
     def _split_loss(self) -> Loss:
         loss = self.task.loss
@@ -266,15 +279,16 @@ class Evaluator:
                 f"{first.tolist()}; look for a diverged checkpoint or a log of zero"
             )
         again = [self._try(sample, role, what) for _ in range(2)]
-        if not all(_close(first, other) for other in again):
+        if not all(is_near(first, other) for other in again):
             raise self._random(what, first, again[-1])
-        for b in range(size if first.dim() == 1 and size > 1 else 0):
-            alike = take(sample, torch.full((size,), b))
-            alone = self._try(alike, role, what)
-            if not _close(first[b : b + 1], alone[:1]):
+        # Two copies, not as many as there are examples: a loss in which the others are negatives
+        # depends on how many there are, even where they are all alike.
+        for b in range(size if first.dim() == 1 else 0):
+            alike = self._try(take(sample, torch.full((2,), b)), role, what)
+            if not is_near(first[b : b + 1], alike[:1]):
                 raise InputError(
                     f"{what}: mixes examples: the value of example {b} is {first[b].item():.6g} "
-                    f"next to other examples and {alone[0].item():.6g} next to copies of itself; "
+                    f"among {size} and {alike[0].item():.6g} next to a copy of itself; "
                     f"{_culprits(self.task.model)}"
                 )
 
@@ -283,7 +297,7 @@ class Evaluator:
         size = batch_size(sample)
         whole = self._try(sample, "train", what)
         again = self._try(sample, "train", what)
-        if not _close(whole, again) and torch.isfinite(whole).all():
+        if not is_near(whole, again) and torch.isfinite(whole).all():
             raise self._random(what, whole, again)
         if whole.dim() == 1 and len(whole) == size:
             return "each"
@@ -397,7 +411,8 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _close(left: Tensor, right: Tensor) -> bool:
+def is_near(left: Tensor, right: Tensor) -> bool:
+    """Return whether losses are equal but for rounding."""
     loose = _TOLERANCE.get(left.dtype, 5e-2)
     return torch.allclose(left, right, rtol=loose, atol=loose * 1e-2)
 

@@ -142,7 +142,7 @@ class RowReader:
         with torch.inference_mode(False):
             factor = self.evaluator.output_factor(self._outputs(batch), batch)
         # Example by example, its own columns only: which rows come does not depend on the batch.
-        there = factor.flatten(2).ne(0).any(-1).T.nonzero()  # pairs (example, column)
+        there = _flat(factor).ne(0).any(-1).T.nonzero()  # pairs (example, column)
         if not len(there):  # `split` of nothing is one part of no examples, which no model takes
             return
         for pairs in torch.split(there, most):
@@ -173,7 +173,7 @@ class RowReader:
         factor = self.evaluator.output_factor(outputs.detach(), batch)  # [K, B, ...]
         if self.draw >= len(factor):
             return torch.zeros_like(outputs)
-        columns = factor.flatten(2).transpose(0, 1).double()  # [B, K, outputs]
+        columns = _flat(factor).transpose(0, 1).double()  # [B, K, outputs]
         # F^T F = C, and w of F F^T is v of C: F^T w = root(lambda) v.
         _, weights = torch.linalg.eigh(columns @ columns.mT)
         chosen = weights[:, :, -1 - self.draw].unsqueeze(1)  # eigenvalues ascend
@@ -193,3 +193,8 @@ class RowReader:
     def _outputs(self, batch: Batch) -> Tensor:
         with self.evaluator.session(), torch.no_grad():
             return self.evaluator.outputs(None, batch)
+
+
+def _flat(factor: Tensor) -> Tensor:
+    """Return columns ``[K, B, outputs]`` of ``[K, B, ...]``; of outputs ``[B]`` there is one."""
+    return factor.reshape(*factor.shape[:2], -1)

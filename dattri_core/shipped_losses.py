@@ -75,7 +75,7 @@ def _margins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 # --- squared error ------------------------------------------------------------------------------
 def _squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     values = labels_of(batch).to(outputs.dtype).reshape(outputs.shape)
-    return (outputs - values).square().flatten(1).sum(1) / 2
+    return (outputs - values).square().reshape(len(outputs), -1).sum(1) / 2
 
 
 def _squared_error_sample(outputs: Tensor, batch: Batch, draw: Draw) -> Tensor:
