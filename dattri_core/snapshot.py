@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from dattri_core.activations import activation_bytes
-from dattri_core.batch import Batch, move
+from dattri_core.batch import Batch, move, take
 from dattri_core.capabilities import (
     DataSource,
     Outlook,
@@ -22,6 +23,7 @@ from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.measures import needs_inverse, needs_leverages
 from dattri_core.outlook import outlook_before_fit, outlook_of
+from dattri_core.padding import require_unpadded
 from dattri_core.plans import MAXIMUM_BATCH, Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
@@ -51,6 +53,8 @@ from dattri_core.stream import Examples
 from dattri_core.task import Task
 
 SAMPLE = 3
+LOOK = 8
+"""Examples that a source is bound on; of the first `SAMPLE` of them there are rows."""
 OF_ROWS = frozenset({"rows", "reference-rows"})
 """What a stage may ask of rows that have passed projectors; for the rest it gets the model."""
 HELD_SHARE = 4
@@ -162,20 +166,28 @@ def fit_checkpoint(
     computed first, so far as they are not there, and read by all that needs no more than train
     rows. Reference examples are those of the task.
     """
-    sample = move(examples.sample(SAMPLE), task.device)
+    places, wide = examples.sampled(min(LOOK, max(SAMPLE, len(examples))))
+    wide = move(wide, task.device)
+    index, sample = places[:SAMPLE], take(wide, slice(0, SAMPLE))
     few = Examples("train", SAMPLE, "tensors", sample)
     if isinstance(source, DataSource):
         bound = source.fit(task, checkpoint, few if plan_only else examples, memory)
     else:
-        bound = source.bind(task, checkpoint, sample)
+        bound = source.bind(task, checkpoint, wide)
     check_stages(stages, bound.space, bound)
     evaluator = getattr(bound, "evaluator", None)
     activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
-    raw = _first_rows(bound, sample, task.device)
+    raw = _first_rows(bound, sample, index, task.device)
+    if isinstance(evaluator, Evaluator):
+        require_unpadded(evaluator, examples, index, sample, "train", (bound, raw))
 
     def try_test() -> None:
-        if test is not None:
-            collect(bound, test.sample(1), torch.arange(1), "test", task.device)
+        if test is None:
+            return
+        collect(bound, test.sample(1), torch.arange(1), "test", task.device)
+        if isinstance(evaluator, Evaluator) and test.kind == "items":
+            at, some = test.sampled(SAMPLE)
+            require_unpadded(evaluator, test, at, move(some, task.device), "test")
 
     if keeping is None or any(map(stage_needs, stages)):
         try_test()
@@ -257,10 +269,9 @@ def fit_checkpoint(
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
 
 
-def _first_rows(source: BoundSource, sample: Batch, device: torch.device) -> Rows:
-    """Return the train rows of the first examples, which some sources have made at bind."""
+def _first_rows(source: BoundSource, sample: Batch, index: Tensor, device: torch.device) -> Rows:
+    """Return the train rows of the sample, which some sources have made at bind."""
     blocks = source.first_rows() if isinstance(source, RehearsedSource) else None
-    index = torch.arange(SAMPLE)
     if blocks is None:
         return collect(source, sample, index, "train", device)
     return Rows(source.space, blocks, index)

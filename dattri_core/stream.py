@@ -19,12 +19,14 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dattri_core.batch import Batch, batch_size, join, take, tensors_of
+from dattri_core.batch import Batch, batch_size, digest, join, take, tensors_of
 from dattri_core.contents import content_of, piece_of, tensors_behind
 from dattri_core.errors import DattriError, InputError
 
 Kind = Literal["tensors", "items", "batches"]
 FINGERPRINT_EXAMPLES = 64
+CANDIDATES = 8
+"""Evenly spaced examples of which a sample takes those that differ from one another."""
 
 
 @define(eq=False)
@@ -93,10 +95,30 @@ class Examples:
         return self._order
 
     def sample(self, count: int) -> Batch:
-        """Return the first ``count`` examples, repeated when there are fewer."""
-        first = next(iter(self.batches(min(count, self.n))))[1]
-        have = batch_size(first)
-        return first if have >= count else take(first, torch.arange(count) % have)
+        """Return a few examples, see `sampled`."""
+        return self.sampled(count)[1]
+
+    def sampled(self, count: int) -> tuple[Tensor, Batch]:
+        """Return positions ``[count]`` of examples spread over the data, and these examples.
+
+        The first example is the first; then come others that differ from all before them, so far
+        as some of `CANDIDATES` evenly spaced ones do, and what is left. They are repeated when
+        there are fewer. Of batches that can only be read in turn they are the first ones.
+        """
+        many = 1 if count == 1 else max(count, CANDIDATES)
+        if self.kind == "batches":
+            found, batch = next(iter(self.batches(min(many, self.n))))
+        else:
+            found = _spread(self.n, many)
+            self.reads += len(found)
+            batch = self._gather(found)
+        order = torch.tensor(_unlike_first(batch, len(found)))
+        order = order[torch.arange(count) % len(found)]
+        return found[order], take(batch, order)
+
+    def alone(self, position: int) -> Batch:
+        """Return one example as a batch of its own: not padded to the length of others."""
+        return self._gather(torch.tensor([position]))
 
     def batches(
         self, size: int, start: int = 0, stop: int | None = None
@@ -208,6 +230,11 @@ class Examples:
             return take(self._data, slice(first, last))
         return self._collated(range(first, last))
 
+    def _gather(self, index: Tensor) -> Batch:
+        if self.kind == "tensors":
+            return take(self._data, index)
+        return self._collated(index.tolist())
+
     def _collated(self, positions: Sequence[int]) -> Batch:
         return self._batch(self._items(positions), positions)
 
@@ -301,6 +328,21 @@ class Examples:
                     f"{self.name} data: example {at} differs when it is read again; switch random "
                     "augmentation off: attribution needs the same example every time"
                 )
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Return up to ``most`` evenly spaced positions: the first, the last, and those between."""
+    places = torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).round().long()
+    return torch.cat([places[:1], places[1:].flip(0)])
+
+
+def _unlike_first(batch: Batch, count: int) -> list[int]:
+    """Return places of a batch, those of examples that no example before them equals in front."""
+    seen: dict[str, int] = {}
+    for at in range(count if count > 1 else 0):
+        seen.setdefault(digest(take(batch, slice(at, at + 1))), at)
+    fresh = list(seen.values())
+    return fresh + [at for at in range(count) if at not in fresh]
 
 
 def _is_nest_of_tensors(data: Any) -> bool:

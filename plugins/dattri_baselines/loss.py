@@ -18,10 +18,13 @@ from dattri_core import (
     Evaluator,
     Space,
     Task,
+    take,
 )
 
 Role = Literal["train", "test"]
 Sink = Callable[[str, Block], None]
+TRIED = 3
+"""Of the sample, examples that the loss is tried on."""
 SPACE = Space((BlockSpec("loss", "dense", (1,)),))
 
 
@@ -43,7 +46,7 @@ class LossValue:
         Raises:
             InputError: The loss is unfit, see `Evaluator`.
         """
-        return _BoundLossValue(Evaluator(task, checkpoint, sample))
+        return _BoundLossValue(Evaluator(task, checkpoint, take(sample, slice(0, TRIED))))
 
 
 @frozen(eq=False)

@@ -177,15 +177,38 @@ def test_take_gives_the_asked_positions_in_the_asked_order(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_sample_is_the_first_examples_repeated_when_there_are_too_few(name):
+def test_a_sample_is_repeated_when_there_are_too_few(name):
     make, order = ROWS[name]
     examples = Examples.of(make(), "train")
     want = expected(name, order)
     count = len(want) + 2
-    batch = examples.sample(count)
+    index, batch = examples.sampled(count)
     got = words(batch) if order == "padded" else list(batch_rows(batch))
-    assert got == [want[i % len(want)] for i in range(count)]
+    assert got == [want[i] for i in index.tolist()]
+    assert sorted(index[: len(want)].tolist()) == list(range(len(want)))
+    assert index[len(want) :].tolist() == index[:2].tolist()
+    assert index[0] == 0
     assert batch_size(examples.sample(2)) == 2
+
+
+@pytest.mark.parametrize("kind", ["tensors", "items"])
+def test_a_sample_holds_examples_that_differ(kind):
+    """The first five of a hundred are one example, and so are all others but two."""
+    values = torch.zeros(100, 2)
+    values[99], values[57] = 1.0, 2.0  # 57 is one of the eight evenly spaced
+    examples = Examples.of(values if kind == "tensors" else list(values), "train")
+    index, batch = examples.sampled(3)
+    assert index.tolist() == [0, 99, 57]
+    assert batch[:, 0].tolist() == [0.0, 1.0, 2.0]
+    assert examples.sampled(1)[0].tolist() == [0]
+    index, batch = examples.sampled(8)
+    assert len(set(index.tolist())) == 8
+    assert batch[:3, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_stream_that_cannot_be_indexed_is_sampled_in_front():
+    index, _ = Examples.of(DataLoader(Stream(), batch_size=4), "train").sampled(3)
+    assert index.tolist() == [0, 1, 2]
 
 
 def test_ids_are_positions_in_the_data_set_of_the_loader():

@@ -16,6 +16,7 @@ from dattri_parts.sources.capture import Pass
 from dattri_parts.sources.fallback import RepeatError
 from dattri_parts.sources.finite import plain, require_finite
 from dattri_parts.sources.habits import Habits, UnseenCallError, WrittenInputError
+from dattri_parts.sources.mingled import Mingled
 from dattri_parts.sources.plan import SourcePlan, suits
 from dattri_parts.sources.resolve import CURE, layouts_in, paths_of
 from dattri_parts.sources.verify import Mismatches, mismatches
@@ -116,7 +117,7 @@ class BoundPerExample:
     def _learn(self, batch: Any, role: Role, unseen: UnseenCallError) -> None:
         """Learn calls that the sample did not show, from the batch in which they are made.
 
-        Of a batch without padding a model may make no mask. The rows of its first examples are
+        Of a batch without padding a model may make no mask. The rows of some of its examples are
         compared with autograd, as those of the sample were.
 
         Raises:
@@ -131,19 +132,22 @@ class BoundPerExample:
             for call in found[module]
         ):
             raise unseen
-        size = min(batch_size(batch), EXAMPLES)
-        first, rows = torch.arange(size), dict[str, Block]()
+        count = batch_size(batch)
+        # Spread over the batch, since those in front may stand where a sort would put them.
+        some = torch.linspace(0, count - 1, min(count, EXAMPLES)).long()
+        rows: dict[str, Block] = {}
 
         def keep(name: str, block: Block) -> None:
-            rows[name] = block.take(first)
+            rows[name] = block.take(some)
 
         both = {m: tuple(dict.fromkeys([*known[m], *found[m]])) for m in known}
         self.habits.layouts = {**self.habits.layouts, role: both}
         right = False
         try:
-            made = Pass(self.evaluator, self.plan, self.habits, role, batch_size(batch), keep)
+            made = Pass(self.evaluator, self.plan, self.habits, role, count, keep)
             made.run(lambda model: self.evaluator.total_of(model, batch, role))
-            checked = (self.evaluator, self.space, rows, take(batch, first), role, size)
+            places = [(at,) for at in range(len(some))]
+            checked = (self.evaluator, self.space, rows, take(batch, some), role, places)
             right = not mismatches(*checked).wrong
         except RepeatError:
             raise unseen from None
@@ -157,16 +161,20 @@ class BoundPerExample:
         """Return the role whose habits hold: a test side without target is the train loss."""
         return role if self.evaluator.task.target is not None else "train"
 
-    def mismatches(self, sample: Any, examples: int, roles: tuple[Role, ...]) -> Mismatches:
-        """Return the parameters whose rows differ from autograd on a sample."""
+    def mismatches(self, look: Mingled, roles: tuple[Role, ...]) -> Mismatches:
+        """Return the parameters whose rows differ from autograd on examples in another order."""
         seen = Mismatches({})
         first: dict[str, Block] | None = None
         for role in roles:
             rows: dict[str, Block] = {}
-            self.stream(sample, role, rows.__setitem__)
+
+            def keep(name: str, block: Block, rows: dict[str, Block] = rows) -> None:
+                rows[name] = block.take(look.index)
+
+            self.stream(look.batch, role, keep)
             if role == "train":
-                first = rows
-            found = mismatches(self.evaluator, self.space, rows, sample, role, examples)
+                first = look.first_rows(rows)
+            found = mismatches(self.evaluator, self.space, rows, look.batch, role, look.places)
             seen = seen.and_(found)
         self._first = first
         return seen

@@ -200,12 +200,13 @@ class Pass:
             return alike[0]
         if self._backward and not any(one.is_spread for one in alike):
             return None  # needed only if a gradient comes back to the call that is made again
-        raise (InputError if self._backward or alike else UnseenCallError)(
+        told = (
             f"per-example: {type(module).__name__} at {site.path!r} is called with shapes "
             f"{list(shapes.inputs)} -> {list(shapes.outputs)} for {self.count} examples, which "
             f"{'fit two calls' if alike else 'are unlike every call'} seen on the sample, so the "
             f"axis that counts examples is not known; {CURE}"
         )
+        raise InputError(told) if self._backward else UnseenCallError(module, told)
 
     def _await(self, record: _Record, tensors: Sequence[Tensor]) -> None:
         live = [t for t in tensors if t.requires_grad]

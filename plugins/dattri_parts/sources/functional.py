@@ -24,7 +24,9 @@ from dattri_core import (
     is_out_of_memory,
     leaves,
     map_tensors,
+    take,
 )
+from dattri_parts.sources.axes import EXAMPLES
 from dattri_parts.sources.blocks import dense_spec
 from dattri_parts.sources.fallback import FAILURES
 from dattri_parts.sources.finite import plain, require_finite
@@ -66,7 +68,7 @@ class Functional:
             InputError: The loss is unfit (see `Evaluator`), or it cannot be differentiated.
         """
         with torch.inference_mode(False):
-            sample = plain(sample)
+            sample = plain(take(sample, slice(0, EXAMPLES)))
             evaluator = Evaluator(task, checkpoint, sample)
             specs = [dense_spec(k, k, tuple(p.shape)) for k, p in evaluator.selected.items()]
             bound = BoundFunctional(evaluator, Space(tuple(specs)), self.chunk)

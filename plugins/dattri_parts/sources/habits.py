@@ -29,6 +29,10 @@ class Habits:
 class UnseenCallError(InputError):
     """A module is called in the forward pass as it was on no example that was looked at."""
 
+    def __init__(self, module: nn.Module, message: str) -> None:
+        super().__init__(message)
+        self.module = module
+
 
 class WrittenInputError(Exception):
     """The input of a module was changed in place after the module ran."""

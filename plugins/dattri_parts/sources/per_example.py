@@ -14,7 +14,8 @@ from dattri_parts.sources.axes import EXAMPLES
 from dattri_parts.sources.bound import BoundPerExample, Role
 from dattri_parts.sources.fallback import RepeatError
 from dattri_parts.sources.finite import plain
-from dattri_parts.sources.habits import Habits
+from dattri_parts.sources.habits import Habits, UnseenCallError
+from dattri_parts.sources.mingled import Mingled
 from dattri_parts.sources.plan import make_plan
 from dattri_parts.sources.rehearse import rehearse
 from dattri_parts.sources.resolve import CURE, resolve, slots_of
@@ -43,7 +44,8 @@ class PerExample:
         Args:
             task: The task.
             checkpoint: One of its checkpoints.
-            sample: Up to three examples, on the device of the task.
+            sample: A few examples, on the device of the task. Calls are learned on the first
+                three; their rows are compared among the first eight, in another order.
 
         Raises:
             InputError: The loss is unfit (see `Evaluator`), or a parameter takes part in it in a
@@ -64,9 +66,9 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
     run for one example, the module around it answers for its parameters.
     """
     _require_hooks(task.model)
-    evaluator = Evaluator(task, checkpoint, sample)
-    size = min(batch_size(sample), EXAMPLES)
-    trio = take(sample, torch.arange(EXAMPLES) % size)
+    evaluator = Evaluator(task, checkpoint, take(sample, slice(0, EXAMPLES)))
+    trio = take(sample, torch.arange(EXAMPLES) % batch_size(sample))
+    look = Mingled.of(sample, evaluator)
     slots = slots_of(task.model, evaluator.selected)
     roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
@@ -85,11 +87,15 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
         try:
             for role in roles:
                 rehearse(evaluator, bound.plan, bound.habits, trio, role)
-            seen = bound.mismatches(trio, size, roles)
+            seen = bound.mismatches(look, roles)
             if seen.wrong and _try_strided(bound, set(seen.wrong)):
-                seen = bound.mismatches(trio, size, roles)
+                seen = bound.mismatches(look, roles)
         except RepeatError as error:
             first = first or _unrepeated(error)
+            rejected.add(error.module)
+            continue
+        except UnseenCallError as error:  # it does not get all examples: an expert, by routing
+            first = first or error
             rejected.add(error.module)
             continue
         sites = {site.module: site for site in bound.plan.sites}
@@ -131,9 +137,10 @@ def _unrepeated(error: RepeatError) -> InputError:
 def _mismatch(wrong: Mapping[str, float]) -> InputError:
     worst = ", ".join(f"{name!r} (by {off:.1e})" for name, off in list(wrong.items())[:6])
     return InputError(
-        f"per-example: the rows of {worst} differ from autograd on the first examples; the "
-        "parameter takes part in the loss outside of its module's call (weight decay in the "
-        "loss, a weight used directly), or its module mixes examples; "
+        f"per-example: the rows of {worst} differ from autograd on a few examples, looked at "
+        "in another order; the parameter takes part in the loss outside of its module's call "
+        "(weight decay in the loss, a weight used directly), or its module mixes examples, or gets "
+        "them in an order of its own (a loss that sorts the batch); "
         f"{CURE}, or leave the parameter out with parameters='!{next(iter(wrong))}'"
     )
 

@@ -25,6 +25,7 @@ from dattri_core import (
     map_tensors,
     take,
 )
+from dattri_parts.sources.axes import EXAMPLES
 from dattri_parts.sources.pooling import CHANNELS, POOLINGS, Channels, Pooling, pool
 
 Role = Literal["train", "test"]
@@ -88,6 +89,7 @@ class Representation:
                 f"source 'representation': {' and '.join(given)} each say what the features are; "
                 "give one of them, or none for the input of the last linear layer"
             )
+        sample = take(sample, slice(0, EXAMPLES))
         evaluator = Evaluator(task, checkpoint, sample)
         name, read = self._reader(evaluator, sample)
         spec = BlockSpec(name, "dense", ())

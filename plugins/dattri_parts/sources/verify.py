@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -44,9 +44,9 @@ def mismatches(
     evaluator: Evaluator,
     space: Space,
     rows: Mapping[str, Block],
-    sample: Any,
+    batch: Any,
     role: Any,
-    examples: int,
+    places: Sequence[Sequence[int]],
 ) -> Mismatches:
     """Return the parameters whose rows differ from autograd.
 
@@ -58,38 +58,42 @@ def mismatches(
     Args:
         evaluator: The losses; that none depends on the other examples has been seen to.
         space: The space of the rows.
-        rows: The blocks of ``sample``, as few examples as a fit holds at once anyway.
-        sample: A few examples.
+        rows: The blocks of the places compared, in their order.
+        batch: A few examples.
         role: Of the loss or target.
-        examples: How many of them to compare; one gradient of the model is alive at a time.
+        places: For each example compared, where it stands in the batch; at several places where
+            the batch holds it several times. One gradient of the model is alive at a time.
     """
     seen = Mismatches({})
 
     def alone(model: nn.Module, given: Named, b: int) -> Tensor | None:
-        return evaluator.total_of(model, take(sample, slice(b, b + 1)), role, given)
+        return evaluator.total_of(model, take(batch, slice(b, b + 1)), role, given)
 
     def among_others(model: nn.Module, given: Named, b: int) -> Tensor | None:
-        values = evaluator.values(model, sample, role, given)
+        values = evaluator.values(model, batch, role, given)
         return values[b] if values.dim() else None  # of a functional loss there is only the sum
 
-    for b in range(examples):
-        own = {
-            view.parameter: parameter_values(
-                space[name], view, block.take(slice(b, b + 1)).dense().values
-            )[0]
-            for name, block in rows.items()
-            for view in space[name].parameters
-        }
-        first = _gradient(evaluator, partial(alone, b=b))
+    row = 0
+    for where in places:
+        first = _gradient(evaluator, partial(alone, b=where[0]))
         assert first is not None
-        off = _far(evaluator, own, first)
-        second = _gradient(evaluator, partial(among_others, b=b)) if off else None
-        mixed = False
-        if second is not None:
-            found = _far(evaluator, own, second)
-            off = {name: off[name] for name in off if name in found}
-            mixed = bool(off) and bool(_far(evaluator, second, first))
-        seen = seen.and_(Mismatches(off, mixed))
+        for b in where:
+            own = {
+                view.parameter: parameter_values(
+                    space[name], view, block.take(slice(row, row + 1)).dense().values
+                )[0]
+                for name, block in rows.items()
+                for view in space[name].parameters
+            }
+            row += 1
+            off = _far(evaluator, own, first)
+            second = _gradient(evaluator, partial(among_others, b=b)) if off else None
+            mixed = False
+            if second is not None:
+                found = _far(evaluator, own, second)
+                off = {name: off[name] for name in off if name in found}
+                mixed = bool(off) and bool(_far(evaluator, second, first))
+            seen = seen.and_(Mismatches(off, mixed))
     return seen
 
 

@@ -163,7 +163,7 @@ def test_a_write_that_the_sample_did_not_show_is_an_error() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         h = x * 1
         out = m.shift(h)
-        if len(x) > 3:
+        if len(x) > 4:
             h.mul_(2)
         return out
 
@@ -176,7 +176,7 @@ def test_a_write_that_the_sample_did_not_show_is_an_error() -> None:
 def test_a_write_into_an_output_that_the_sample_did_not_show_is_an_error() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         h = m.a(m.first(x))  # of three axes: a view, whose hook a write in place takes off
-        return h.tanh_() if len(x) > 3 else h.tanh()
+        return h.tanh_() if len(x) > 4 else h.tanh()
 
     model = Model(run, a=linear(), first=linear()).double()
     bound, _ = bind(model, vector_loss, vectors(3, 4, WIDTH))

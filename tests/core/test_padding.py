@@ -1,0 +1,77 @@
+"""Examples of unequal length: what depends on how far they are padded is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dattri_core as dattri
+from dattri_core import InputError, Task
+
+
+class Mean(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.words, self.out, self.how = nn.Embedding(11, 5), nn.Linear(5, 3), how
+
+    def forward(self, words):
+        hidden, there = self.words(words), (words > 0).unsqueeze(-1)
+        if self.how == "masked":
+            hidden = (hidden * there).sum(1) / there.sum(1)
+        elif self.how == "padded":
+            hidden = hidden.mean(1)
+        else:  # a value that padding leaves alone, and a gradient that it does not
+            right = (hidden * there).sum(1) / there.sum(1)
+            hidden = right.detach() + hidden.mean(1) - hidden.mean(1).detach()
+        return self.out(hidden)
+
+
+def loader(lengths, most=0):
+    torch.manual_seed(1)
+    items = [(torch.randint(1, 11, (length,)), torch.tensor(length % 3)) for length in lengths]
+
+    def pad(some):
+        words = nn.utils.rnn.pad_sequence([words for words, _ in some], batch_first=True)
+        words = nn.functional.pad(words, (0, max(0, most - words.shape[1])))
+        return words, torch.stack([label for _, label in some])
+
+    return DataLoader(items, batch_size=4, collate_fn=pad)
+
+
+UNEQUAL, EQUAL = [4, 4, 4, 4, 7, 2, 4, 9, 4, 6], [5] * 10
+
+
+def attribute(how, train, test):
+    torch.manual_seed(0)
+    task = Task(Mean(how).double())
+    return dattri.attribute(task, train, test, method="grad-dot", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("padded", r"'cross-entropy': depends on padding: train example \d has .* alone and"),
+        ("gradient", r"gradient depends on padding: the row of train example \d alone differs"),
+    ],
+)
+def test_what_depends_on_padding_is_refused(how, message):
+    with pytest.raises(InputError, match=message + ".*mask"):
+        attribute(how, loader(UNEQUAL), loader(EQUAL))
+
+
+def test_the_test_set_is_looked_at_too():
+    with pytest.raises(InputError, match=r"depends on padding: test example \d has"):
+        attribute("padded", loader(EQUAL), loader(UNEQUAL))
+
+
+@pytest.mark.parametrize(
+    ("how", "train"),
+    [
+        ("masked", loader(UNEQUAL)),
+        ("padded", loader(EQUAL)),
+        ("padded", loader(UNEQUAL, most=12)),  # to one length, whatever the batch
+    ],
+    ids=["masked", "equal", "to one length"],
+)
+def test_what_does_not_is_taken(how, train):
+    assert attribute(how, train, loader(EQUAL)).values.shape == (10, 10)
