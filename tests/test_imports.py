@@ -84,6 +84,7 @@ ORDER = [
     "products",
     "projected",
     "problem",
+    "padding",
     "assemble",
     "stages",
     "dampings",

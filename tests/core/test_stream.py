@@ -1,10 +1,22 @@
 """Streams: whatever the data are given as, example i is example i, in batches of any size."""
 
-from collections import namedtuple
-
 import numpy as np
 import pytest
 import torch
+from data_forms import (
+    ROWS,
+    SENTENCES,
+    Changing,
+    Items,
+    N,
+    Stream,
+    X,
+    Y,
+    batch_rows,
+    expected,
+    read,
+    words,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import (
@@ -21,129 +33,7 @@ from torch.utils.data import (
 )
 
 from dattri_core import Examples, InputError
-from dattri_core.batch import batch_size, tensors_of
-
-N = 11
-X = torch.arange(N * 3, dtype=torch.float64).reshape(N, 3)
-Y = torch.arange(N) * 7 % 5
-SENTENCES = [torch.arange(1, 2 + i % 4) + 10 * i for i in range(N)]
-Pair = namedtuple("Pair", ["inputs", "labels"])
-
-
-class Items(Dataset):
-    """A map-style data set of (x, y) without tensors of its own."""
-
-    def __len__(self):
-        return N
-
-    def __getitem__(self, i):
-        if not 0 <= i < N:
-            raise IndexError(i)
-        return X[i], int(Y[i])
-
-
-class Stream(IterableDataset):
-    """Examples that can only be read from the start."""
-
-    def __iter__(self):
-        return iter(zip(X, Y, strict=True))
-
-
-def pad(items):
-    longest = max(len(words) for words in items)
-    return {
-        "tokens": torch.stack([torch.nn.functional.pad(w, (0, longest - len(w))) for w in items]),
-        "length": torch.tensor([len(w) for w in items]),
-    }
-
-
-def plain():
-    return X, Y
-
-
-FORMS = {
-    "tuple": (plain, range(N)),
-    "tensor": (lambda: X, range(N)),
-    "array": (lambda: X.numpy(), range(N)),
-    "dict": (lambda: {"x": X, "labels": Y}, range(N)),
-    "nest": (lambda: ({"a": X, "b": (X + 1, X + 2)}, Y), range(N)),
-    "named tuple": (lambda: Pair(X, Y), range(N)),
-    "tensor data set": (lambda: TensorDataset(X, Y), range(N)),
-    "data set": (Items, range(N)),
-    "list": (lambda: list(zip(X, Y, strict=True)), range(N)),
-    "list of dicts": (lambda: [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)], range(N)),
-    "loader": (lambda: DataLoader(Items(), batch_size=4), range(N)),
-    "loader, workers": (lambda: DataLoader(Items(), batch_size=4, num_workers=1), range(N)),
-    "loader, last batch dropped": (
-        lambda: DataLoader(Items(), batch_size=4, drop_last=True),
-        range(8),
-    ),
-    "loader of a subset": (
-        lambda: DataLoader(Subset(Items(), [5, 2, 9]), batch_size=2),
-        [5, 2, 9],
-    ),
-    "loader, fixed sampler": (
-        lambda: DataLoader(Items(), batch_size=3, sampler=[4, 0, 10, 7]),
-        [4, 0, 10, 7],
-    ),
-    "loader, fixed batch sampler": (
-        lambda: DataLoader(Items(), batch_sampler=[[3, 1], [0], [8, 6, 2]]),
-        [3, 1, 0, 8, 6, 2],
-    ),
-    "loader, sampler of batches": (
-        lambda: DataLoader(
-            Items(), sampler=BatchSampler(SequentialSampler(Items()), 4, False), batch_size=None
-        ),
-        None,
-    ),
-    "stream": (Stream, range(N)),
-    "loader of a stream": (lambda: DataLoader(Stream(), batch_size=4), range(N)),
-    "loader that pads": (lambda: DataLoader(SENTENCES, batch_size=3, collate_fn=pad), "padded"),
-}
-ROWS = {name: form for name, form in FORMS.items() if form[1] is not None}
-
-
-def first_tensor(batch):
-    return tensors_of(batch)[0]
-
-
-def words(batch):
-    return [
-        row[:length].tolist() for row, length in zip(batch["tokens"], batch["length"], strict=True)
-    ]
-
-
-def read(examples, size, **span):
-    """Return what each position holds, in the order read, and check the sizes of batches."""
-    positions, content = [], []
-    for index, batch in examples.batches(size, **span):
-        assert 0 < len(index) == batch_size(batch) <= size
-        positions += index.tolist()
-        content += (
-            words(batch)
-            if isinstance(batch, dict) and "tokens" in batch
-            else list(batch_rows(batch))
-        )
-    return positions, content
-
-
-def batch_rows(batch):
-    return zip(
-        *(t.flatten(1).tolist() if t.dim() > 1 else t.tolist() for t in tensors_of(batch)),
-        strict=True,
-    )
-
-
-def expected(name, order):
-    if order == "padded":
-        return [sentence.tolist() for sentence in SENTENCES]
-    forms = {
-        "tensor": (X,),
-        "array": (X,),
-        "nest": (X, X + 1, X + 2, Y),
-    }
-    parts = forms.get(name, (X, Y))
-    return [tuple(t[i].tolist() for t in parts) for i in order]
+from dattri_core.batch import batch_size
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -287,16 +177,6 @@ def test_a_shuffling_loader_is_refused(name):
         Examples.of(SHUFFLING[name](), "train")
 
 
-class Changing(IterableDataset):
-    """A stream whose passes differ: `passes[k]` is what the k-th pass gives, the last one stays."""
-
-    def __init__(self, *passes):
-        self.passes = list(passes)
-
-    def __iter__(self):
-        return iter(self.passes.pop(0) if len(self.passes) > 1 else self.passes[0])
-
-
 FORWARD = list(X)
 
 
@@ -437,127 +317,3 @@ def test_nested_tensors_are_refused_with_what_to_give():
     loader = DataLoader(Items(), batch_size=2, collate_fn=lambda items: (nested,))
     with pytest.raises(InputError, match=r"nested tensor"):
         Examples.of(loader, "train")
-
-
-# --- fingerprints -------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ROWS)
-def test_the_fingerprint_is_that_of_the_content(name):
-    make, _ = ROWS[name]
-    assert Examples.of(make(), "train").fingerprint == Examples.of(make(), "test").fingerprint
-
-
-def test_the_fingerprint_changes_with_a_number_the_order_and_the_length():
-    changed = X.clone()
-    changed[-1, -1] += 1e-9
-    for wrap in (lambda x: x, list, lambda x: DataLoader(Changing(list(x)), batch_size=3)):
-        prints = {
-            Examples.of(wrap(x), "train").fingerprint for x in (X, changed, X[:-1], X.flip(0))
-        }
-        assert len(prints) == 4
-
-
-class Many(Dataset):
-    """More examples than are sampled, one of which may be another."""
-
-    def __init__(self, n=300, changed=None, what="number"):
-        self.n, self.changed, self.what = n, changed, what
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        x, text = torch.tensor([float(i), 1.0]), f"text {i}"
-        if i == self.changed and self.what == "number":
-            x = x + 1e-3
-        if i == self.changed and self.what == "text":
-            text += "!"
-        return {"x": x, "text": text}
-
-
-def contents(make, ns=(0, 1, 150, 151, 299)):
-    return [Examples.of(make(), "train").content] + [
-        Examples.of(make(changed=at), "train").content for at in ns
-    ]
-
-
-@pytest.mark.parametrize("what", ["number", "text"])
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda d: d, lambda d: DataLoader(d, batch_size=7), lambda d: [d[i] for i in range(300)]],
-)
-def test_the_content_is_a_hash_of_every_example(wrap, what):
-    found = contents(lambda changed=None: wrap(Many(changed=changed, what=what)))
-    assert len(set(found)) == 6
-    assert contents(lambda changed=None: wrap(Many(changed=changed, what=what)), ()) == found[:1]
-
-
-def test_a_fingerprint_says_whether_it_is_of_some_examples_only():
-    few, many = Examples.of(Many(64), "train"), Examples.of(Many(65), "train")
-    assert many.fingerprint.startswith("sampled-")
-    assert not few.fingerprint.startswith("sampled-")
-    assert Examples.of(Many(300, changed=150), "train").fingerprint == (
-        Examples.of(Many(300), "train").fingerprint
-    )
-
-
-def test_tensors_and_streams_are_hashed_whole_without_a_pass():
-    x = torch.arange(600.0).reshape(300, 2)
-    for wrap in (
-        lambda x: x,
-        lambda x: (x,),
-        lambda x: {"x": x},
-        TensorDataset,
-        lambda x: DataLoader(TensorDataset(x), batch_size=8),
-        lambda x: DataLoader(TensorDataset(x), batch_size=8, sampler=list(range(299, -1, -1))),
-        lambda x: DataLoader(Changing(list(x)), batch_size=8),
-    ):
-        examples = Examples.of(wrap(x), "train")
-        read = examples.reads
-        assert examples.known_whole
-        assert examples.content == examples.fingerprint
-        assert examples.reads == read
-        other = x.clone()
-        other[150, 1] += 1
-        assert Examples.of(wrap(other), "train").content != examples.content
-
-
-def test_orders_keys_and_collate_functions_are_part_of_the_content():
-    x = torch.arange(600.0).reshape(300, 2)
-
-    class Named(TensorDataset):
-        """A data set that gives something else than its tensors."""
-
-        def __getitem__(self, i):
-            return (super().__getitem__(i)[0] + shift,)
-
-    shift = 1.0
-    data = TensorDataset(x)
-    makes = [
-        lambda: data,
-        lambda: DataLoader(data, sampler=[1, 0, *range(2, 300)]),
-        lambda: DataLoader(data, sampler=list(range(299))),
-        lambda: DataLoader(
-            data, collate_fn=lambda items: (torch.stack([i[0] for i in items]) * 2,)
-        ),
-        lambda: Named(x),
-        lambda: {"x": x, "y": x + 1},
-        lambda: {"y": x, "x": x + 1},
-    ]
-    assert len({Examples.of(make(), "train").content for make in makes}) == len(makes)
-
-
-def test_the_content_is_read_once_and_that_of_positions_is_that_of_the_examples():
-    examples = Examples.of(Many(), "train")
-    whole = examples.positions()
-    before = examples.reads
-    assert whole.content == examples.content == whole.content
-    assert examples.reads == before + 300
-    assert whole.ids == examples.ids
-    assert torch.equal(whole.take(torch.tensor([5, 2])), torch.tensor([5, 2]))
-
-
-def test_examples_that_make_no_batch_together_are_hashed_one_by_one():
-    other = [s.clone() for s in SENTENCES]
-    other[6][0] += 1
-    first, second = (Examples.of(data, "train").content for data in (SENTENCES, other))
-    assert first != second
