@@ -106,7 +106,7 @@ class Examples:
         there are fewer. Of batches that can only be read in turn they are the first ones.
         """
         many = 1 if count == 1 else max(count, CANDIDATES)
-        if self.kind == "batches":
+        if self.kind == "batches" or many == 1:
             found, batch = next(iter(self.batches(min(many, self.n))))
         else:
             found = _spread(self.n, many)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import dattri_core as dattri
 from dattri_core import Task
 from dattri_core.activations import LEAST, activation_bytes
+from dattri_core.checkpoint import state_fingerprint
 from dattri_core.evaluate import Evaluator
 
 COUNT = 10
@@ -76,3 +77,12 @@ def test_what_a_sparse_tensor_holds_is_counted():
         sizes.append(activation_bytes(evaluator, (nodes[:3], labels[:3])))
     assert sizes[1] >= COUNT * 6 * 8 > LEAST  # the hidden units of all nodes
     assert sizes[1] <= 2 * sizes[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fingerprint_covers_what_a_sparse_tensor_holds(layout):
+    other = torch.randn(COUNT, COUNT, dtype=torch.float64).relu()
+    first, second = (
+        state_fingerprint({"adjacency": LAYOUTS[layout](a)}) for a in (other, 2 * other)
+    )
+    assert first != second
