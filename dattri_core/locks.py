@@ -61,8 +61,7 @@ def sole_writer(folder: Path, what: str, *, wait: bool = False) -> Iterator[None
     finally:
         if sys.platform != "win32":
             path.unlink(missing_ok=True)  # while it is held: nobody else can hold this name
-        _unlock(held)
-        held.close()
+        held.close()  # which frees it
         if sys.platform == "win32":  # where an open file cannot be removed
             with suppress(OSError):
                 path.unlink(missing_ok=True)

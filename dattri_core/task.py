@@ -33,8 +33,9 @@ class Task:
             own (the margin of TRAK, an output of RPS). A name (``"loss"``, ``"logit"``,
             ``"margin"``) or a `Target`.
         checkpoints: A file, a pattern, a folder, a state dict, or a list of them; safetensors or
-            weights-only torch files. Or a sequence of `Checkpoint`, which have learning rates, and
-            the steps taken from them, of their own.
+            weights-only torch files. A folder that a trainer wrote is one checkpoint, its weights
+            whole, in shards with an index, or those of an adapter of a ``PeftModel``. Or a sequence
+            of `Checkpoint`, which have learning rates, and the steps taken from them, of their own.
         learning_rates: One for each checkpoint, for methods that weigh checkpoints by it.
         parameters: Patterns of parameter names to attribute through (``"fc*"``, ``"*.weight"``);
             one that begins with ``!`` excludes. Frozen parameters never take part.

@@ -1,6 +1,6 @@
 """Tiles: the state of each (train shard, query group) while checkpoints are folded into it.
 
-In memory, or as one file a tile in a folder, so that a run that was stopped goes on where it was.
+In memory, or as one file a tile in a folder, so that a run that was stopped computes none twice.
 """
 
 from __future__ import annotations

@@ -276,12 +276,23 @@ def test_a_store_that_compares_a_sample_reads_no_more_than_that(tmp_path):
 
 
 def test_a_disk_that_does_not_take_the_rows_is_a_store_error(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    original, calls = os.fsync, []
 
-    monkeypatch.setattr("dattri_core.atomic.os.fsync", full)
-    with pytest.raises(StoreError, match=r"rows.*cannot be written \(No space left"):
-        dattri.method("grad-dot").attribute(task(), TRAIN, TEST, store=tmp_path / "rows")
+    def full(last):
+        def fsync(handle):
+            calls.append(handle)
+            if len(calls) == last:
+                raise OSError(28, "No space left on device")
+            original(handle)
+
+        return fsync
+
+    for at, what in ((1, "store"), (2, "store"), (4, "rows-000000006.safetensors")):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("dattri_core.atomic.os.fsync", full(at))
+            with pytest.raises(StoreError, match=rf"{what}.* cannot be written \(No space left"):
+                dattri.method("grad-dot").attribute(task(), TRAIN, TEST, store=tmp_path / what)
 
 
 def damage(root, how):

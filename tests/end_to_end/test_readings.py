@@ -451,3 +451,27 @@ def test_weights_that_changed_are_refused_in_a_sweep_too():
         task.model[0].bias[0] += 1e-9
     with pytest.raises(InputError, match="weights changed"):
         fitted.sweep(test, damping=[0.1])
+
+
+@pytest.mark.parametrize("group", [[0, 0, 1], "mean", 1, None])
+def test_a_group_that_is_neither_true_nor_false_is_refused(group):
+    task, train, test = world(N, M)
+    method = dattri.method("grad-dot")
+    for work in (
+        lambda: method.attribute(task, train, test, group=group),
+        lambda: method.attribute(task, train, test, group=group, dry_run=True),
+        lambda: method.fit(task, train).extremes(test, 2, group=group),
+    ):
+        with pytest.raises(SpecError, match=r"group=.*; expected True, for one column"):
+            work()
+
+
+def test_columns_of_groups_are_added_up_as_the_message_says():
+    task, train, test = world(N, M)
+    labels, columns = [0, 1], torch.arange(M) % 2
+    values = dattri.attribute(task, train, test, method="grad-dot").values
+    got = torch.stack([values[:, columns == g].sum(1) for g in labels], 1)
+    for g in labels:
+        chosen = dattri.take(test, columns == g)
+        want = dattri.attribute(task, train, chosen, method="grad-dot", group=True).values[:, 0]
+        assert close(got[:, g], want)
