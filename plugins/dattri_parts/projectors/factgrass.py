@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen, validators
 from dattri_core import LinearMap, RandomStream, Rows, Space
 from dattri_parts.projectors.chain import ChainMap, stream_of
 from dattri_parts.projectors.factor_mask import FactorMask
-from dattri_parts.projectors.sides import UNCOVERED, Uncovered
+from dattri_parts.projectors.sides import UNCOVERED, Uncovered, failures_of
 from dattri_parts.projectors.sjlt import SJLT
 
 
@@ -46,6 +46,11 @@ class FactGrass:
     nonzeros: int = field(default=1, validator=validators.ge(1))
     uncovered: Uncovered = field(default="keep", validator=validators.in_(UNCOVERED))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint"})
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return which laws do not hold, and why."""
+        return failures_of(self.uncovered)
 
     @property
     def mask(self) -> FactorMask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from dattri_parts.projectors.sides import (
     SelectedSide,
     SideRanks,
     Uncovered,
+    failures_of,
 )
 
 VERSION = 1
@@ -49,6 +51,11 @@ class FactorMask:
     rank_out: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
     uncovered: Uncovered = field(default="keep", validator=validators.in_(UNCOVERED))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint", "keeps-factors"})
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return which laws do not hold, and why."""
+        return failures_of(self.uncovered)
 
     @property
     def ranks(self) -> SideRanks:

@@ -25,6 +25,7 @@ from dattri_parts.projectors.sides import (
     MatrixSide,
     SideRanks,
     Uncovered,
+    failures_of,
 )
 
 VERSION = 1
@@ -74,6 +75,11 @@ class Kronecker:
     )
     uncovered: Uncovered = field(default="keep", validator=validators.in_(UNCOVERED))
     gives: ClassVar[frozenset[str]] = frozenset({"adjoint", "keeps-factors"})
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return which laws do not hold, and why."""
+        return failures_of(self.uncovered)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -15,6 +15,13 @@ Uncovered = Literal["keep", "sketch", "drop"]
 UNCOVERED = ("keep", "sketch", "drop")
 
 
+def failures_of(uncovered: Uncovered) -> Mapping[str, str]:
+    """Return the laws that a projector breaks by design, with the reason."""
+    if uncovered != "drop":
+        return {}
+    return {"norms-are-kept-in-the-mean": "rows without factors are dropped"}
+
+
 @frozen
 class SideRanks:
     """How many numbers are left of each side of a block; a side of at most so many is left alone.
