@@ -13,6 +13,7 @@ All are rows of one example's outputs pulled back to the parameters, r = J_b^T u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -197,4 +198,4 @@ class RowReader:
 
 def _flat(factor: Tensor) -> Tensor:
     """Return columns ``[K, B, outputs]`` of ``[K, B, ...]``; of outputs ``[B]`` there is one."""
-    return factor.reshape(*factor.shape[:2], -1)
+    return factor.reshape(*factor.shape[:2], math.prod(factor.shape[2:]))
