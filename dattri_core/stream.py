@@ -268,6 +268,8 @@ class Examples:
                 f"{self.name} data: {which} cannot be put into one batch ({reason}); {fix}"
             ) from error
         _require_even(batch, self.name)
+        if not tensors_of(batch):  # texts, for what reads no numbers
+            return batch
         given = batch_size(batch)
         if given != len(items):
             raise InputError(

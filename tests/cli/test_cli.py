@@ -342,9 +342,9 @@ def test_check_names_what_is_not_there(capsys: Any) -> None:
     status, _, err = run(capsys, "check", "cosin")
     assert status == 2
     assert "no method, part or plugin 'cosin'; did you mean 'cosine'" in err
-    status, _, err = run(capsys, "check", "digits")
+    status, _, err = run(capsys, "check", "bench")
     assert status == 2
-    assert "no laws for the kind 'setting'" in err
+    assert "no laws for the kind 'command'" in err
 
 
 def test_check_reports_and_fails_with_its_laws(capsys: Any) -> None:
