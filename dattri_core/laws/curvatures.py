@@ -22,7 +22,7 @@ from dattri_core.laws.law import (
 )
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
-from dattri_core.laws.spaces import block_diagonal, flat_rows, formed, labelled, turned
+from dattri_core.laws.spaces import block_diagonal, flat_rows, formed, labelled
 from dattri_core.laws.spy import Operations
 from dattri_core.laws.untouched import require_dtype, require_frozen, require_rows_untouched
 from dattri_core.laws.worlds import N_TRAIN, World
@@ -218,19 +218,6 @@ def apply_is_of_single_rows(bench: CurvatureBench) -> None:
         require_close(made.flat(), whole.flat(), f"H of formed rows in {world.name}")
         require_identical(whole.index, rows.index, f"index in {world.name}")
         require_same_aux(whole.aux, rows.aux, f"aux in {world.name}")
-
-
-@law("curvature")
-def blocks_go_by_name(bench: CurvatureBench) -> None:
-    """H fitted on, and applied to, rows whose blocks come in another order than the space is H."""
-    for world, problem in bench.places():
-        want = bench.matrix(problem)
-        other = evolve(problem, reverse=True)
-        require_close(bench.matrix(other), want, f"H of rows in another order in {world.name}")
-        if "apply" in bench.part.gives(problem.space):
-            operator, rows = bench.part.fit(problem), problem.train_rows
-            got, given = operator.apply(turned(rows)).flat(), operator.apply(rows).flat()
-            require_close(got, given, f"H g of rows in another order in {world.name}")
 
 
 @law("curvature", _gives("apply"))

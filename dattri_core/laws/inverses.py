@@ -23,7 +23,7 @@ from dattri_core.laws.law import (
 )
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
-from dattri_core.laws.spaces import formed, labelled, turned
+from dattri_core.laws.spaces import formed, labelled
 from dattri_core.laws.untouched import require_frozen, require_rows_untouched
 from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Damping, Inverse, InverseHessian
@@ -91,18 +91,6 @@ def apply_is_of_single_rows(bench: InverseBench) -> None:
         require_equal(whole.space.fingerprint, rows.space.fingerprint, "space after A")
         require_identical(whole.index, rows.index, "index after A")
         require_same_aux(whole.aux, rows.aux, "aux after A")
-
-
-@law("inverse_hessian")
-def blocks_go_by_name(bench: InverseBench) -> None:
-    """A fitted on, and applied to, rows whose blocks come in another order than the space is A."""
-    for world, problem in bench.places():
-        rows = problem.train_rows
-        want = bench.applied(problem, rows)
-        got = bench.applied(evolve(problem, reverse=True), rows)
-        require_close(got, want, f"A fitted on rows in another order in {world.name}", 1e-5)
-        got = bench.applied(problem, turned(rows))
-        require_close(got, want, f"A of rows in another order in {world.name}", 1e-5)
 
 
 @law("inverse_hessian")

@@ -19,7 +19,6 @@ from dattri_core.laws.oracles import (
     plain_space,
     pulled_rows,
 )
-from dattri_core.laws.spaces import turned
 from dattri_core.laws.worlds import World, cast, language, logistic, network
 from dattri_core.losses import Loss
 from dattri_core.protocols import CurvatureKind, RandomStream, Role, RowKind
@@ -49,7 +48,6 @@ class DenseProblem:
         reference: The test set of the world, as a problem of its own.
         role: Of the rows of kind ``"loss"``.
         dtype: Of the rows that are read; what they are made from is float64.
-        reverse: Whether the blocks of rows come in the reverse of the order of the space.
     """
 
     world: World
@@ -65,7 +63,6 @@ class DenseProblem:
     reference: DenseProblem | None = None
     role: Role = "train"
     dtype: torch.dtype = torch.float64
-    reverse: bool = False
 
     @property
     def space(self) -> Space:
@@ -137,7 +134,7 @@ class DenseProblem:
             found = self._single(kind, draw).take(chosen)
         for start in range(0, len(found), self.batch):
             part = found.take(slice(start, start + self.batch)).to(dtype=self.dtype)
-            yield turned(part) if self.reverse else part
+            yield part
 
     def stream(
         self,

@@ -18,7 +18,7 @@ from dattri_core.laws.law import (
     require_same_aux,
 )
 from dattri_core.laws.pretended import accelerator
-from dattri_core.laws.spaces import SPACE, ToyProblem, flat_rows, formed, toy_rows, turned
+from dattri_core.laws.spaces import SPACE, ToyProblem, flat_rows, formed, toy_rows
 from dattri_core.laws.spy import Operations
 from dattri_core.laws.untouched import require_dtype, require_frozen, require_rows_untouched
 from dattri_core.protocols import LinearMap, Projector, RandomStream
@@ -130,17 +130,6 @@ def map_keeps_index_and_aux(bench: ProjectorBench) -> None:
     mapped = bench.build().map(rows)
     require_identical(mapped.index, rows.index, "index of mapped rows")
     require_same_aux(mapped.aux, rows.aux, "aux of mapped rows")
-
-
-@law("projector")
-def blocks_go_by_name(bench: ProjectorBench) -> None:
-    """P of rows whose blocks come in another order than that of the space is P g."""
-    built, rows = bench.build(), toy_rows(4)
-    require_close(built.map(turned(rows)).flat(), built.map(rows).flat(), "map of turned rows")
-    if "adjoint" in bench.part.gives:
-        keys = flat_rows(built.out_space, 3, seed=5)
-        got = built.adjoint(turned(keys)).flat()
-        require_close(got, built.adjoint(keys).flat(), "adjoint of turned rows")
 
 
 @law("projector")

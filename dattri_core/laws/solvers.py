@@ -32,7 +32,6 @@ from dattri_core.laws.spaces import (
     places,
     symmetric,
     toy_rows,
-    turned,
 )
 from dattri_core.laws.untouched import require_dtype, require_frozen, require_rows_untouched
 from dattri_core.protocols import (
@@ -214,13 +213,6 @@ def apply_is_of_the_row(bench: SolverBench) -> None:
     require_equal(got.space.fingerprint, rows.space.fingerprint, "space after apply")
     require_identical(got.index, rows.index, "index after apply")
     require_same_aux(got.aux, rows.aux, "aux after apply")
-
-
-@law("solver", _needs_given)
-def blocks_go_by_name(bench: SolverBench) -> None:
-    """apply of rows whose blocks come in another order than that of the space is the same."""
-    inverse, rows = bench.inverse(), toy_rows(4)
-    require_close(inverse.apply(turned(rows)).flat(), inverse.apply(rows).flat(), "apply, turned")
 
 
 @law("solver", _needs_given)

@@ -54,11 +54,6 @@ def formed(rows: Rows) -> Rows:
     return rows.map_blocks(lambda _, block: block.dense())
 
 
-def turned(rows: Rows) -> Rows:
-    """Return the same rows, their mapping of blocks in the reverse of the order of the space."""
-    return evolve(rows, blocks={name: rows.blocks[name] for name in reversed(rows.space.names)})
-
-
 def labelled(rows: Rows) -> Rows:
     """Return the same rows with auxiliary numbers, none of them alike."""
     return evolve(rows, aux={**rows.aux, "label": 3 + 2 * torch.arange(len(rows))})

@@ -117,7 +117,6 @@ BROKEN = {
     "projector": {
         "part-is-frozen": loose(ToyProjector),
         "out-space-is-true": ToyProjector("space"),
-        "blocks-go-by-name": ToyFlatProjector("dict"),
         "inputs-are-untouched": ToyProjector("in place"),
         "norms-are-kept-in-the-mean": ToyFlatProjector("large"),
         "out-space-is-pure": ToyProjector("impure"),
@@ -137,7 +136,6 @@ BROKEN = {
     "curvature": {
         "part-is-frozen": loose(ToyGGN),
         "gives-is-pure": ToyGGN("gives"),
-        "blocks-go-by-name": ToyFisher("dict"),
         "inputs-are-untouched": ToyFisher("in place"),
         "float32-operator-is-close": ToyFisher("wide"),
         "operator-is-symmetric": ToyFisher("skew"),
@@ -158,7 +156,6 @@ BROKEN = {
     "solver": {
         "part-is-frozen": loose(ToySolver),
         "inverse-is-exact": ToySolver(fault="shift"),
-        "blocks-go-by-name": ToySolver(fault="dict"),
         "inputs-are-untouched": ToySolver(fault="in place"),
         "curvature-is-felt": ToySolver(fault="mean", exact=False),
         "null-space-is-damped": ToySolver(fault="range"),
@@ -188,7 +185,6 @@ BROKEN = {
         "inverse-is-linear": ToyInverseHessian("bend"),
         "inverse-is-symmetric": ToyInverseHessian("turn"),
         "inverse-is-exact": ToyInverseHessian("double", exact=True),
-        "blocks-go-by-name": ToyInverseHessian("dict"),
         "inputs-are-untouched": ToyInverseHessian("in place"),
         "damping-can-change": ToyInverseHessian("keep"),
         "damping-wins-in-the-end": ToyInverseHessian("floor"),

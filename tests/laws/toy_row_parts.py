@@ -91,11 +91,8 @@ class ToyFlatMap:
 
     def map(self, rows):
         total = torch.zeros(len(rows), 3, dtype=rows.dtype, device=rows.device)
-        whole = len(rows.space) == len(self.in_space)
-        blind = self.fault == "dict" and whole
-        space = rows.space if not blind else Space(tuple(rows.space[n] for n in rows.blocks))
-        for spec in space:
-            known = space if blind or self.fault == "place" else self.in_space
+        for spec in rows.space:
+            known = rows.space if self.fault == "place" else self.in_space
             start = known.offsets[spec.name]
             columns = self.matrix[:, start : start + spec.size].to(rows.dtype)
             total += rows.blocks[spec.name].flat() @ columns.T

@@ -198,8 +198,6 @@ class ToyInverse:
             leak = 1.001 if self.fault == "leak" else 1.0
             return part.scale(torch.full((len(rows),), leak, device=rows.device))
         given = rows.flat()
-        if self.fault == "dict":
-            given = torch.cat([block.flat() for block in rows.blocks.values()], 1)
         flat = given.double()
         if self.fault == "in place":
             emptied(rows)

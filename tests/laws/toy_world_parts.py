@@ -280,8 +280,6 @@ def fisher(fault, problem):
     first = None
     for rows in problem.rows():
         flat = rows.flat().double()
-        if fault == "dict":
-            flat = torch.cat([block.flat().double() for block in rows.blocks.values()], 1)
         first = first or len(rows)
         weights = torch.ones(len(rows), 1, **numbers)
         if fault == "positions":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from attrs import evolve, field, frozen, validators
 
@@ -14,6 +16,7 @@ from dattri_core import (
     Space,
     SpecError,
 )
+from dattri_parts.projectors.sides import MEAN
 
 
 @frozen
@@ -35,6 +38,15 @@ class Chain:
     def gives(self) -> frozenset[str]:
         """Return what all parts give."""
         return frozenset.intersection(*(frozenset(part.gives) for part in self.parts))
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return which laws of random maps do not hold of a part, and so of the whole."""
+        found: dict[str, str] = {}
+        for part in self.parts:
+            said: Mapping[str, str] = getattr(part, "expected_failures", {})
+            found |= {law: why for law, why in said.items() if law == MEAN}
+        return found
 
     def out_space(self, space: Space) -> Space:
         """Return the space after the last part.

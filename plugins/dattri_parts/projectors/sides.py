@@ -15,11 +15,15 @@ Uncovered = Literal["keep", "sketch", "drop"]
 UNCOVERED = ("keep", "sketch", "drop")
 
 
+MEAN = "norms-are-kept-in-the-mean"
+"""The law of maps that are random, which what drops some of a row does not meet."""
+
+
 def failures_of(uncovered: Uncovered) -> Mapping[str, str]:
     """Return the laws that a projector breaks by design, with the reason."""
     if uncovered != "drop":
         return {}
-    return {"norms-are-kept-in-the-mean": "rows without factors are dropped"}
+    return {MEAN: "rows without factors are dropped"}
 
 
 @frozen
