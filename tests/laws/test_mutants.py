@@ -304,9 +304,9 @@ ALSO = {
     },
     # A map of the global random state is another each time that it is built, on any device.
     ("projector", "map-is-of-its-stream"): {"device-does-not-show"},
-    # The global random state is something that a fold keeps beside its state.
     # Of two values that draw numbers one differs after a use on other data, as ever.
     ("metric", "metric-is-repeatable"): {"part-is-frozen"},
+    # The global random state is something that a fold keeps beside its state.
     ("fold", "fold-is-repeatable"): {"state-is-all-it-keeps"},
 }
 
