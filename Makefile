@@ -7,6 +7,8 @@ SITE ?= site
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Arguments of the program that a target runs, e.g. make demo ARGS="--data mnist-mlp".
 ARGS ?=
+# Processes that share the tests, one a core and at most eight: each holds a torch of its own.
+WORKERS ?= auto
 
 .PHONY: demo test lint bench docs clean
 .DELETE_ON_ERROR:
@@ -15,7 +17,7 @@ demo: $(VENV)/installed
 	$(BIN)/dattri demo $(ARGS)
 
 test: $(VENV)/installed-development
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed-development
 	$(BIN)/ruff check .

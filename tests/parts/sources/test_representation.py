@@ -211,7 +211,8 @@ def test_padding_does_not_show(pooling):
         {"module": "hidden"},
         {"function": lambda model, batch: dattri.labels_of(batch)[..., None] * torch.ones(2)},
     ],
-    ids=str,
+    # The address of a lambda in an id would differ between processes that share the tests.
+    ids=lambda changes: "-".join(f"{key}={changes[key]}" for key in changes if key != "function"),
 )
 def test_other_settings_meet_the_laws(changes):
     if "function" in changes:
