@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
+    from dattri_core.capabilities import KeepingFits as KeepingFits
     from dattri_core.capabilities import LeverageInverse as LeverageInverse
     from dattri_core.capabilities import ModelProblem as ModelProblem
     from dattri_core.capabilities import MovableSource as MovableSource
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
+    from dattri_core.capabilities import kept as kept
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.checkpoint import TrainingStep as TrainingStep
     from dattri_core.contract import limit_now as limit_now
@@ -186,6 +188,7 @@ _EXPORTS = {
     "InverseHessian": "protocols",
     "IndexedRows": "capabilities",
     "InverseRoot": "capabilities",
+    "KeepingFits": "capabilities",
     "LeverageInverse": "capabilities",
     "LinearMap": "protocols",
     "Loss": "losses",
@@ -268,6 +271,7 @@ _EXPORTS = {
     "functional": "losses",
     "hookimpl": "hookspecs",
     "is_out_of_memory": "memory",
+    "kept": "capabilities",
     "labels_of": "losses",
     "inner_work": "blocks",
     "limit_now": "contract",

@@ -141,7 +141,7 @@ def describe_part(part: Any) -> Any:
     to tell results apart, refused when read back.
     """
     named = default_registry().name_of(part)
-    data = describe.plain_fields(part, _describe_nested) if attrs.has(type(part)) else {}
+    data = describe.plain_fields(part, describe_nested) if attrs.has(type(part)) else {}
     if named is None:
         cls = type(part)
         return {UNREGISTERED: f"{cls.__module__}:{cls.__qualname__}", **data}
@@ -150,7 +150,8 @@ def describe_part(part: Any) -> Any:
     return {"name": named[1], **data} if data else named[1]
 
 
-def _describe_nested(value: Any) -> Any:
+def describe_nested(value: Any) -> Any:
+    """Return a part inside another value as plain data, None for what is no part."""
     is_part = default_registry().name_of(value) is not None or any(
         not _lacking(kind, value) for kind in PROTOCOLS
     )

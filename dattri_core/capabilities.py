@@ -390,6 +390,37 @@ class ModelProblem(Problem, Protocol):
 
 
 @runtime_checkable
+class KeepingFits(Protocol):
+    """A problem, or an operator on one, that keeps what a fit computes where the user says so.
+
+    A fit that was killed then loses what it was computing and nothing before it, and the same fit
+    in another process computes nothing; see `kept`.
+    """
+
+    def kept(
+        self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Return ``make()``, or what it returned before, on the device of the rows."""
+        ...
+
+
+def kept(
+    owner: Any, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Return tensors by name that take long to compute, from disk where the user keeps fits.
+
+    Args:
+        owner: The problem that a curvature is fitted on, or the operator that a solver is given:
+            of any kind, one that keeps nothing has them computed.
+        name: What they are, one word that is a part of a file's name, such as ``"factors"``.
+        part: The part that computes them, or a nest of parts, numbers and words: all that they
+            depend on besides the owner. Leave out what they do not depend on, such as a damping.
+        make: Computes them.
+    """
+    return owner.kept(name, part, make) if isinstance(owner, KeepingFits) else make()
+
+
+@runtime_checkable
 class ReferencedProblem(Problem, Protocol):
     """A problem whose task has reference examples."""
 

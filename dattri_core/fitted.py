@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,16 +10,16 @@ import attrs
 import torch
 from attrs import define
 
-from dattri_core import __version__, assemble
+from dattri_core import assemble
 from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import contraction_limit
 from dattri_core.dampings import dampings_between, redamped
 from dattri_core.errors import InputError, SpecError
+from dattri_core.kept_fits import KeptFits
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.members import expand_checkpoints
 from dattri_core.memory import free_bytes, parse_bytes
-from dattri_core.origins import origins_of
 from dattri_core.pairing import WHOLE
 from dattri_core.plans import Place, Plan, Work, make_plan
 from dattri_core.precision import exactly, without_autocast
@@ -28,13 +27,14 @@ from dattri_core.problem import collect
 from dattri_core.progress import Passes, bar
 from dattri_core.projected import weights_of
 from dattri_core.protocols import Damping, Role, as_damping
+from dattri_core.provenance import facts_of_fits, facts_of_rows, provenance_of
 from dattri_core.requests import Request
 from dattri_core.rows import Rows
 from dattri_core.runner import Runner, contractions, require_streams, run_folder
 from dattri_core.scores import Scores
 from dattri_core.scores_file import is_scores_folder
 from dattri_core.shelf import free_on_disk
-from dattri_core.snapshot import Fitted, fit_checkpoint, task_of
+from dattri_core.snapshot import Fitted, fit_checkpoint
 from dattri_core.stages import Chain
 from dattri_core.store import Store
 from dattri_core.stored import Keeping
@@ -61,6 +61,7 @@ class FittedMethod:
     progress: bool | None
     checkpoints: tuple[Checkpoint, ...]
     store: Store | None = None
+    fits: Path | None = None
     reference: Examples | None = None
     _held: Fitted | None = None
 
@@ -74,6 +75,7 @@ class FittedMethod:
         memory: str | int | None,
         progress: bool | None,
         store: Any = None,
+        fits: str | Path | None = None,
         lazy: bool = False,
     ) -> FittedMethod:
         """Check everything that can be checked, then fit the first checkpoint (unless ``lazy``)."""
@@ -88,6 +90,7 @@ class FittedMethod:
             budget=parse_bytes(memory, task.device),
             progress=progress,
             store=Store.of(store),
+            fits=None if fits is None else Path(fits),
             reference=None if given is None else Examples.of(given, "reference"),
             checkpoints=expand_checkpoints(method.source, task.checkpoints),
         )
@@ -341,6 +344,7 @@ class FittedMethod:
                     read.advance,
                     keeping=self._keeping(checkpoint, shown.advance),
                     reference=self.reference,
+                    fits=self._kept(),
                 )
         return self._held
 
@@ -350,15 +354,15 @@ class FittedMethod:
         """Return the store with what decides the numbers in it."""
         if self.store is None:
             return None
-        facts = {
-            **assemble.describe_front(self.method),
-            "seed": self.method.seed,
-            "loss": self.task.loss_name,
-            "parameters": list(self.task.parameter_names),
-            "train": self.train.fingerprint,
-            "dattri-core": __version__,
-        }
+        facts = facts_of_rows(self.method, self.task, self.train)
         return Keeping(self.store, checkpoint, facts, advance)
+
+    def _kept(self) -> KeptFits | None:
+        """Return where fits are kept, with what decides the numbers in it."""
+        if self.fits is None:
+            return None
+        given = (self.method, self.task, self.train, self.reference, self.store)
+        return KeptFits(self.fits, facts_of_fits(*given))
 
     def _reusable(self, changed: Any) -> Fitted | None:
         """Return what is fitted as a changed method needs it, where no new fit is needed."""
@@ -403,7 +407,16 @@ class FittedMethod:
         first = self._fit(self._first(), test)
         self._require_same_weights(first)
         plan = self._plan(first, test, request, out, k)
-        provenance = self._provenance(first, test, request)
+        provenance = provenance_of(
+            self.method,
+            self.task,
+            first,
+            self.train,
+            test,
+            self.reference,
+            request,
+            self.store,
+        )
         dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
         run = Run(
             checkpoints=self.checkpoints,
@@ -461,37 +474,6 @@ class FittedMethod:
         if self.task.device.type != "cpu":
             return {"host": free_bytes(torch.device("cpu"))}
         return {} if out is None else {"disk": free_on_disk(run_folder(Path(out)))}
-
-    def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
-        asked = task_of(fitted.chain.source, self.task)
-        target = asked.target
-        weights = {id(c.source): c.fingerprint(self.task.model) for c in self.task.checkpoints}
-        return {
-            "method": self.method.to_spec(),
-            "n_train": len(self.train),
-            "n_test": len(test),
-            "loss": self.task.loss_name,
-            "target": {
-                "name": asked.target_name,
-                "higher_is_better": bool(target is not None and target.higher_is_better),
-            },
-            "checkpoints": [c.name for c in self.checkpoints],
-            "learning_rates": [c.learning_rate for c in self.checkpoints],
-            "parameters": list(self.task.parameter_names),
-            "weights": [weights[id(c.source)] for c in self.checkpoints],
-            "space": fitted.chain.source.space.fingerprint,
-            "train": self.train.fingerprint,
-            "test": test.fingerprint,
-            "reference": None if self.reference is None else self.reference.content,
-            "group": "sum" if request.group else None,
-            "store": None if self.store is None else {"dtype": self.store.dtype},
-            "versions": {
-                "dattri-core": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                **origins_of((self.method, self.task.loss, self.task.target)),
-            },
-        }
 
 
 def _at_dampings(fitted: Fitted, dampings: Sequence[Damping | None]) -> Fitted:

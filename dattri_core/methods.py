@@ -185,6 +185,7 @@ class Method:
         *,
         memory: str | int | None = None,
         store: str | Path | Store | None = None,
+        fits: str | Path | None = None,
         progress: bool | None = None,
     ) -> FittedMethod:
         """Fit on the train set: everything that does not depend on the test examples.
@@ -196,13 +197,18 @@ class Method:
             store: Folder for train rows, see `Store`: after the projectors that the method begins
                 with they are written once, and read by every method that begins in the same way. A
                 build that was stopped goes on where it was.
+            fits: Folder for what curvatures and solvers compute from the train set, such as the
+                eigenvectors of 'ekfac': a fit of the same numbers reads them, at any damping and
+                in any process. One folder serves any methods, tasks and checkpoints.
             progress: Show a bar; default only on a terminal.
 
         Raises:
             SpecError, InputError, NumericsError: Before any long work, where that can be known.
         """
         self.check(task=task)
-        return FittedMethod.fit(self, task, train, memory=memory, progress=progress, store=store)
+        return FittedMethod.fit(
+            self, task, train, memory=memory, progress=progress, store=store, fits=fits
+        )
 
     @overload
     def attribute(
@@ -217,6 +223,7 @@ class Method:
         memory: str | int | None = None,
         out: str | Path | None = None,
         store: str | Path | Store | None = None,
+        fits: str | Path | None = None,
         progress: bool | None = None,
     ) -> Plan: ...
 
@@ -233,6 +240,7 @@ class Method:
         memory: str | int | None = None,
         out: str | Path | None = None,
         store: str | Path | Store | None = None,
+        fits: str | Path | None = None,
         progress: bool | None = None,
     ) -> dict[str, Scores]: ...
 
@@ -249,6 +257,7 @@ class Method:
         memory: str | int | None = None,
         out: str | Path | None = None,
         store: str | Path | Store | None = None,
+        fits: str | Path | None = None,
         progress: bool | None = None,
     ) -> Scores: ...
 
@@ -264,6 +273,7 @@ class Method:
         memory: str | int | None = None,
         out: str | Path | None = None,
         store: str | Path | Store | None = None,
+        fits: str | Path | None = None,
         progress: bool | None = None,
     ) -> Scores | dict[str, Scores] | Plan:
         """Return the scores ``[n_train, n_test]`` of every train example for every test example.
@@ -280,6 +290,7 @@ class Method:
             out: Folder for scores that do not fit in memory, and to resume a run that was stopped.
             store: Folder for train rows; see `fit`. Of further test sets, or of another scorer,
                 curvature or damping, no train example is evaluated again.
+            fits: Folder for what a fit computes; see `fit`.
             progress: Show a bar; default only on a terminal.
         """
         self.check(task=task)
@@ -288,7 +299,7 @@ class Method:
                 self, task, train, test, memory=memory, out=out, by=by, group=group, store=store
             )
         fitted = FittedMethod.fit(
-            self, task, train, memory=memory, progress=progress, store=store, lazy=True
+            self, task, train, memory=memory, progress=progress, store=store, fits=fits, lazy=True
         )
         if by is None:
             return fitted.attribute(test, group=group, out=out)
@@ -332,6 +343,7 @@ def attribute(
     memory: str | int | None = None,
     out: str | Path | None = None,
     store: str | Path | Store | None = None,
+    fits: str | Path | None = None,
     progress: bool | None = None,
     **overrides: Any,
 ) -> Any:
@@ -341,13 +353,15 @@ def attribute(
     """
     made = _named(method, overrides)
     settings: dict[str, Any] = {}
-    if store is not None:
+    for name, folder in (("store", store), ("fits", fits)):
+        if folder is None:
+            continue
         if not isinstance(made, Method):
             raise SpecError(
-                f"attribute: store= keeps the rows of a method, and a {type(made).__name__} is not "
-                "made of parts and has none"
+                f"attribute: {name}= keeps the {'rows' if name == 'store' else 'fits'} of a "
+                f"method, and a {type(made).__name__} is not made of parts and has none"
             )
-        settings["store"] = store
+        settings[name] = folder
     if by is not None or group:
         if not isinstance(made, Method):
             raise SpecError(

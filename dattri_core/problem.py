@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from attrs import define, field
@@ -41,6 +42,7 @@ class TrainProblem:
         advance: Called with the number of examples after each batch that was read.
         role: Of the rows of kind ``"loss"``.
         reference: The reference examples of the task, as a problem of their own.
+        fits: Where what a fit computes is kept, `KeptFits.get`.
     """
 
     source: BoundSource
@@ -52,6 +54,7 @@ class TrainProblem:
     advance: Callable[[int], None] | None = None
     role: Role = "train"
     reference: TrainProblem | None = None
+    fits: Callable[..., Mapping[str, Tensor]] | None = None
     _recordings: dict[CurvatureKind, tuple[Recording, ...]] = field(init=False, factory=dict)
 
     @property
@@ -95,6 +98,12 @@ class TrainProblem:
     def state(self) -> Mapping[str, Tensor]:
         """Return the weights and buffers of the checkpoint."""
         return self._any_evaluator.state
+
+    def kept(
+        self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Return what a part computes, from disk where it is kept; see `capabilities.kept`."""
+        return make() if self.fits is None else self.fits(name, part, make, self.device)
 
     def batches(self) -> Iterator[Batch]:
         """Read the whole train set in order; no stage applies."""

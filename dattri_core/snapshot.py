@@ -21,6 +21,7 @@ from dattri_core.capabilities import (
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
+from dattri_core.kept_fits import KeptFits
 from dattri_core.measures import needs_inverse, needs_leverages
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.padding import require_unpadded
@@ -157,6 +158,7 @@ def fit_checkpoint(
     plan_only: bool = False,
     keeping: Keeping | None = None,
     reference: Examples | None = None,
+    fits: KeptFits | None = None,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
@@ -164,7 +166,8 @@ def fit_checkpoint(
     With ``plan_only`` the costs are those of all stages, but no inverse Hessian is fitted or in the
     chain, and projectors are fitted on a few examples. Where rows are kept in a store they are
     computed first, so far as they are not there, and read by all that needs no more than train
-    rows. Reference examples are those of the task.
+    rows. Reference examples are those of the task. What stages compute is kept in ``fits``, where
+    it is given.
     """
     places, wide = examples.sampled(min(LOOK, max(SAMPLE, len(examples))))
     wide = move(wide, task.device)
@@ -228,14 +231,21 @@ def fit_checkpoint(
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
     outlooks: list[LinearMap | Outlook] = []
     space = given.space
+    if fits is not None:
+        weights = weights_of(bound) or checkpoint.fingerprint(task.model)
+        raw_space = bound.space.fingerprint
+        fits = fits.of(raw, {"space": raw_space, "weights": weights, "member": checkpoint.member})
     step: Step
-    for stage, stream in list(zip(stages, streams, strict=True))[chain.absorbed :]:
+    for at, (stage, stream) in list(enumerate(zip(stages, streams, strict=True)))[chain.absorbed :]:
         before, space = space, space_after(stage, space)
         if not stage_needs(stage) <= OF_ROWS or given is bound:
             maps: tuple[LinearMap, ...] = (*front, *chain.maps)
             problem = TrainProblem(bound, examples, maps, batch, stream, memory, advance)
         else:
             problem = TrainProblem(given, data, chain.maps, batch, stream, memory, advance)
+        if fits is not None:
+            sketches = [part for part in stages[:at] if isinstance(part, Projector)]
+            problem.fits = fits.before(sketches, stream).get
         if plan_only and isinstance(stage, Projector):
             # A plan only asks what comes out of a projector: a few examples tell.
             maps = (*front, *chain.maps)
@@ -246,6 +256,7 @@ def fit_checkpoint(
                 examples=reference,
                 random=attrs.evolve(stream, role="reference"),
                 role="test",
+                fits=None,
             )
         if plan_only and not isinstance(stage, Projector):
             outlooks.append(outlook_before_fit(stage, before, problem))

@@ -130,10 +130,22 @@ def _parse(text: str, suffix: str, label: str) -> dict[str, Any]:
     return data
 
 
-def _path(value: Any) -> Path | None:
+def _path(name: str, value: Any) -> Path | None:
     if value is not None and not isinstance(value, (str, Path)):
-        raise SpecError(f"run: output is {value!r}, expected the path of a folder")
+        raise SpecError(f"run: {name} is {value!r}, expected the path of a folder")
     return None if value is None else Path(value)
+
+
+def _output(value: Any) -> Path | None:
+    return _path("output", value)
+
+
+def _store(value: Any) -> Path | None:
+    return _path("store", value)
+
+
+def _fits(value: Any) -> Path | None:
+    return _path("fits", value)
 
 
 @frozen
@@ -147,14 +159,16 @@ class Run:
         output: Folder for the scores.
         memory: Budget such as ``"4GiB"``.
         store: Folder for train rows; see `Method.fit`.
+        fits: Folder for what fits compute; see `Method.fit`.
     """
 
     method: str | Mapping[str, Any]
     setting: str
     setting_fields: Mapping[str, Any] = field(factory=dict)
-    output: Path | None = field(default=None, converter=_path)
+    output: Path | None = field(default=None, converter=_output)
     memory: str | int | None = None
-    store: Path | None = field(default=None, converter=_path)
+    store: Path | None = field(default=None, converter=_store)
+    fits: Path | None = field(default=None, converter=_fits)
 
 
 def run_of(data: Mapping[str, Any], label: str = "run") -> Run:
@@ -163,7 +177,7 @@ def run_of(data: Mapping[str, Any], label: str = "run") -> Run:
     Raises:
         SpecError: A key is missing or unknown.
     """
-    valid = ("method", "setting", "output", "memory", "store")
+    valid = ("method", "setting", "output", "memory", "store", "fits")
     for key in data:
         if key not in valid:
             raise SpecError(f"{label}: no key {key!r}; {nearest(key, valid)}")

@@ -21,6 +21,7 @@ setting = "digits"        # or "module:function", which returns task, train, tes
 output = "scores"         # folder for the scores
 memory = "4GiB"
 store = "rows"            # optional: folder for train rows, read again by later runs
+fits = "fits"             # optional: folder for factors and eigenvectors, likewise
 """
 
 
@@ -52,7 +53,8 @@ class RunCommand:
         task, train, test = _inputs(run, method, _world(run, Path(args.spec).parent))
         # Written as they are made: a run that is stopped resumes, and an output that cannot be
         # used is refused before long work.
-        settings = {} if run.store is None else {"store": run.store}
+        kept = {"store": run.store, "fits": run.fits}
+        settings = {name: folder for name, folder in kept.items() if folder is not None}
         made = method.attribute(
             task, train, test, memory=run.memory, out=output, dry_run=args.dry_run, **settings
         )

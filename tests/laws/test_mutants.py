@@ -152,6 +152,7 @@ BROKEN = {
         "device-does-not-show": ToyGGN("device"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
+        "kept-fit-is-the-fit": ToyFisher("kept"),
     },
     "solver": {
         "part-is-frozen": loose(ToySolver),
@@ -179,6 +180,7 @@ BROKEN = {
         "stats-are-true": ToySolver(fault="early", exact=False),
         "device-does-not-show": ToySolver(fault="device"),
         "float32-apply-is-close": ToySolver(fault="coarse"),
+        "kept-solve-is-the-solve": ToySolver(fault="kept"),
     },
     "inverse_hessian": {
         "part-is-frozen": loose(ToyInverseHessian),

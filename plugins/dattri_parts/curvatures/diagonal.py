@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen, validators
+from torch import Tensor
 
-from dattri_core import Operator, Outlook, Problem, Space
+from dattri_core import Operator, Outlook, Problem, Space, kept
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
 from dattri_parts.curvatures.squares import Squares
@@ -51,12 +52,15 @@ class Diagonal:
     def fit(self, problem: Problem) -> Operator:
         """Add up the squares of all rows, a block at a time."""
         space = problem.space
-        squares = Squares(frozenset(space.names))
-        read_blocks(problem, self.fisher, self.draws, squares.add)
-        found = squares.times(1 / (problem.n_train * self.draws))
+        found = kept(problem, "diagonal", self, lambda: self._squares(problem))
         return KroneckerSpectrum(
             KroneckerBasis(space, {}),
             {name: found[name] for name in space.names},
             torch.promote_types(problem.dtype, torch.float32),
             problem.memory,
         )
+
+    def _squares(self, problem: Problem) -> dict[str, Tensor]:
+        squares = Squares(frozenset(problem.space.names))
+        read_blocks(problem, self.fisher, self.draws, squares.add)
+        return squares.times(1 / (problem.n_train * self.draws))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from attrs import field, frozen, validators
+from torch import Tensor
 
-from dattri_core import Operator, Outlook, Problem, Space
+from dattri_core import Operator, Outlook, Problem, Space, kept
 from dattri_parts.curvatures.factors import FactorReader
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.kfac import APPROXIMATIONS, Approximation
-from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
+from dattri_parts.curvatures.sides import (
+    eigenvalues_of,
+    named_eigenvalues,
+    sides_of,
+    tensors_of,
+)
+from dattri_parts.curvatures.spectrum import Kronecker, KroneckerBasis, KroneckerSpectrum
 from dattri_parts.curvatures.squares import Squares
 from dattri_parts.curvatures.uncovered import (
     UNCOVERED,
@@ -81,19 +89,29 @@ class EKFAC:
         space = problem.space
         cover = Cover.of(space, "ekfac")
         cover.report("ekfac", self.uncovered)
+        found = kept(problem, "ekfac-vectors", self, lambda: self._vectors(problem, cover))
+        sides = sides_of(cover.factored, found)
+        values = kept(problem, "ekfac-values", self, lambda: self._values(problem, cover, sides))
+        dropped = frozenset(cover.rest if self.uncovered == "drop" else ())
+        return KroneckerSpectrum(
+            KroneckerBasis(space, sides, dropped),
+            eigenvalues_of(space.names, values),
+            torch.promote_types(problem.dtype, torch.float32),
+            problem.memory,
+        )
+
+    def _vectors(self, problem: Problem, cover: Cover) -> dict[str, Tensor]:
         average = self.approximation == "reduce"
         factors = FactorReader(frozenset(cover.factored), average, "ekfac", problem.memory)
         read_blocks(problem, self.fisher, self.draws, factors.add)
-        sides = {name: each.sides for name, each in factors.decompose().items()}
+        return tensors_of({name: each.sides for name, each in factors.decompose().items()})
+
+    def _values(
+        self, problem: Problem, cover: Cover, sides: Mapping[str, Kronecker]
+    ) -> dict[str, Tensor]:
         rest = cover.rest if self.uncovered == "diagonal" else ()
         squares = Squares(frozenset((*cover.factored, *rest)), sides)
         read_blocks(problem, self.fisher, self.draws, squares.add)
         values = squares.times(1 / (problem.n_train * self.draws))
         values |= uncovered_eigenvalues(problem, cover, self.uncovered, values)
-        dropped = frozenset(cover.rest if self.uncovered == "drop" else ())
-        return KroneckerSpectrum(
-            KroneckerBasis(space, sides, dropped),
-            {name: values[name] for name in space.names},
-            torch.promote_types(problem.dtype, torch.float32),
-            problem.memory,
-        )
+        return named_eigenvalues(values)

@@ -147,4 +147,5 @@ def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
             f"{what}: its smallest eigenvalue is {least:.3g} and its largest entry "
             f"{float(size):.3g}, where a sum of squares has none below 0; try model.double()"
         )
-    return values.clamp_(min=0), vectors.to(factor.dtype)
+    # As they would come from disk: products with another layout in memory round otherwise.
+    return values.clamp_(min=0), vectors.to(factor.dtype).contiguous()

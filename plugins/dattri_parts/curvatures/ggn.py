@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from attrs import frozen
@@ -81,6 +81,12 @@ class GGNOperator:
     def apply_on(self, rows: Rows, index: Tensor) -> Rows:
         """Return G g for every row g, G the mean over the examples at some positions."""
         return self.products.apply_on(rows, index)
+
+    def kept(
+        self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Return what a solver computes of this operator, from disk where fits are kept."""
+        return self.products.kept(name, part, make)
 
     def dense(self) -> Tensor:
         """Return G in float64, ``[d, d]``, by products."""

@@ -6,10 +6,17 @@ from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen, validators
+from torch import Tensor
 
-from dattri_core import Block, Operator, Outlook, Problem, Space
+from dattri_core import Block, Operator, Outlook, Problem, Space, kept
 from dattri_parts.curvatures.factors import FactorReader
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
+from dattri_parts.curvatures.sides import (
+    eigenvalues_of,
+    named_eigenvalues,
+    sides_of,
+    tensors_of,
+)
 from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
 from dattri_parts.curvatures.squares import Squares
 from dattri_parts.curvatures.uncovered import (
@@ -87,6 +94,14 @@ class KFAC:
         """Add up the factors in one pass over the train set, and decompose them in float64."""
         cover = Cover.of(problem.space, "kfac")
         cover.report("kfac", self.uncovered)
+        found = kept(problem, "kfac", self, lambda: self._decompose(problem, cover))
+        dropped = frozenset(cover.rest if self.uncovered == "drop" else ())
+        basis = KroneckerBasis(problem.space, sides_of(cover.factored, found), dropped)
+        values = eigenvalues_of(problem.space.names, found)
+        dtype = torch.promote_types(problem.dtype, torch.float32)
+        return KroneckerSpectrum(basis, values, dtype, problem.memory)
+
+    def _decompose(self, problem: Problem, cover: Cover) -> dict[str, Tensor]:
         average = self.approximation == "reduce"
         factors = FactorReader(frozenset(cover.factored), average, "kfac", problem.memory)
         squares = Squares(frozenset(cover.rest if self.uncovered == "diagonal" else ()))
@@ -101,9 +116,5 @@ class KFAC:
         eigen = factors.decompose()
         values = {name: each.product(weight).to(dtype) for name, each in eigen.items()}
         values |= uncovered_eigenvalues(problem, cover, self.uncovered, squares.times(weight))
-        dropped = cover.rest if self.uncovered == "drop" else ()
-        basis = KroneckerBasis(
-            problem.space, {name: each.sides for name, each in eigen.items()}, frozenset(dropped)
-        )
-        ordered = {name: values[name] for name in problem.space.names}
-        return KroneckerSpectrum(basis, ordered, dtype, problem.memory)
+        sides = {name: each.sides for name, each in eigen.items()}
+        return tensors_of(sides) | named_eigenvalues(values)

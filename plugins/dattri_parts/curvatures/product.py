@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core import CurvatureKind, NumericsError, Problem, RandomStream, Rows, Space
+from dattri_core import CurvatureKind, NumericsError, Problem, RandomStream, Rows, Space, kept
 
 SLICE_LIMIT = 8 * 2**20
 """Bytes of the unit vectors that one pass over the train set takes."""
@@ -58,6 +61,12 @@ class ProductOperator:
     def apply_on(self, rows: Rows, index: Tensor) -> Rows:
         """Return H g for every row g, H the mean over the examples at some positions."""
         return self.problem.product(rows, self.kind, index)
+
+    def kept(
+        self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Return what a solver computes of this operator, from disk where fits are kept."""
+        return kept(self.problem, name, {"curvature": self.kind, "solver": part}, make)
 
     def dense(self) -> Tensor:
         """Return H in float64, ``[d, d]``: its products with the unit vectors, symmetrised.

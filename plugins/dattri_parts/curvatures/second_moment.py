@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from dattri_core import (
     RowKind,
     Rows,
     Space,
+    kept,
 )
 from dattri_parts.curvatures.block_spectrum import (
     count_rows,
@@ -143,6 +144,13 @@ class SecondMoment:
                 found = torch.zeros(len(rows), *spec.shape, dtype=self.dtype, device=rows.device)
             blocks[spec.name] = DenseBlock(found.mul_(weight).to(rows.dtype))
         return Rows(space, blocks, rows.index, rows.aux)
+
+    def kept(
+        self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Return what a solver computes of this operator, from disk where fits are kept."""
+        rows = {"rows": self.kind, "draws": self.draws, "blockwise": self.blockwise}
+        return kept(self.problem, name, {**rows, "solver": part}, make)
 
     def dense(self) -> Tensor:
         """Return H in float64, ``[d, d]``.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from attrs import define, evolve, field, frozen, validators
+from attrs import asdict, define, evolve, field, frozen, validators
 from torch import Tensor
 
 from dattri_core import (
@@ -24,6 +24,7 @@ from dattri_core import (
     as_damping,
     format_bytes,
     free_bytes,
+    kept,
 )
 from dattri_parts.solvers.estimates import mean_eigenvalue
 from dattri_parts.solvers.factor import require_regular
@@ -92,8 +93,14 @@ class Arnoldi:
             return operator.apply(given).flat()
 
         steps = min(self.iterations, space.dim)
-        built = krylov(apply, space.dim, steps, dtype=dtype, device=device)
-        pairs = ritz_pairs(built, min(self.rank, steps))
+        rank = min(self.rank, steps)
+
+        def build() -> dict[str, Tensor]:
+            built = krylov(apply, space.dim, steps, dtype=dtype, device=device)
+            return asdict(ritz_pairs(built, rank), recurse=False)
+
+        size = {"iterations": steps, "rank": rank}
+        pairs = RitzPairs(**kept(operator, "arnoldi", size, build))
         fitted = _Spectrum(operator, self._coordinates(space), pairs, steps)
         return _inverse(self, fitted, self.damping)
 
@@ -136,8 +143,13 @@ class _Spectrum:
     def absolute(self, damping: Damping) -> float:
         """Return the damping in the unit of H."""
         if damping.relative and self.mean_eigenvalue is None:
-            self.mean_eigenvalue = mean_eigenvalue(self.operator, self.pairs.vectors.device)
+            found = kept(self.operator, "mean-eigenvalue", {}, self._estimate)
+            self.mean_eigenvalue = float(found["mean"])
         return damping.absolute(self.mean_eigenvalue or 0.0)
+
+    def _estimate(self) -> dict[str, Tensor]:
+        mean = mean_eigenvalue(self.operator, self.pairs.vectors.device)
+        return {"mean": torch.tensor(mean, dtype=torch.float64)}
 
     def basis(self) -> Rows:
         """Return V as k rows."""
