@@ -278,6 +278,7 @@ class Third:
 
 
 def test_whoever_keeps_nothing_has_it_computed():
+    assert not isinstance(object(), dattri.KeepingFits)
     assert kept(object(), "any", {}, lambda: {"a": 1}) == {"a": 1}
     assert float(Third(4).fit(object())["sum"]) == 4
 

@@ -225,7 +225,7 @@ def test_samples_follow_the_published_recursion(batch, repeats):
 def test_the_mean_of_many_runs_is_the_inverse():
     operator = squares(count=30, size=4)
     given_rows = rows(4, 1)
-    solver = LiSSA(damping=1.0, batch=4, depth=400, repeats=400)
+    solver = LiSSA(damping=1.0, batch=4, depth=50, repeats=400)
     got = solver.solve_for(operator, CPU).apply(given_rows).flat()
     want = solved(operator.matrices.mean(0), 1.0, given_rows.flat())
     one = attrs.evolve(solver, repeats=1).solve_for(operator, CPU).apply(given_rows).flat()
