@@ -36,7 +36,7 @@ def register(registry: dattri.Registry) -> None:
         "trak",
         {
             "source": "margin",
-            "projector": "rademacher",
+            "projector": "block-count-sketch",
             "inverse_hessian": {
                 "curvature": "gauss-newton",
                 "solver": {"name": "cholesky", "damping": {"relative": 0.1}},
@@ -48,7 +48,8 @@ def register(registry: dattri.Registry) -> None:
         "residuals, each averaged over checkpoints",
         formula="S_ij = [mean_c Q_i] [mean_c <P g_i, (E[P g (P g)^T] + damping I)^-1 P h_j>], "
         "g = -d f / d theta of the margin f = log(p / (1 - p)), Q = 1 - p, P another sketch for "
-        "each checkpoint c; n times the number of the paper",
+        "each checkpoint c, sparse where the paper's is dense "
+        "(projector='gaussian' or 'rademacher'); n times the number of the paper",
         citation="Park et al. 2023, TRAK: Attributing Model Behavior at Scale, section 3 (arXiv "
         "2303.14186)",
     )
