@@ -82,6 +82,8 @@ if TYPE_CHECKING:
     from dattri_core.experiment import World as World
     from dattri_core.fitted import FittedMethod as FittedMethod
     from dattri_core.hookspecs import hookimpl as hookimpl
+    from dattri_core.lift import from_parameters as from_parameters
+    from dattri_core.lift import to_parameters as to_parameters
     from dattri_core.losses import FunctionalLoss as FunctionalLoss
     from dattri_core.losses import Loss as Loss
     from dattri_core.losses import Target as Target
@@ -268,6 +270,7 @@ _EXPORTS = {
     "factor_sums": "moments",
     "format_bytes": "errors",
     "free_bytes": "memory",
+    "from_parameters": "lift",
     "functional": "losses",
     "hookimpl": "hookspecs",
     "is_out_of_memory": "memory",
@@ -289,6 +292,7 @@ _EXPORTS = {
     "square_sum": "moments",
     "squared_error": "shipped_losses",
     "take": "batch",
+    "to_parameters": "lift",
     "token_cross_entropy": "shipped_losses",
     "write_text": "atomic",
     "Counterfactual": "experiment",

@@ -38,6 +38,37 @@ def to_parameters(rows: Rows) -> dict[str, Tensor]:
     return found
 
 
+def from_parameters(space: Space, values: Mapping[str, Tensor], index: Tensor) -> Rows:
+    """Return the rows that `to_parameters` takes apart.
+
+    Args:
+        space: Whose entries are parameters.
+        values: By parameter name, ``[C, *parameter shape]``; names that it does not have are left.
+        index: Positions of the rows, ``[C]``.
+
+    Raises:
+        SpecError: An entry of the space belongs to no parameter, to two, or to none of the values.
+    """
+    require_parameters(space)
+    lacking = [v.parameter for spec in space for v in spec.parameters if v.parameter not in values]
+    if lacking:
+        raise SpecError(
+            f"rows from parameters: no values of {lacking[:8]}; give all parameters of the space"
+        )
+    blocks = {}
+    for spec in space:
+        columns = []
+        for view in _ordered(spec):
+            sides = (spec.matrix_shape[0], view.stop - view.start)
+            given = values[view.parameter]
+            if view.transposed:
+                columns.append(given.reshape(len(index), *reversed(sides)).mT)
+            else:
+                columns.append(given.reshape(len(index), *sides))
+        blocks[spec.name] = DenseBlock(torch.cat(columns, 2).reshape(len(index), *spec.shape))
+    return Rows(space, blocks, index)
+
+
 def empty_rows(space: Space, like: Mapping[str, Tensor], index: Tensor) -> Rows:
     """Return rows of a space to be filled through their `to_parameters`, which are views of them.
 

@@ -23,7 +23,7 @@ GROUPS = {
     ),
     "protocols": ("What parts are and what they answer.", "protocols stages"),
     "capabilities": ("What a part may offer beyond its protocol.", "capabilities"),
-    "rows": ("Rows, blocks and spaces.", "rows blocks space moments"),
+    "rows": ("Rows, blocks and spaces.", "rows blocks space lift moments"),
     "experiments": ("Settings, metrics, training again.", "experiment"),
     "studies": ("Ablations: factors, plans and points.", "study factors"),
     "errors": ("Errors and warnings.", "errors"),

@@ -30,6 +30,7 @@ class Previous:
 
 
 def require_step(
+    name: str,
     evaluator: Evaluator,
     after: Mapping[str, Tensor],
     checkpoint: Checkpoint,
@@ -46,6 +47,7 @@ def require_step(
     learning rate 0, which shows nothing, is not looked at.
 
     Args:
+        name: Of the method, for errors.
         evaluator: At theta.
         after: The attributed parameters of theta', by name.
         checkpoint: Whose step it is.
@@ -62,18 +64,18 @@ def require_step(
     assert step is not None
     if previous is not None and not previous.checkpoint.learning_rate:
         return
-    descent = _descent(evaluator, checkpoint, batch, train, size)
+    descent = descent_of(evaluator, checkpoint, batch, train, size)
     velocity = None if previous is None else _velocity(previous, evaluator, train, size)
     gap = move = scale = 0.0
-    for name, theta in evaluator.selected.items():
-        start, direct = theta.double(), descent[name]
+    for key, theta in evaluator.selected.items():
+        start, direct = theta.double(), descent[key]
         turned = direct
         if velocity is not None:
-            turned = step.momentum * velocity[name] + (1 - step.dampening) * direct
+            turned = step.momentum * velocity[key] + (1 - step.dampening) * direct
         if step.nesterov:
             turned = direct + step.momentum * turned
         expected = -rate * turned
-        got = after[name].double() - start
+        got = after[key].double() - start
         gap += float((got - expected).square().sum())
         move += float(expected.square().sum())
         scale += float(start.square().sum())
@@ -82,16 +84,16 @@ def require_step(
         slack *= 1 + rate / (previous.checkpoint.learning_rate or rate)
     if not gap**0.5 <= tolerance * move**0.5 + slack:
         raise InputError(
-            f"dvemb: the step recorded at {checkpoint.name!r} is not that of gradient descent on "
+            f"{name}: the step recorded at {checkpoint.name!r} is not that of gradient descent on "
             f"its batch of {len(batch)} examples: the weights end {gap**0.5:.3g} from where the "
             f"mean gradient of the task's loss leads, a step of {move**0.5:.3g}; the train set "
             "must be the one that was trained on, in its order, and the loss the one that was "
             "minimised, a mean over the batch, without clipping, dropout or batch statistics; "
-            "where this is known, dattri.method('dvemb', tolerance=...) accepts it"
+            f"where this is known, dattri.method({name!r}, tolerance=...) accepts it"
         )
 
 
-def _descent(
+def descent_of(
     evaluator: Evaluator, checkpoint: Checkpoint, batch: Tensor, train: Examples, size: int
 ) -> dict[str, Tensor]:
     """Return d = mean gradient of the batch + weight_decay theta by parameter, in float64."""
@@ -115,7 +117,7 @@ def _velocity(previous: Previous, now: Evaluator, train: Examples, size: int) ->
     }
     if not step.nesterov:
         return found
-    descent = _descent(previous.evaluator, previous.checkpoint, previous.batch, train, size)
+    descent = descent_of(previous.evaluator, previous.checkpoint, previous.batch, train, size)
     return {name: (value - descent[name]) / step.momentum for name, value in found.items()}
 
 

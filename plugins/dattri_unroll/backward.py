@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from attrs import frozen
 from dattri_parts.solvers.rowwise import Named, lengths
@@ -16,20 +15,15 @@ from dattri_core import (
     DenseBlock,
     NumericsError,
     Rows,
-    SpecError,
-    TrainingStep,
-    TrainProblem,
 )
-from dattri_unroll.agreement import Previous, require_step
 from dattri_unroll.points import Points
 from dattri_unroll.step_problem import StepProblem
+from dattri_unroll.steps import Steps
 from dattri_unroll.walk import Add
 
 TINY = 1e-30
 GROWTH = 5
 """By how much a row may grow on its way back before a warning is given."""
-CHECKED = 8
-"""Steps, evenly spaced, that are compared with what gradient descent would have done."""
 
 
 @frozen(eq=False)
@@ -46,28 +40,20 @@ class Backward:
     eta psi. After the last step phi is zero, and at the first d is. Without momentum u = eta psi.
 
     Args:
-        points: Of the run.
-        tolerance: Of `require_step`.
+        steps: Of the run.
     """
 
-    points: Points
-    tolerance: float
+    steps: Steps
 
-    def __attrs_post_init__(self) -> None:
-        n_train = len(self.points.train)
-        for checkpoint in self.points.task.checkpoints:
-            batch = step_of(checkpoint).batch
-            if batch is not None and len(batch) and int(batch.max()) >= n_train:
-                raise SpecError(
-                    f"dvemb: the step at {checkpoint.name!r} saw the train example "
-                    f"{int(batch.max())}, and the train set has {n_train}; give the train set that "
-                    "the run was recorded with, in its order"
-                )
+    @property
+    def points(self) -> Points:
+        """Return the points of the run."""
+        return self.steps.points
 
     @property
     def work(self) -> int:
         """Return how many rows of train examples one pass scores."""
-        return sum(len(self._batch(c)) for c in self.points.task.checkpoints)
+        return self.steps.work
 
     def run(self, columns: slice, add: Add, advance: Callable[[int], None]) -> None:
         """Go through all steps once, last step first, for some of the test examples.
@@ -82,7 +68,7 @@ class Backward:
             NumericsError: The carried rows grow beyond all numbers.
         """
         points, checkpoints = self.points, self.points.task.checkpoints
-        checked = {*np.linspace(0, max(0, len(checkpoints) - 2), CHECKED).astype(int).tolist()}
+        checked = self.steps.checked
         psi: Named | None = None  # written over step by step: nothing here is as large
         turned: Named | None = None  # t of the step after
         size = growth = torch.zeros(())  # of the rows at the end, and the most since then
@@ -91,23 +77,23 @@ class Backward:
         for checkpoint in reversed(checkpoints):
             at = checkpoint.position
             problem = points.problem(at, along=at not in checked)
-            batch = self._batch(checkpoint)
+            batch = self.steps.batch(checkpoint)
             if psi is None:
                 ends = points.test_rows(problem, columns).blocks.items()
                 psi = {name: block.dense().values.contiguous() for name, block in ends}
                 size = lengths(psi)
             elif at in checked and columns.start == 0 and len(batch):
-                self._require(problem, checkpoint, batch, after)
+                self.steps.require(problem, checkpoint, after)
             after = problem.evaluator.selected
             if not len(batch):
                 continue
-            direction, rate, turned = _through(psi, turned, checkpoint)
+            direction, rate, turned = self.steps.through(psi, turned, checkpoint)
             blocks = {name: DenseBlock(values) for name, values in direction.items()}
             taken = Rows(problem.space, blocks, index)
             seen = StepProblem(problem, batch, points.memory // 4)
             scale = rate * len(points.train) / len(batch)
             for part in seen.rows():
-                epoch = step_of(checkpoint).epoch
+                epoch = self.steps.taken(checkpoint).epoch
                 add(epoch, part.index, columns, part.inner(taken) * scale)
                 advance(len(part))
             if checkpoint.position > 0:
@@ -129,67 +115,14 @@ class Backward:
         self, psi: Named, taken: Rows, rate: float, seen: StepProblem, checkpoint: Checkpoint
     ) -> None:
         """Write psi - (H + weight_decay I) u over psi, u being rate times what was taken."""
-        operator = self.points.curvature.fit(seen)
+        operator = self.points.fit(seen)
         product = operator.apply(taken.to(dtype=operator.dtype))
-        decay = step_of(checkpoint).weight_decay
+        decay = self.steps.taken(checkpoint).weight_decay
         for name, values in psi.items():
             move = product.blocks[name].dense().values.to(values.dtype)
             if decay:  # in a new tensor: what was taken may be psi, and the product what was taken
                 move = torch.add(move, taken.blocks[name].dense().values, alpha=decay)
             values.sub_(move, alpha=rate)
-
-    def _require(
-        self,
-        problem: TrainProblem,
-        checkpoint: Checkpoint,
-        batch: Tensor,
-        after: Mapping[str, Tensor],
-    ) -> None:
-        """Raise `InputError` unless a step is the one that its batch and those before it give."""
-        points, before = self.points, None
-        at = checkpoint.position
-        if step_of(checkpoint).momentum and at > 0:
-            previous = points.task.checkpoints[at - 1]
-            evaluator = points.problem(at - 1, along=True).evaluator
-            before = Previous(evaluator, previous, self._batch(previous))
-        require_step(
-            problem.evaluator,
-            after,
-            checkpoint,
-            batch,
-            points.train,
-            self.tolerance,
-            problem.batch,
-            before,
-        )
-
-    def _batch(self, checkpoint: Checkpoint) -> Tensor:
-        batch = step_of(checkpoint).batch
-        return torch.arange(len(self.points.train)) if batch is None else batch.cpu()
-
-
-def _through(
-    psi: Named, turned: Named | None, checkpoint: Checkpoint
-) -> tuple[Named, float, Named | None]:
-    """Return u and t of a step, from psi and the t of the step after; u as tensors and a factor.
-
-    See `Backward`: phi is momentum times the t of the step after, over which that of this step is
-    written. Without momentum the tensors are psi itself; only Nesterov's are new ones.
-    """
-    step, rate = step_of(checkpoint), checkpoint.learning_rate or 0.0
-    if not step.momentum:
-        return psi, rate, None
-    share = rate * step.momentum if step.nesterov else rate
-    if turned is None:
-        turned = {name: values * share for name, values in psi.items()}
-    else:
-        for name, values in turned.items():
-            values.mul_(step.momentum).add_(psi[name], alpha=share)
-    kept = 1 - step.dampening if checkpoint.position else 1.0
-    if not step.nesterov:
-        return turned, kept, turned
-    ahead = {n: torch.add(v * kept, psi[n], alpha=rate) for n, v in turned.items()}
-    return ahead, 1.0, turned
 
 
 def _require_finite(reached: Tensor, checkpoint: Checkpoint) -> None:
@@ -202,18 +135,3 @@ def _require_finite(reached: Tensor, checkpoint: Checkpoint) -> None:
         "descent on it diverges; use the curvature 'hessian', which is that of the run itself, or "
         "train with a smaller learning rate"
     )
-
-
-def step_of(checkpoint: Checkpoint) -> TrainingStep:
-    """Return the step that was taken from a checkpoint.
-
-    Raises:
-        SpecError: It was not recorded.
-    """
-    if checkpoint.step is None:
-        raise SpecError(
-            f"dvemb: it is not known which step was taken from the checkpoint {checkpoint.name!r}; "
-            "record the training with dattri_unroll.record(model, optimizer, folder) and give "
-            "Task(model, loss, checkpoints=dattri_unroll.read_run(folder))"
-        )
-    return checkpoint.step

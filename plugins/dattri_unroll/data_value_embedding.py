@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from attrs import field, frozen
 from dattri_parts.curvatures.gauss_newton import GaussNewton
 from dattri_parts.projectors.identity import Identity
@@ -19,9 +18,10 @@ from dattri_core import (
     Task,
     exactly,
 )
-from dattri_unroll.backward import Backward, step_of
+from dattri_unroll.backward import Backward
 from dattri_unroll.points import Points
-from dattri_unroll.walk import fill, provenance_of, scores_of
+from dattri_unroll.steps import Steps
+from dattri_unroll.walk import epochs_of, scores_of
 
 
 @frozen
@@ -111,16 +111,8 @@ class DataValueEmbedding:
             By epoch, in order, scores ``[n_train, n_test]``.
         """
         walk = self._walk(task, train, test, memory)
-        points = walk.points
-        steps = [step_of(checkpoint) for checkpoint in task.checkpoints]
-        epochs = sorted({s.epoch for s in steps if s.batch is None or len(s.batch)})
-        shape = len(points.train), len(points.test)
-        parts = {epoch: torch.zeros(shape, dtype=points.dtype) for epoch in epochs}
-        fill(walk, parts.__getitem__, progress)
-        ids = list(points.train.ids), list(points.test.ids)
-        provenance = provenance_of(self, points)
-        return {e: Scores(v, *ids, {**provenance, "epoch": e}) for e, v in parts.items()}
+        return epochs_of(self, walk, walk.steps.epochs, progress)
 
     def _walk(self, task: Task, train: Any, test: Any, memory: str | int | None) -> Backward:
         points = Points.of(self, "dvemb", "apply", task, train, test, memory)
-        return Backward(points, self.tolerance)
+        return Backward(Steps(points, self.tolerance))

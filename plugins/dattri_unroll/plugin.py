@@ -1,4 +1,4 @@
-"""Data Value Embedding and SOURCE: influence along a training run."""
+"""Data Value Embedding, In-Run Data Shapley and SOURCE: influence along a training run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def register(registry: dattri.Registry) -> None:
         "dvemb",
         "dattri_unroll.data_value_embedding:DataValueEmbedding",
         "The effect of a train example through every later step of a recorded run",
+    )
+    registry.part(
+        "attributor",
+        "in-run-shapley",
+        "dattri_unroll.in_run_shapley:InRunShapley",
+        "The Shapley value of a train example in each step of a recorded run that saw it",
     )
     registry.part(
         "attributor",
@@ -41,4 +47,13 @@ def register(registry: dattri.Registry) -> None:
         "H_s = E_{B_s}[g g^T] of the step's own batch",
         citation="Wang et al. 2024, Capturing the Temporal Dependence of Training Data Influence "
         "(arXiv 2412.09538)",
+    )
+    registry.method(
+        "in-run-shapley",
+        {"attributor": "in-run-shapley"},
+        summary="In-Run Data Shapley: what each example did to the test loss in the steps of a "
+        "recorded run of SGD that saw it; Task(checkpoints=dattri_unroll.read_run(folder))",
+        formula="S_ij = sum_{s: i in B_s} (eta_s / |B_s|) <g_i(theta_s), h_sj>, or with a "
+        "curvature H_sj of test example j, h_sj - H_sj (theta_s - theta_(s+1)) / 2 for h_sj",
+        citation="Wang et al. 2024, Data Shapley in One Training Run (arXiv 2406.11011)",
     )

@@ -15,6 +15,8 @@ from dattri_core import (
     Examples,
     LinearMap,
     MovableSource,
+    Operator,
+    Problem,
     Projector,
     RandomStream,
     Rows,
@@ -47,8 +49,8 @@ class Unrolled(Protocol):
         ...
 
     @property
-    def curvature(self) -> Curvature:
-        """Return what is fitted along the run."""
+    def curvature(self) -> Curvature | None:
+        """Return what is fitted along the run, if anything."""
         ...
 
     @property
@@ -65,7 +67,7 @@ class Points:
         name: Of the method, for errors.
         source: Of the rows.
         projector: The same map at every checkpoint.
-        curvature: Fitted along the run.
+        curvature: Fitted along the run; None: nothing is.
         asked: What the method asks of the curvature's operator.
         seed: Of the projector, and of what a curvature draws.
         task: Its checkpoints are the run.
@@ -77,7 +79,7 @@ class Points:
     name: str
     source: Source
     projector: Projector
-    curvature: Curvature
+    curvature: Curvature | None
     asked: str
     seed: int
     task: Task
@@ -157,14 +159,19 @@ class Points:
         random = RandomStream(self.seed, "curvature", checkpoint.position)
         maps = (self._maps[bound.space],)
         problem = TrainProblem(bound, self.train, maps, size, random, self.memory // 4)
-        gives = self.curvature.gives(problem.space)
-        if self.asked not in gives:
+        gives = None if self.curvature is None else self.curvature.gives(problem.space)
+        if gives is not None and self.asked not in gives:
             raise SpecError(
                 f"{self.name}: needs {self.asked!r} of its curvature, and "
                 f"{type(self.curvature).__name__} gives {sorted(gives)} on these rows; see the "
                 f"curvatures that give {self.asked!r} with: dattri parts"
             )
         return problem
+
+    def fit(self, problem: Problem) -> Operator:
+        """Return the curvature of a problem, of a method that has one."""
+        assert self.curvature is not None
+        return self.curvature.fit(problem)
 
     def _bind(self, checkpoint: Checkpoint, *, along: bool) -> BoundSource:
         if along and self._bound and isinstance(self.source, MovableSource):
@@ -194,6 +201,8 @@ class Points:
                 "would be another one at each checkpoint, but rows are carried from one to the "
                 "next in one space; use a random projector"
             )
+        if self.curvature is None:
+            return
         products = {"hessian-product", "ggn-product"} & self.curvature.needs
         if products and "adjoint" not in self.projector.gives:
             raise SpecError(

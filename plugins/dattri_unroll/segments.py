@@ -108,7 +108,7 @@ class Segments:
                 len(places),
                 lambda at, places=places: points.problem(places[at]),  # type: ignore[misc]
             )
-            operator = points.curvature.fit(problem)
+            operator = points.fit(problem)
             assert isinstance(operator, SpectralOperator)
             gathered, carried = through(operator, segment, carried)
             for part in problem.rows():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,19 @@ def scores_of(
         on_disk = torch.from_numpy(np.asarray(writer.values))
         fill(walk, lambda epoch: on_disk, progress)
         return writer.finish(*ids, provenance_of(part, points))
+
+
+def epochs_of(
+    part: Any, walk: Walk, epochs: Sequence[int], progress: bool | None
+) -> dict[int, Scores]:
+    """Return the scores ``[n_train, n_test]`` of a walk by epoch; their sum is `scores_of`."""
+    points = walk.points
+    shape = len(points.train), len(points.test)
+    parts = {epoch: torch.zeros(shape, dtype=points.dtype) for epoch in epochs}
+    fill(walk, parts.__getitem__, progress)
+    ids = list(points.train.ids), list(points.test.ids)
+    provenance = provenance_of(part, points)
+    return {e: Scores(v, *ids, {**provenance, "epoch": e}) for e, v in parts.items()}
 
 
 def fill(walk: Walk, values: Callable[[int], Tensor], progress: bool | None) -> None:

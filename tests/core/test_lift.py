@@ -10,7 +10,7 @@ from oracles.rows import rows_of
 
 from dattri_core.blocks import DenseBlock, OuterBlock
 from dattri_core.errors import SpecError
-from dattri_core.lift import empty_rows, to_parameters
+from dattri_core.lift import empty_rows, from_parameters, to_parameters
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, ParameterView, Space
 
@@ -70,9 +70,9 @@ def test_parameters_and_rows_are_inverse_of_each_other(space, count):
     assert {n: tuple(v.shape) for n, v in values.items()} == {
         n: (count, *shape) for n, shape in shapes.items()
     }
-    back = rows_of(space, values, index)
-    assert torch.equal(back.flat(), flat)
-    assert torch.equal(back.index, index)
+    for back in (rows_of(space, values, index), from_parameters(space, values, index)):
+        assert torch.equal(back.flat(), flat)
+        assert torch.equal(back.index, index)
     # Every entry of the rows reaches exactly one entry of one parameter.
     entries = torch.cat([v.reshape(count, v.shape[1:].numel()) for v in values.values()], 1)
     assert torch.equal(entries.sort(1).values, flat)
@@ -110,6 +110,12 @@ def test_rows_that_are_no_parameters_are_refused():
         to_parameters(rows)
     with pytest.raises(SpecError, match="not made of parameters"):
         empty_rows(space, {}, torch.arange(2))
+
+
+def test_parameters_without_values_are_named():
+    space = Space((linear("l", 2, 3, 1),))
+    with pytest.raises(SpecError, match=r"no values of \['l.bias'\]"):
+        from_parameters(space, {"l.weight": torch.zeros(1, 2, 3)}, torch.arange(1))
 
 
 def test_a_parameter_in_two_blocks_is_refused():
