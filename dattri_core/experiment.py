@@ -25,7 +25,8 @@ def _mask(value: Any) -> Array:
     if mask.ndim != 1 or mask.dtype != np.bool_:
         raise InputError(
             f"counterfactual: the mask is {mask.dtype} of shape {mask.shape}, expected one truth "
-            "value for each train example, [n_train]"
+            "value for each train example, [n_train]; of positions it is "
+            "numpy.isin(numpy.arange(n_train), positions)"
         )
     if not mask.any():
         raise InputError(
@@ -153,8 +154,8 @@ class World:
     retraining: Retraining
     target: str
     damping: float
-    threads: int | None
-    facts: Mapping[str, Any]
+    threads: int | None = None
+    facts: Mapping[str, Any] = field(factory=dict)
     true_labels: Array | None = None
     pictures: tuple[Array, Array] | None = None
     steps: Callable[[], Task] | None = None

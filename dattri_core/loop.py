@@ -13,7 +13,7 @@ import torch
 from attrs import Factory, evolve, frozen
 from torch import Tensor
 
-from dattri_core import assemble
+from dattri_core import answers, assemble
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.capabilities import BilinearScorer
@@ -194,7 +194,7 @@ def finish_tile(run: Run, tiles: Tiles, group: int, start: int, stop: int) -> li
     values = [run.fold.finish(state) for state in _apart(held)]
     shape = stop - start, len(run.columns(group))
     for found in values:
-        _require_shape(f"fold {assemble.name_of(run.fold)!r}: finish", found, shape)
+        answers.require_shape(f"fold {assemble.name_of(run.fold)!r}: finish", found, shape)
     tiles.drop(group, start)
     return values
 
@@ -211,7 +211,7 @@ def _updated(
     before = [None] * len(scored) if held is None else _apart(held)
     snapshot = snapshot_of(checkpoint)
     return _together(
-        [run.fold.update(s, one, snapshot) for s, one in zip(before, scored, strict=True)]
+        [answers.update(run.fold, s, one, snapshot) for s, one in zip(before, scored, strict=True)]
     )
 
 
@@ -273,7 +273,7 @@ def _read(run: Run, paired: Sequence[Paired], checkpoint: Checkpoint) -> list[Sc
     readings: list[Scored] = []
     for one in paired:
         scored = [
-            _finished(run.scorer, one.totals[name], one.train, one.test)
+            answers.finish(run.scorer, one.totals[name], one.train, one.test)
             for name in (run.blocks or (WHOLE,))
         ]
         if run.by == "block":
@@ -287,36 +287,10 @@ def _read(run: Run, paired: Sequence[Paired], checkpoint: Checkpoint) -> list[Sc
     ]
 
 
-def _finished(scorer: Scorer, total: Tensor, train: Side, test: Side) -> Scored:
-    """Return the scores of a tile as the scorer gives them, of the right type and shape."""
-    scored = scorer.finish(total, train, test)
-    name = f"scorer {assemble.name_of(scorer)!r}: finish"
-    if not isinstance(scored, Scored):
-        raise SpecError(
-            f"{name} gives a {type(scored).__name__}, expected dattri_core.Scored(values, weight)"
-        )
-    _require_shape(name, scored.values, (len(train.index), len(test.index)))
-    if scored.weight is not None:
-        _require_shape(f"{name}, weight", scored.weight, (len(train.index),))
-    return scored
-
-
-def _require_shape(what: str, values: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse numbers of another shape, which broadcasting would spread over the scores.
-
-    Raises:
-        SpecError: They are no tensor, or have another shape.
-    """
-    if not isinstance(values, Tensor):
-        raise SpecError(f"{what} gives a {type(values).__name__}, expected a tensor {list(shape)}")
-    if tuple(values.shape) != shape:
-        raise SpecError(f"{what} gives {list(values.shape)}, expected {list(shape)}, [train, test]")
-
-
 def _require_additive(scorer: Scorer, paired: Paired, parts: Sequence[Scored]) -> None:
     """Raise unless the scores of the blocks add up to the score of all blocks together."""
     totals = list(paired.totals.values())
-    whole = scorer.finish(torch.stack(totals).sum(0), paired.train, paired.test).values
+    whole = answers.finish(scorer, torch.stack(totals).sum(0), paired.train, paired.test).values
     gap = (torch.stack([part.values for part in parts]).sum(0) - whole).abs().max()
     size = max(float(whole.abs().max()), *(float(part.values.abs().max()) for part in parts))
     if float(gap) > ADDITIVE * size:
@@ -368,7 +342,7 @@ def self_influence(
                 "self-influence",
             )
             advance(len(index))
-        state = fold.update(state, _join_scored(parts), snapshot_of(checkpoint))
+        state = answers.update(fold, state, _join_scored(parts), snapshot_of(checkpoint))
     assert state is not None
     return fold.finish(state)[:, 0]
 
@@ -434,7 +408,7 @@ def _diagonal(fitted: Fitted, scorer: Scorer, index: Tensor, batch: Batch) -> Sc
     found = []
     for part, total in zip(parts, totals, strict=True):
         ahead, behind = (take_side(side, part) for side in sides)
-        scored = scorer.finish(total[0], ahead, behind)
+        scored = answers.finish(scorer, total[0], ahead, behind)
         require_finite(scored.values, ahead.index, fitted.checkpoint)
         weight = None if scored.weight is None else scored.weight.cpu()
         found.append(Scored(scored.values.diagonal().unsqueeze(1).cpu(), weight))

@@ -86,6 +86,7 @@ ORDER = [
     "problem",
     "padding",
     "assemble",
+    "answers",
     "stages",
     "dampings",
     "outlook",

@@ -219,7 +219,8 @@ def _settings(optimizer: torch.optim.Optimizer) -> tuple[float, float, _Momentum
     if type(optimizer) is not torch.optim.SGD:
         raise InputError(
             f"record: the optimiser is {type(optimizer).__name__}, whose steps are not those of "
-            "gradient descent; a recorded run is one of torch.optim.SGD"
+            "gradient descent; a recorded run is one of torch.optim.SGD; of another optimiser save "
+            "some checkpoints with their learning rates, for the method 'tracin'"
         )
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise InputError(

@@ -31,6 +31,12 @@ def test_other_masks_are_refused(mask: list[object]) -> None:
         dattri.Counterfactual(np.array(mask), 0)
 
 
+def test_positions_are_told_how_they_become_a_mask() -> None:
+    with pytest.raises(dattri.InputError, match=r"numpy\.isin\(numpy\.arange\(n_train\), posit"):
+        dattri.Counterfactual([0, 3, 4], 0)  # type: ignore[arg-type]
+    dattri.Counterfactual(np.isin(np.arange(6), [0, 3, 4]), 0)
+
+
 def test_an_empty_train_set_is_refused() -> None:
     with pytest.raises(dattri.InputError, match="keeps none"):
         dattri.Counterfactual(np.zeros(4, bool), 0)

@@ -27,6 +27,12 @@ class Pairing:
             return Scored(total[:1])
         if self.kind == "weight":
             return Scored(total, total[:, 0][:1])
+        if self.kind == "norm":
+            return Scored(total / train.norm[:, None])
+        if self.kind == "aux":
+            return Scored(total * train.aux["residual"][:, None])
+        if self.kind == "wrong":
+            return Scored(total + "one")
         return Scored(total)
 
 
@@ -39,6 +45,10 @@ class Adding:
     kind: str = ""
 
     def update(self, state, scored, snapshot):
+        if self.kind == "tensor":
+            return scored.values
+        if self.kind == "scored":
+            return {"sum": scored}
         return {"sum": scored.values if state is None else state["sum"] + scored.values}
 
     def finish(self, state):
@@ -111,3 +121,27 @@ def test_every_built_in_part_is_spelled_right():
 def test_scores_of_another_shape_are_refused_not_spread(slots, message):
     with pytest.raises(SpecError, match=message):
         dattri.Method(**slots).attribute(dattri.Task(mlp()), examples(7), examples(3, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ({"scorer": Pairing(kind="norm")}, r"finish fails .*it needs \[\]: .*norm.* needs ="),
+        ({"scorer": Pairing(kind="aux")}, r"finish fails \(KeyError: 'residual'\).*aux has"),
+        ({"fold": Adding(kind="tensor")}, "fold 'Adding': update gives a Tensor, expected tensors"),
+        ({"fold": Adding(kind="scored")}, "update gives a dict that holds a Scored"),
+    ],
+)
+def test_what_is_read_without_being_asked_for_or_is_no_state_is_named(slots, message):
+    method = dattri.Method(**slots)
+    with pytest.raises(SpecError, match=message):
+        method.attribute(dattri.Task(mlp()), examples(7), examples(3, seed=9))
+    with pytest.raises(SpecError, match=message):
+        method.fit(dattri.Task(mlp()), examples(7)).self_influence()
+
+
+def test_an_error_of_the_scorer_itself_is_left_as_it_is():
+    with pytest.raises(TypeError, match="str"):
+        dattri.Method(scorer=Pairing(kind="wrong")).attribute(
+            dattri.Task(mlp()), examples(7), examples(3, seed=9)
+        )

@@ -55,7 +55,7 @@ class Cover:
                 "no factors are left: put the inverse Hessian first "
                 "(stages=[{'inverse_hessian': ...}, {'projector': ...}]), take a projector that "
                 "gives 'keeps-factors', or the curvature 'diagonal'; without a sketch, take the "
-                "source 'per-example'"
+                "source 'per-example', and leave store= out, which holds rows without factors"
             )
         return Cover(factored, rest)
 
