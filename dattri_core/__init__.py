@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import DataSource as DataSource
+    from dattri_core.capabilities import EachOperator as EachOperator
+    from dattri_core.capabilities import EachProblem as EachProblem
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
@@ -174,6 +176,8 @@ _EXPORTS = {
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
+    "EachOperator": "capabilities",
+    "EachProblem": "capabilities",
     "EnsembleSource": "capabilities",
     "Evaluator": "evaluate",
     "Examples": "stream",

@@ -12,6 +12,7 @@ from torch import Tensor
 from dattri_core.blocks import Block
 from dattri_core.protocols import (
     BoundSource,
+    CurvatureKind,
     Damping,
     Inverse,
     LinearMap,
@@ -283,6 +284,14 @@ class SampledOperator(Operator, Protocol):
 
 
 @runtime_checkable
+class EachOperator(Operator, Protocol):
+    """An operator that is a mean over examples, and can multiply a row by that of each."""
+
+    def apply_each(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H_i g of one row g for the examples at positions ``index [m]``, ``m`` rows."""
+
+
+@runtime_checkable
 class SpectralOperator(Operator, Protocol):
     """H = Q diag(L) Q^T, Q with orthonormal columns: any function of H is one of L."""
 
@@ -418,6 +427,14 @@ def kept(
         make: Computes them.
     """
     return owner.kept(name, part, make) if isinstance(owner, KeepingFits) else make()
+
+
+@runtime_checkable
+class EachProblem(Problem, Protocol):
+    """A `Problem` that knows products with the curvature of each example."""
+
+    def product_each(self, vector: Rows, kind: CurvatureKind, index: Tensor) -> Rows:
+        """Return H_i g of one row g for the examples at positions ``index [m]``, ``m`` rows."""
 
 
 @runtime_checkable

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
+from dattri_core.each_product import each_product
 from dattri_core.errors import MemoryBudgetError, SpecError
 from dattri_core.evaluate import Evaluator
 from dattri_core.halving import halved, halving
-from dattri_core.lift import empty_rows, to_parameters
+from dattri_core.lift import empty_rows, from_parameters, to_parameters
 from dattri_core.memory import is_out_of_memory
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
 from dattri_core.projected import pass_blocks, require_complete
@@ -252,6 +253,47 @@ class TrainProblem:
             for block in lifted.blocks.values():
                 block.dense().values.div_(count)
         return self._map(lifted)
+
+    def product_each(self, vector: Rows, kind: CurvatureKind, index: Tensor) -> Rows:
+        """Return the curvature of each of some examples times one vector, after projectors P H P^T.
+
+        Args:
+            vector: One row in the space of the problem.
+            kind: Which curvature.
+            index: Positions of the examples, ``[m]``.
+
+        Returns:
+            ``[m]`` rows, whose index is the positions.
+
+        Raises:
+            SpecError: There are several vectors, or no example.
+        """
+        self.space.require_same(vector.space, "curvature product of each example")
+        if len(vector) != 1:
+            raise SpecError(
+                f"curvature product of each example: got {len(vector)} vectors, expected one; take "
+                "them one after another"
+            )
+        lowered = vector
+        for step in reversed(self.maps):
+            lowered = step.adjoint(lowered)
+        single = {name: value[0] for name, value in to_parameters(lowered).items()}
+        limit = min(WORK_LIMIT, self.memory // 4)
+        what = "curvature product of each example"
+        parts: list[Rows] = []
+
+        def products(positions: Tensor, batch: Batch) -> Rows:
+            found = each_product(self.evaluator, batch, single, kind, limit=limit)
+            return self._map(from_parameters(self.source.space, found, positions))
+
+        with self.evaluator.session():
+            for positions, batch in self._batches(self.batch, index):
+                there = move(batch, self.device)
+                self._require_sound(there, single, kind)
+                parts += halved(products, positions, there, what)
+        if not parts:
+            raise SpecError(f"{what}: index names no example")
+        return Rows.concatenate(parts)
 
     def _replay(self, kind: CurvatureKind, vector: Named, out: Named) -> bool:
         """Write the sum over the train set from its recorded graphs; return False without them."""

@@ -146,7 +146,7 @@ def _run_vectorised(work: _Work) -> bool:
     """Add the products by ``torch.func``; return False when the model refuses it, nothing added."""
     started = False
     try:
-        product = vmap(_hessian(work) if work.kind == "hessian" else _ggn(work))
+        product = vmap(PRODUCTS[work.kind](work.evaluator, work.batch, work.primals))
         for first in range(0, work.count, work.chunk):
             where = slice(first, first + work.chunk)
             with (
@@ -168,17 +168,19 @@ def _run_vectorised(work: _Work) -> bool:
     return True
 
 
-def _hessian(work: _Work) -> Product:
-    def total(parameters: Named) -> Tensor:
-        return work.evaluator.total(parameters, work.batch, "train")
+def hessian_product(evaluator: Evaluator, batch: Batch, primals: Named) -> Product:
+    """Return v -> sum_b H_b v for the Hessians H_b, by ``torch.func``."""
 
-    _, transpose = _reverse(grad(total), work.primals)
+    def total(parameters: Named) -> Tensor:
+        return evaluator.total(parameters, batch, "train")
+
+    _, transpose = _reverse(grad(total), primals)
     return transpose
 
 
-def _ggn(work: _Work) -> Product:
-    evaluator, batch = work.evaluator, work.batch
-    outputs, pull = _reverse(lambda parameters: evaluator.outputs(parameters, batch), work.primals)
+def ggn_product(evaluator: Evaluator, batch: Batch, primals: Named) -> Product:
+    """Return v -> sum_b H_b v for H_b = J_b^T C_b J_b, by ``torch.func``."""
+    outputs, pull = _reverse(lambda parameters: evaluator.outputs(parameters, batch), primals)
     # u -> J^T u is linear, so its derivative is the same everywhere: its transpose is J.
     _, push = _reverse(pull, torch.zeros_like(outputs))
     _, curve = _reverse(grad(lambda out: evaluator.criterion(out, batch).sum()), outputs)
@@ -188,6 +190,13 @@ def _ggn(work: _Work) -> Product:
         return found
 
     return product
+
+
+PRODUCTS: Mapping[CurvatureKind, Callable[[Evaluator, Batch, Named], Product]] = {
+    "hessian": hessian_product,
+    "ggn": ggn_product,
+}
+"""How the product with one vector is made of a batch, which ``vmap`` takes with many."""
 
 
 def _reverse(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -82,6 +82,7 @@ ORDER = [
     "recording",
     "symmetry",
     "products",
+    "each_product",
     "projected",
     "problem",
     "padding",

@@ -10,6 +10,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core.blocks import DenseBlock
+from dattri_core.capabilities import EachOperator
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,
@@ -273,6 +274,24 @@ def samples_are_means(bench: CurvatureBench) -> None:
         require_identical(drawn.index, rows.index, f"index in {world.name}")
         mean = torch.stack(each).mean(0)
         require_close(mean, operator.apply(rows).flat(), f"mean of all H_i in {world.name}")
+
+
+def _knows_each(bench: CurvatureBench) -> str | None:
+    _, problem = next(bench.places())
+    knows = isinstance(bench.part.fit(problem), EachOperator)
+    return None if knows else "its operator does not multiply by the curvature of each example"
+
+
+@law("curvature", _gives("apply", "sampled"), _knows_each)
+def each_is_a_sample_of_one(bench: CurvatureBench) -> None:
+    """apply_each(g, (i, k)) = the rows H_i g and H_k g, whose index is i, k."""
+    for world, problem in bench.places():
+        operator: Any = bench.part.fit(problem)
+        row, index = flat_rows(problem.space, 1), torch.tensor([5, 1, 1])
+        found = operator.apply_each(row, index)
+        ones = [operator.apply_on(row, index[i : i + 1]).flat() for i in range(len(index))]
+        require_close(found.flat(), torch.cat(ones), f"H_i g of each example in {world.name}")
+        require_identical(found.index, index, f"index in {world.name}")
 
 
 @law("curvature", _gives("apply", "spectral"))

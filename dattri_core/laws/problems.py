@@ -160,6 +160,11 @@ class DenseProblem:
         flat = vectors.flat().double() @ matrix
         return Rows.from_flat(self.space, flat.to(vectors.dtype), vectors.index, vectors.aux)
 
+    def product_each(self, vector: Rows, kind: CurvatureKind, index: Tensor) -> Rows:
+        """Return the curvature of each of some examples times one vector."""
+        ones = [self.product(vector, kind, at.unsqueeze(0)).flat() for at in index]
+        return Rows.from_flat(self.space, torch.cat(ones), index)
+
     def _single(self, kind: RowKind, draw: int) -> Rows:
         """Return the rows of a kind that has one for each example."""
         if kind == "loss":

@@ -12,6 +12,7 @@ from torch import Tensor
 from dattri_core import (
     Checkpoint,
     DenseBlock,
+    EachOperator,
     Loss,
     Rows,
     SpecError,
@@ -125,13 +126,22 @@ class InRun:
             return met
         move = self._move(problem, checkpoint, after)
         queries = self._at(checkpoint, problem)
-        for row, column in enumerate(range(columns.start, columns.stop)):
-            operator = points.fit(StepProblem(queries, torch.tensor([column]), 0))
-            product = operator.apply(move.to(dtype=operator.dtype))
-            for name, values in met.items():
-                bent = product.blocks[name].dense().values[0].to(values)
-                values[row].sub_(bent, alpha=points.task.sign / 2)
+        index = torch.arange(columns.start, columns.stop)
+        for name, block in self._bent(queries, move, index).blocks.items():
+            bent = block.dense().values.to(met[name])
+            met[name].sub_(bent, alpha=points.task.sign / 2)
         return met
+
+    def _bent(self, queries: TrainProblem, move: Rows, index: Tensor) -> Rows:
+        """Return H_j delta for the test examples at some positions."""
+        operator = self.points.fit(queries)
+        if isinstance(operator, EachOperator):
+            return operator.apply_each(move.to(dtype=operator.dtype), index)
+        found = []
+        for column in index:
+            operator = self.points.fit(StepProblem(queries, column.unsqueeze(0), 0))
+            found.append(operator.apply(move.to(dtype=operator.dtype)))
+        return Rows.concatenate(found)
 
     def _move(
         self, problem: TrainProblem, checkpoint: Checkpoint, after: Mapping[str, Tensor]

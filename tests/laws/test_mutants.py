@@ -147,6 +147,7 @@ BROKEN = {
         "apply-is-of-single-rows": ToyGGN("alone"),
         "dense-is-apply": ToyGGN("dense"),
         "samples-are-means": ToyGGN("once"),
+        "each-is-a-sample-of-one": ToyGGN("each"),
         "rows-are-of-the-operator": ToyMoment("weight"),
         "spectrum-is-of-the-operator": ToySpectrum("eigenvalues"),
         "device-does-not-show": ToyGGN("device"),

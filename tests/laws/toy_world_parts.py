@@ -244,7 +244,7 @@ class ToyGGN:
     def gives(self, space):
         if self.fault == "gives":
             torch.zeros(1)
-        sampled = {"sampled"} if self.fault in ("", "once") else set()
+        sampled = {"sampled"} if self.fault in ("", "once", "each") else set()
         return frozenset({"apply", "dense", *sampled})
 
     def fit(self, problem):
@@ -345,6 +345,10 @@ class ToySampled(ToyMatrix):
 
     def apply_on(self, rows, index):
         return self.problem.product(rows, "ggn", index.unique() if self.fault == "once" else index)
+
+    def apply_each(self, rows, index):
+        found = self.problem.product_each(rows, "ggn", index)
+        return evolve(found, index=index.flip(0)) if self.fault == "each" else found
 
 
 @frozen

@@ -1,5 +1,7 @@
 """`in-run-shapley`: against all subsets of the players of each step, and against their sum."""
 
+from types import SimpleNamespace
+
 import attrs
 import pytest
 import torch
@@ -193,6 +195,34 @@ def test_it_meets_the_laws_of_attributors():
         report = check("attributor", dattri.method("in-run-shapley", curvature=curvature))
         assert report.ok, str(report)
         assert report.run >= 12
+
+
+@attrs.frozen
+class Plain:
+    """The Hessian, by an operator that knows the mean alone."""
+
+    needs = frozenset({"hessian-product"})
+    exact = True
+
+    def gives(self, space):
+        return frozenset({"apply"})
+
+    def fit(self, problem):
+        return SimpleNamespace(
+            space=problem.space,
+            dtype=problem.dtype,
+            memory=problem.memory,
+            apply=lambda rows: problem.product(rows, "hessian"),
+        )
+
+
+@pytest.mark.parametrize("target", ["loss", "logit"])
+def test_a_curvature_that_does_not_know_each_example_is_fitted_on_each(target, tmp_path):
+    made = network()
+    run_recorded(made, tmp_path, **SHORT)
+    task = {"target": target}
+    want = scores_of(made, tmp_path, curvature="hessian", task=task).values
+    close(scores_of(made, tmp_path, curvature=Plain(), task=task).values, want, 1e-12)
 
 
 def test_it_is_data():

@@ -88,6 +88,10 @@ class GGNOperator:
         """Return what a solver computes of this operator, from disk where fits are kept."""
         return self.products.kept(name, part, make)
 
+    def apply_each(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H_i g of one row g for the examples at some positions, one row for each."""
+        return self.products.apply_each(rows, index)
+
     def dense(self) -> Tensor:
         """Return G in float64, ``[d, d]``, by products."""
         return self.products.dense()

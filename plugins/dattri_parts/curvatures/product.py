@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core import CurvatureKind, NumericsError, Problem, RandomStream, Rows, Space, kept
+from dattri_core import (
+    CurvatureKind,
+    EachProblem,
+    NumericsError,
+    Problem,
+    RandomStream,
+    Rows,
+    Space,
+    kept,
+)
 
 SLICE_LIMIT = 8 * 2**20
 """Bytes of the unit vectors that one pass over the train set takes."""
@@ -67,6 +76,13 @@ class ProductOperator:
     ) -> Mapping[str, Tensor]:
         """Return what a solver computes of this operator, from disk where fits are kept."""
         return kept(self.problem, name, {"curvature": self.kind, "solver": part}, make)
+
+    def apply_each(self, rows: Rows, index: Tensor) -> Rows:
+        """Return H_i g of one row g for the examples at some positions, one row for each."""
+        if isinstance(self.problem, EachProblem):
+            return self.problem.product_each(rows, self.kind, index)
+        found = [self.apply_on(rows, index[i : i + 1]) for i in range(len(index))]
+        return evolve(Rows.concatenate(found), index=index)
 
     def dense(self) -> Tensor:
         """Return H in float64, ``[d, d]``: its products with the unit vectors, symmetrised.
