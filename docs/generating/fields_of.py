@@ -26,7 +26,7 @@ def value_rows(path: str, part: Any) -> Iterator[Row]:
     cls = type(part)
     for name, attribute in fields.public_fields(cls).items():
         value = getattr(part, attribute.name)
-        if fields.held_kind(fields.hints(cls).get(attribute.name)):
+        if value is not None and fields.held_kind(fields.hints(cls).get(attribute.name)):
             yield from value_rows(f"{path}.{name}", value)
         else:
             yield f"`{path}.{name}`", f"`{_plain(attribute, value)!r}`"

@@ -50,7 +50,7 @@ class InRunShapley:
             published, or ``"ggn"``. None: the first order.
         tolerance: By how much, relative to its length, a recorded step may differ from the one that
             the mean gradient of the loss gives, before the run is refused.
-        seed: Of the projector, and of labels that a curvature draws.
+        seed: Of the projector.
     """
 
     reads: ClassVar[str] = "steps"

@@ -94,7 +94,16 @@ class Representation:
         name, read = self._reader(evaluator, sample)
         spec = BlockSpec(name, "dense", ())
         bound = BoundRepresentation(self, evaluator, Space((spec,)), read)
-        features = bound.features(sample)
+        try:
+            features = bound.features(sample)
+        except (TypeError, AttributeError, LookupError) as error:
+            if self.function is None:
+                raise
+            raise SpecError(
+                f"source 'representation': the function {name!r} fails on the first examples "
+                f"({type(error).__name__}: {error}); it is called with the task's model and a "
+                "batch as the data give it, such as function=lambda model, batch: encoder(batch[0])"
+            ) from error
         bound = BoundRepresentation(
             self, evaluator, Space((BlockSpec(name, "dense", features.shape[1:]),)), read
         )

@@ -261,6 +261,8 @@ def test_features_that_are_no_rows_are_refused():
         (lambda model, batch: batch[0].T, "features are"),
         (lambda model, batch: batch[0].sum(1), "features are"),
         (lambda model, batch: None, "features are NoneType"),
+        (lambda batch: batch[0], r"fails .*TypeError.*called with the task's model and a batch"),
+        (lambda model, batch: batch["x"], r"fails .*encoder\(batch\[0\]\)"),
     ):
         refused(Representation(function=function), task, batch, match)
     mixed = Representation(function=lambda model, batch: batch[0] - batch[0].mean(0))
