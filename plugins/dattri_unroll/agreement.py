@@ -87,9 +87,9 @@ def require_step(
             f"{name}: the step recorded at {checkpoint.name!r} is not that of gradient descent on "
             f"its batch of {len(batch)} examples: the weights end {gap**0.5:.3g} from where the "
             f"mean gradient of the task's loss leads, a step of {move**0.5:.3g}; the train set "
-            "must be the one that was trained on, in its order, the checkpoints those of every step, "
-            "and the loss the one that was minimised, a mean over the batch, without clipping, "
-            "dropout or batch statistics; "
+            "must be the one that was trained on, in its order, the checkpoints those of every "
+            "step, and the loss the one that was minimised, a mean over the batch, without "
+            "clipping, dropout or batch statistics; "
             f"where this is known, dattri.method({name!r}, tolerance=...) accepts it"
         )
 
