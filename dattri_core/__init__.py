@@ -153,6 +153,7 @@ if TYPE_CHECKING:
     from dattri_core.study import Study as Study
     from dattri_core.study import StudyCell as StudyCell
     from dattri_core.task import Task as Task
+    from dattri_core.tied import at_every_place as at_every_place
     from dattri_core.top import Extreme as Extreme
     from dattri_core.top import Extremes as Extremes
 
@@ -283,6 +284,7 @@ _EXPORTS = {
     "inner_work": "blocks",
     "limit_now": "contract",
     "leaves": "evaluate",
+    "at_every_place": "tied",
     "logit": "shipped_losses",
     "low_rank": "blocks",
     "map_tensors": "batch",

@@ -20,6 +20,7 @@ from dattri_core.losses import Draw, FunctionalLoss, Loss, Reduction
 from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import Parameters, Role
 from dattri_core.task import Task
+from dattri_core.tied import at_every_place
 
 T = TypeVar("T")
 
@@ -132,9 +133,9 @@ class Evaluator:
         Replacements last while the function runs; do the backward pass inside it when the model
         recomputes activations.
         """
-        state = {**self.state, **(parameters or {})}
+        state = at_every_place(self.task.model, {**self.state, **(parameters or {})})
         swapped = {f"model.{name}": tensor for name, tensor in state.items()}
-        answer: T = functional_call(self._runner, swapped, (function,), tie_weights=True)
+        answer: T = functional_call(self._runner, swapped, (function,), tie_weights=False)
         return answer
 
     def per_example(self, parameters: Parameters | None, batch: Batch, role: Role) -> Tensor:

@@ -66,6 +66,7 @@ ORDER = [
     "forward",
     "shipped_losses",
     "state_files",
+    "tied",
     "adapters",
     "checkpoint",
     "task",

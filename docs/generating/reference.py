@@ -31,7 +31,7 @@ GROUPS = {
         "What plugins are written with.",
         (
             "registry hookspecs assemble problem evaluate stream batch precision contract origins "
-            "progress memory atomic"
+            "progress memory atomic tied"
         ),
     ),
 }

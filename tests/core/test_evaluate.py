@@ -229,6 +229,36 @@ def test_tied_weights_are_replaced_together():
     )
 
 
+class TwoNames(nn.Module):
+    """A layer that the model holds under two names, as encoders hold a shared embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        self.head, self.norm = self.net[2], self.net[1]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_module_of_two_names_is_left_as_it_was():
+    net = TwoNames()
+    before = {name: (id(t), t.clone()) for name, t in net.state_dict(keep_vars=True).items()}
+    ev = evaluator(net, lambda m, b: m(b[0]).sum(1))
+    x, y = data()
+    want = net.eval()(x).sum(1)
+    torch.testing.assert_close(ev.per_example(None, (x, y), "train"), want)
+    zero = {"net.2.weight": torch.zeros(3, 4, dtype=torch.float64)}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ev.per_example(zero, (x, y), "train"), net.head.bias.sum().expand(len(x))
+        )
+    after = net.state_dict(keep_vars=True)
+    assert {name: id(t) for name, t in after.items()} == {n: at for n, (at, _) in before.items()}
+    for name, (_, numbers) in before.items():
+        torch.testing.assert_close(after[name], numbers)
+
+
 def test_outputs_and_criterion():
     net = linear()
     ev = evaluator(net)

@@ -19,6 +19,7 @@ from dattri_core import (
     InputError,
     Loss,
     NumericsError,
+    at_every_place,
     batch_size,
     labels_of,
     leaves,
@@ -403,6 +404,7 @@ def _untied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _caller(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, dict(state), args, kwargs)
+        placed = at_every_place(model, state)
+        return functional_call(model, placed, args, kwargs, tie_weights=False)
 
     return call

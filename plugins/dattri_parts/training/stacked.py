@@ -18,7 +18,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from dattri_core import InputError, Loss, map_tensors, parse_bytes
+from dattri_core import InputError, Loss, at_every_place, map_tensors, parse_bytes
 from dattri_parts.training.objective import mean_loss
 from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.run import StateDict, copy_of
@@ -230,7 +230,8 @@ class _Stack:
 
     def _objective(self, trained: StateDict, fixed: StateDict, tensors: Sequence[Tensor]) -> Tensor:
         def model(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.models[0], {**fixed, **trained}, args, kwargs)
+            placed = at_every_place(self.models[0], {**fixed, **trained})
+            return functional_call(self.models[0], placed, args, kwargs, tie_weights=False)
 
         given = iter(tensors)
         return mean_loss(self.loss, model, map_tensors(lambda _: next(given), self.data))

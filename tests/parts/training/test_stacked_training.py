@@ -29,6 +29,33 @@ def test_a_stack_gives_the_models_of_one_by_one(recipe, loss):
     assert difference(want[0], want[1]) > 1e-2
 
 
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(torch.float64)
+        self.head = self.net[-1]
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+
+def test_a_module_of_two_names_is_trained_like_one_of_one_name():
+    data = partial(classes, dtype=torch.float64)
+    want = list(retraining(partial(network, torch.float64), SGD, data).train(SETS))
+    for together in (1, len(SETS)):
+        held = retraining(TwoNames, SGD, data, together=together)
+        for state, plain in zip(held.train(SETS), want, strict=True):
+            assert all((state[f"net.{k}"] - plain[k]).abs().max() < 1e-12 for k in plain)
+        one, other = (
+            made.measure(state)
+            for made, state in (
+                (held, next(iter(held.train(SETS)))),
+                (retraining(partial(network, torch.float64), SGD, data), want[0]),
+            )
+        )
+        assert all(abs(one[name] - other[name]).max() < 1e-12 for name in other)
+
+
 @pytest.mark.parametrize("recipe", [SGD, ADAMW])
 def test_in_double_precision_it_does_to_rounding(recipe):
     build, data = partial(network, torch.float64), partial(classes, dtype=torch.float64)
