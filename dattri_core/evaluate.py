@@ -19,6 +19,7 @@ from dattri_core.errors import InputError, NumericsError, SpecError
 from dattri_core.losses import Draw, FunctionalLoss, Loss, Reduction
 from dattri_core.memory import is_out_of_memory
 from dattri_core.protocols import Parameters, Role
+from dattri_core.rounding import coarsest, rounding_of
 from dattri_core.task import Task
 from dattri_core.tied import at_every_place
 
@@ -147,6 +148,15 @@ class Evaluator:
             ]
             return torch.stack(singles)
         return self.call(lambda model: self.values(model, batch, role, parameters), parameters)
+
+    def coarsest(self, batch: Batch, role: Role) -> float:
+        """Return the epsilon of the coarsest dtype in a forward pass; an autocast has its own."""
+        with self.session(), torch.no_grad():
+            return coarsest(lambda: self.per_example(None, batch, role))
+
+    def rounding(self, batch: Batch, role: Role) -> Tensor:
+        """Return up to what a difference of each value of `per_example` may be rounding."""
+        return rounding_of(lambda given: self.per_example(given, batch, role), self.parameters)
 
     def total(self, parameters: Parameters | None, batch: Batch, role: Role) -> Tensor:
         """Return the sum over the batch of the loss (train) or the signed target (test)."""
@@ -287,6 +297,8 @@ class Evaluator:
         for b in range(size if first.dim() == 1 else 0):
             alike = self._try(take(sample, torch.full((2,), b)), role, what)
             if not is_near(first[b : b + 1], alike[:1]):
+                if (first[b] - alike[0]).abs() <= self.rounding(sample, role)[b]:
+                    continue
                 raise InputError(
                     f"{what}: mixes examples: the value of example {b} is {first[b].item():.6g} "
                     f"among {size} and {alike[0].item():.6g} next to a copy of itself; "

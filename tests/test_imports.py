@@ -71,6 +71,7 @@ ORDER = [
     "checkpoint",
     "task",
     "experiment",
+    "rounding",
     "halving",
     "stream",
     "members",

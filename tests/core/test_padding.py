@@ -39,6 +39,7 @@ def loader(lengths, most=0):
 
 
 UNEQUAL, EQUAL = [4, 4, 4, 4, 7, 2, 4, 9, 4, 6], [5] * 10
+FAR = [31, 17, 2, 9, 5, 23, 40, 3, 14, 11]
 
 
 def attribute(how, train, test):
@@ -75,3 +76,44 @@ def test_the_test_set_is_looked_at_too():
 )
 def test_what_does_not_is_taken(how, train):
     assert attribute(how, train, loader(EQUAL)).values.shape == (10, 10)
+
+
+class Narrow(nn.Module):
+    """Mean over the tokens that are there, of a transformer in half precision."""
+
+    def __init__(self, how, masked=True):
+        super().__init__()
+        self.how, self.masked = how, masked
+        self.words, self.out = nn.Embedding(11, 32), nn.Linear(32, 3)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True)
+        self.deep = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        with torch.no_grad():
+            self.out.weight.mul_(30)
+        if how != "autocast":
+            self.to(how)
+
+    def forward(self, words):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+            there = (words > 0).unsqueeze(-1)
+            mask = words == 0 if self.masked else None
+            hidden = self.deep(self.words(words), src_key_padding_mask=mask)
+            return self.out((hidden * there).sum(1) / there.sum(1)).float()
+
+
+@pytest.mark.parametrize("how", [torch.bfloat16, torch.float16, "autocast"], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_half_precision_under_a_loss_in_float32_is_taken(how, seed):
+    """The loss has the digits of the logits, not those of its own dtype."""
+    torch.manual_seed(seed)
+    task = Task(Narrow(how))
+    found = dattri.attribute(task, loader(FAR), loader(EQUAL), method="grad-dot")
+    assert found.values.shape == (10, 10)
+
+
+@pytest.mark.parametrize("how", [torch.bfloat16, "autocast"], ids=str)
+def test_padding_that_counts_is_refused_in_half_precision_too(how):
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match="depends on padding"):
+        dattri.attribute(
+            Task(Narrow(how, masked=False)), loader(UNEQUAL), loader(EQUAL), method="grad-dot"
+        )

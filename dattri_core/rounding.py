@@ -1,0 +1,74 @@
+"""How much numbers change by rounding alone, in the precision that a model really computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dattri_core.batch import tensors_of
+
+DRAWS = 4
+"""Of changes of the weights; one alone may leave a number where it is by chance."""
+TIMES = 8
+"""What the largest change is multiplied by, for the roundings of a whole forward pass."""
+
+
+class _Coarsest(TorchDispatchMode):
+    """Sees the floating point dtype of fewest digits that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epsilon = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(found):
+            if tensor.is_floating_point():
+                self.epsilon = max(self.epsilon, torch.finfo(tensor.dtype).eps)
+        return found
+
+
+def coarsest(run: Callable[[], Any]) -> float:
+    """Return the epsilon of the dtype of fewest digits in a computation."""
+    with _Coarsest() as seen:
+        run()
+    return seen.epsilon
+
+
+def rounding_of(
+    values: Callable[[Mapping[str, Tensor] | None], Tensor], parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """Return up to what a difference of each value may be rounding.
+
+    A loss in float32 may be that of a model in bfloat16, and one near 0 the difference of large
+    logits; neither its dtype nor its size says how many digits it has. So weights are multiplied by
+    1 +- epsilon of the coarsest dtype in the forward pass, and the largest change counts.
+
+    Args:
+        values: Of weights by name, or of those that the model has, ``[B]``; not random.
+        parameters: The weights.
+
+    Returns:
+        ``[B]``.
+    """
+    epsilon = coarsest(lambda: values(None))
+    first = values(None)
+    largest = torch.zeros_like(first)
+    for draw in range(DRAWS):
+        moved = {
+            name: _moved(value, epsilon, draw)
+            for name, value in parameters.items()
+            if value.is_floating_point()
+        }
+        largest = torch.maximum(largest, (values(moved) - first).abs())
+    return TIMES * largest
+
+
+def _moved(value: Tensor, epsilon: float, draw: int) -> Tensor:
+    generator = torch.Generator(value.device).manual_seed(draw)
+    signs = torch.randint(0, 2, value.shape, generator=generator, device=value.device)
+    return value * (1 + epsilon * (2 * signs - 1)).to(value.dtype)
