@@ -17,26 +17,44 @@ TIMES = 8
 """What the largest change is multiplied by, for the roundings of a whole forward pass."""
 
 
-class _Coarsest(TorchDispatchMode):
+TF32 = 2.0**-10
+"""The epsilon of products of float32 numbers on a device, where they may be rounded."""
+
+
+class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the floating point dtype of fewest digits that an operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.epsilon = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for tensor in tensors_of(found):
             if tensor.is_floating_point():
-                self.epsilon = max(self.epsilon, torch.finfo(tensor.dtype).eps)
+                self.epsilon = max(self.epsilon, _epsilon(tensor))
         return found
 
 
 def coarsest(run: Callable[[], Any]) -> float:
     """Return the epsilon of the dtype of fewest digits in a computation."""
-    with _Coarsest() as seen:
+    seen = _Coarsest()
+    with seen:
         run()
     return seen.epsilon
+
+
+def _epsilon(tensor: Tensor) -> float:
+    own: float = torch.finfo(tensor.dtype).eps
+    return max(own, TF32) if tensor.is_cuda and tensor.dtype == torch.float32 and _tf32() else own
+
+
+def _tf32() -> bool:
+    """Return whether products in float32 may be rounded on a device; convolutions are at first."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by the newer names, beside which the older ones cannot be read
+        return True
 
 
 def rounding_of(

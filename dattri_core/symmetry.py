@@ -33,12 +33,16 @@ PAIRS = 2
 """Of random directions; one alone could miss a difference by chance."""
 NOISE = 30
 """Times the rounding that is seen: a gap below it may be rounding."""
-RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""Gap of <u, H v> and <v, H u>, as a part of |H v|, that needs no explanation."""
+RELATIVE = 100
+"""Gap of <u, H v> and <v, H u>, in roundings of |H v|, that needs no explanation."""
+LEAST, MOST = 1e-10, 0.1
+"""The same as a part of |H v|, at least and at most."""
 STEP = 1e-6
 """Of finite differences, as a part of the length of the weights: few kinks lie within it."""
-SHRINK = 0.3
-"""Weights times this do not saturate a loss that cannot be taken apart from the model."""
+SHRINK = (0.3, 0.03)
+"""Weights times these do not saturate a loss that cannot be taken apart from the model."""
+NOTHING = 1e-150
+"""Length of H v whose square is no number any more: a criterion so sure has no Hessian."""
 FEW_DIGITS = 1e-3
 """Gap, as a part of |H v|, from which rounding is told of."""
 
@@ -50,7 +54,7 @@ def require_sound(evaluator: Evaluator, batch: Batch, names: Iterable[str]) -> N
     """Raise `NumericsError` where the Hessian of a few examples is not symmetric; once for a task.
 
     For normal directions u and v, |<u, H v> - <v, H u>| has the size of |H - H^T|, and |H v| that
-    of |H|. A gap is rounding where it is below a part `RELATIVE` of |H v|, or `NOISE` times what
+    of |H|. A gap is rounding where it is below `RELATIVE` roundings of |H v|, or `NOISE` times what
     H v changes by at weights times 1 +- a few roundings; kinks do not show, since both sides take
     the same derivative at them. A saturated criterion has few true digits, so that a gap has to
     show without it too: in the Hessian of random combinations of the outputs or, where the loss
@@ -102,6 +106,7 @@ class _Probe:
         self.evaluator = evaluator
         self.batch = batch
         self.at = {name: evaluator.parameters[name].detach() for name in names}
+        self.epsilon = evaluator.coarsest(batch, "train")
 
     def run(self) -> None:
         """Compare, and raise or warn.
@@ -125,30 +130,32 @@ class _Probe:
         gap = _Gap(there, self._along(left, seed), max(length, _length(left)))
         del left
         # Not finite: the product itself says where.
-        if not math.isfinite(gap.size) or gap.size <= self._allowed * gap.scale:
+        if not math.isfinite(gap.size) or gap.size <= max(self._allowed * gap.scale, NOTHING):
             return gap
         noise = _difference(self._product(value, self._rounded_anew(at), seed), right)
         return gap if gap.size <= NOISE * noise else _Gap(there, gap.back, gap.scale, noise)
 
     @property
     def _allowed(self) -> float:
-        return RELATIVE.get(self.evaluator.dtype, 0.1)
+        return min(MOST, max(LEAST, RELATIVE * self.epsilon))
 
     def _confirm(self, gap: _Gap, seed: int) -> None:
         """Raise where a gap is there without what may saturate; else tell of a large one."""
         task = self.evaluator.task
         if isinstance(task.loss, Loss):
-            again = self._gap(self._outputs, self.at, seed)
+            shows = self._gap(self._outputs, self.at, seed).noise is not None
         else:
-            again = self._gap(self._loss, {n: SHRINK * v for n, v in self.at.items()}, seed)
-        if again.noise is None:
+            smaller = ({n: share * v for n, v in self.at.items()} for share in SHRINK)
+            shows = all(self._gap(self._loss, at, seed).noise is not None for at in smaller)
+        if not shows:
             if gap.size > FEW_DIGITS * gap.scale:
                 _log.warning(
                     "Hessian of the loss %r: its products have about %.0e of relative rounding "
-                    "(a saturated criterion in %s); try model.double(), or the curvature 'ggn'",
+                    "(a saturated criterion in %s); try %sthe curvature 'ggn'",
                     task.loss_name,
-                    gap.size / gap.scale,
+                    gap.size / max(gap.scale, NOTHING),
                     str(self.evaluator.dtype).removeprefix("torch."),
+                    "" if self.evaluator.dtype == torch.float64 else "model.double(), or ",
                 )
             return
         raise NumericsError(
@@ -240,11 +247,11 @@ class _Probe:
         return {name: self.at[name] + step * v for name, v in self._direction(0)}
 
     def _rounded_anew(self, at: Named) -> Named:
-        """Return weights times 1 +- 4 roundings; at least of float32, in which a loss may run."""
+        """Return weights times 1 +- 4 roundings, of the coarsest dtype of the forward pass."""
         moved = {}
         for name, signs in self._direction(2 * PAIRS):
             value = at[name]
-            rounding = 4 * max(torch.finfo(d).eps for d in (value.dtype, torch.float32))
+            rounding = 4 * max(torch.finfo(value.dtype).eps, self.epsilon)
             moved[name] = value * (1 + rounding * signs.sign())
         return moved
 

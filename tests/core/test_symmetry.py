@@ -216,6 +216,47 @@ def test_a_right_model_is_not_accused(name, sure, dtype, caplog):
     assert not told
 
 
+class Cast(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_that_computes_in_half_precision_is_not_accused(seed, caplog):
+    """Its weights and its loss are in float32; rounding is that of bfloat16."""
+    torch.manual_seed(seed)
+    layers = nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
+    inputs = normal(5, 4, seed=seed).float()
+    look(Cast(nn.Sequential(*layers)), (inputs, labels(5, 3, seed)))
+    assert "not the slope" not in caplog.text
+
+
+@pytest.mark.parametrize("sure", [500.0, 5000.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("loss", ["cross-entropy", "logarithm"])
+def test_a_model_without_a_doubt_is_not_accused(loss, dtype, sure):
+    """Its Hessian is so small that squares of it are zero, or rounded away altogether."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+        model.append(nn.Linear(32, 5)).to(dtype)
+        inputs = torch.randn(6, 20, dtype=dtype)
+        with torch.no_grad():
+            model[-1].weight.mul_(sure)
+            batch = inputs, model(inputs).argmax(1)
+        look(model, batch, loss=naive if loss == "logarithm" else loss)
+
+
+def naive(model, batch):
+    shares = torch.softmax(model(batch[0]), 1)
+    return -torch.log(shares.gather(1, batch[1][:, None])[:, 0] + 1e-30)
+
+
 @pytest.mark.parametrize("split", [True, False])
 def test_a_saturated_softmax_has_few_true_digits(split, caplog, monkeypatch):
     """p (1 - p) of p = 1 - 1e-6 in float32: its rounding is no wrong derivative, and is told."""
@@ -240,7 +281,7 @@ def test_a_saturated_softmax_has_few_true_digits(split, caplog, monkeypatch):
         look(model, batch, loss=loss)
     assert "relative rounding (a saturated criterion in float32)" in caplog.text
     monkeypatch.setattr(symmetry._Probe, "_outputs", symmetry._Probe._loss)
-    monkeypatch.setattr(symmetry, "SHRINK", 1)
+    monkeypatch.setattr(symmetry, "SHRINK", (1,))
     with pytest.raises(NumericsError, match="not symmetric"):  # but for the second look
         look(model, batch, loss=loss)
 
