@@ -14,6 +14,8 @@ Distance = Literal["l2", "l1", "cosine", "dot"]
 DISTANCES: tuple[Distance, ...] = ("l2", "l1", "cosine", "dot")
 ZERO = 1e-13
 """A squared distance below this part of the rows' squared norms is one of equal rows, rounded."""
+ROUNDINGS = 8
+"""1 - cos below so many roundings is that of rows of one direction; it has no digits anyway."""
 
 
 def partial(train: Block, test: Block, distance: Distance) -> Tensor:
@@ -37,7 +39,7 @@ def partial(train: Block, test: Block, distance: Distance) -> Tensor:
 def whole(total: Tensor, scale: Tensor | None, distance: Distance) -> Tensor:
     """Return the distances from the sum over blocks; a row of zeros is at a right angle.
 
-    L2 and L1 are what they are called, ``"cosine"`` is 1 - cos, and ``"dot"`` is -<x, t>, which is
+    L2 and L1 are what they are called, ``"cosine"`` is 1 - cos, 0 up to rounding, and ``"dot"`` is -<x, t>, which is
     no distance but orders rows like one.
 
     Args:
@@ -52,8 +54,9 @@ def whole(total: Tensor, scale: Tensor | None, distance: Distance) -> Tensor:
     if distance == "dot":
         return total.neg_()
     assert scale is not None
-    cosines = torch.where(scale > 0, total / scale, 0)
-    return (1 - cosines).clamp_(0, 2)
+    apart = 1 - torch.where(scale > 0, total / scale, 0)
+    least = ROUNDINGS * torch.finfo(total.dtype).eps
+    return apart.masked_fill_(apart <= least, 0).clamp_(max=2)
 
 
 def needs_of(distance: Distance) -> frozenset[str]:

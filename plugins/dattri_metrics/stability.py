@@ -92,6 +92,8 @@ def model_randomisation(
 
 def _agreement(name: str, one: Array, two: Array) -> Estimate:
     """Return the rank correlation of each column; 0 where either does not vary."""
+    if len(one) < 3:  # also where nothing varies, so that `correlate` is not asked
+        raise InputError(f"{name}: a correlation over {len(one)} train examples; give at least 3")
     values, influence = np.zeros(one.shape[1]), np.zeros(one.shape)
     kept = varies(two)  # as `correlate` has it; what it leaves out counts 0 here
     if kept.any():

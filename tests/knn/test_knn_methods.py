@@ -317,3 +317,21 @@ def test_columns_are_the_same_on_a_device():
         want = scorer.finish(distances.square(), *sides[0]).values
         got = scorer.finish(distances.square().cuda(), *sides[1]).values
         torch.testing.assert_close(got.cpu(), want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("weights", ["inverse", "gaussian"])
+def test_rows_of_the_direction_of_a_query_are_at_distance_zero(weights):
+    """In float32 as in float64: the bandwidth is the distance of the next row, not a rounding."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 33, generator=random)
+    rows[15:], labels = 3 * rows[:15], torch.arange(30) % 3
+    scorer = {"name": "knn-shapley", "neighbours": 1, "weights": weights, "distance": "cosine"}
+    method = dattri.method(
+        "knn-shapley", scorer=scorer, source={"name": "representation", "inputs": True}
+    )
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        data = rows.to(dtype), labels
+        task = dattri.Task(torch.nn.Linear(33, 3).to(dtype))
+        found.append(method.attribute(task, data, data, progress=False).values.double())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -137,6 +137,10 @@ def test_rank_stability_trains_on_everything_with_other_seeds():
 def test_bad_input_is_named():
     with pytest.raises(InputError, match="scores of 1 seed"):
         rank_stability(effects()[None])
+    for n in (1, 2):
+        for constant in (np.ones((2, n, 4)), effects(n)[None].repeat(2, 0)):
+            with pytest.raises(InputError, match=f"rank-stability: a correlation over {n} train"):
+                rank_stability(constant)
     with pytest.raises(InputError, match="shapes differ"):
         model_randomisation(effects(), effects(23)[None])
     with pytest.raises(InputError, match=r"randomised\[0, 1, 0\] is nan"):

@@ -37,15 +37,18 @@ class Mingled:
     trio: Tensor
 
     @staticmethod
-    def of(sample: Any, evaluator: Evaluator) -> Mingled:
+    def of(sample: Any, evaluator: Evaluator, most: int = MANY) -> Mingled:
         """Return the examples of a sample that are looked at beside each other."""
         bytes_of = sum(t.nbytes for t in evaluator.parameters.values())
-        count = min(batch_size(sample), MANY if bytes_of < LARGE else EXAMPLES)
+        count = min(batch_size(sample), most if bytes_of < LARGE else EXAMPLES)
         order = [0, *range(count - 1, 0, -1), 0]
         compared = range(min(count, EXAMPLES))
         places = tuple((0, count) if one == 0 else (count - one,) for one in compared)
         rows = [0 if one == 0 else one + 1 for one in (at % count for at in range(EXAMPLES))]
         return Mingled(take(sample, torch.tensor(order)), places, torch.tensor(rows))
+
+    def __len__(self) -> int:
+        return batch_size(self.batch)
 
     @property
     def index(self) -> Tensor:

@@ -9,7 +9,15 @@ import torch
 from attrs import evolve, frozen
 from torch import nn
 
-from dattri_core import Checkpoint, Evaluator, InputError, Task, batch_size, take
+from dattri_core import (
+    Checkpoint,
+    Evaluator,
+    InputError,
+    Task,
+    batch_size,
+    is_out_of_memory,
+    take,
+)
 from dattri_parts.sources.axes import EXAMPLES
 from dattri_parts.sources.bound import BoundPerExample, Role
 from dattri_parts.sources.fallback import RepeatError
@@ -87,7 +95,13 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
         try:
             for role in roles:
                 rehearse(evaluator, bound.plan, bound.habits, trio, role)
-            seen = bound.mismatches(look, roles)
+            try:
+                seen = bound.mismatches(look, roles)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(look) <= EXAMPLES + 1:
+                    raise
+                look = Mingled.of(sample, evaluator, EXAMPLES)  # large for its activations
+                continue
             if seen.wrong and _try_strided(bound, set(seen.wrong)):
                 seen = bound.mismatches(look, roles)
         except RepeatError as error:

@@ -138,3 +138,24 @@ def test_the_sample_of_a_source_is_spread():
     """Else all examples that are looked at have one key."""
     train = data([1] * 10 + [2] * 2)
     assert 2 in Examples.of(train, "train").sample(8)["key"]
+
+
+def test_a_model_whose_activations_are_large_is_looked_at_on_fewer_examples():
+    """Nine at once may not fit where batches of four, halved as they are, do."""
+
+    class Large(nn.Linear):
+        def forward(self, inputs):
+            if len(inputs) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(inputs)
+
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
+    large, plain = Large(4, 3).double(), nn.Linear(4, 3).double()
+    plain.load_state_dict(large.state_dict())
+    train, test = (inputs, labels), (inputs[:2], labels[:2])
+    got, want = (
+        dattri.attribute(Task(model), train, test, method="grad-dot", progress=False).values
+        for model in (large, plain)
+    )
+    torch.testing.assert_close(got, want)
