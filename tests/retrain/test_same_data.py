@@ -77,6 +77,16 @@ def test_the_example_that_differs_is_named(tmp_path, change, at):
         ask(tmp_path, "leave-one-out", train, change(test, at))
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_the_unit_of_the_numbers_does_not_matter(tmp_path, unit):
+    train, test = ((inputs * unit, torch.zeros_like(labels)) for inputs, labels in data())
+    held = retraining(train_data=train, test_data=test)
+    near = train[0] * (1 + 1e-7)
+    assert "models" in ask(tmp_path, "leave-one-out", (near, train[1]), test, held)
+    with pytest.raises(InputError, match="train example 0 is not that of the retraining"):
+        ask(tmp_path, "leave-one-out", tuple(part.flip(0) for part in train), test, held)
+
+
 def test_it_is_named_where_it_lies_beyond_the_first_batch(tmp_path, monkeypatch):
     monkeypatch.setattr("dattri_retrain.same_data.ROWS", 5)
     train, test = data()

@@ -87,6 +87,11 @@ def _members(n: int, group: Any, number: int) -> np.ndarray[Any, Any]:
             f"leave groups out: group {number} has positions {wrong[:8].tolist()} of {n} examples; "
             f"expected 0 to {n - 1}"
         )
+    if given.shape == (n,) and n > 2 and given.max() <= 1:
+        raise InputError(
+            f"leave groups out: group {number} is {n} zeros and ones, which would be the positions "
+            "0 and 1; give truth values (dtype bool), or each position once"
+        )
     mask[given] = True
     return mask
 

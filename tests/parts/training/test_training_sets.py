@@ -58,6 +58,7 @@ def test_subsets_are_spread_evenly():
         (lambda: leave_groups_out(3, [[True, False]]), r"bool of shape \(2,\)"),
         (lambda: leave_groups_out(3, [0, 1]), r"group 0 is int64 of shape \(\)"),
         (lambda: leave_groups_out(3, [[0.0]]), "group 0 is float64"),
+        (lambda: leave_groups_out(3, [[0, 1, 0]]), "group 0 is 3 zeros and ones"),
         (lambda: random_subsets(9, 1, fraction=0.01), "keeps at least one example"),
         (lambda: random_subsets(9, 1, fraction=1.1), r"fraction 1\.1"),
         (lambda: random_subsets(9, 0), "count is 0"),
