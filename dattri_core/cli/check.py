@@ -46,9 +46,9 @@ def _reports(registry: Registry, name: str) -> Iterable[Any]:
         check = load_target(CHECK)
         return (check(entry.kind, entry.name) for entry in found)
     owners = [p for p in registry.plugins if name in (p.origin.plugin, p.origin.distribution)]
-    for plugin in owners:
-        if plugin.status != "loaded":
-            raise PluginError(f"plugin {plugin.origin} is {plugin.status}: {plugin.error}")
+    if owners and all(plugin.status != "loaded" for plugin in owners):
+        plugin = owners[0]  # of several, those that are broken are reports of their own
+        raise PluginError(f"plugin {plugin.origin} is {plugin.status}: {plugin.error}")
     if not owners:
         known = {n for p in registry.plugins for n in (p.origin.plugin, p.origin.distribution)}
         raise SpecError(

@@ -202,7 +202,7 @@ def _broken(name: str, registry: Registry) -> list[tuple[str, str]]:
     return [
         (plugin.origin.plugin, plugin.error)
         for plugin in registry.plugins
-        if name in (plugin.origin.plugin, plugin.origin.distribution) and plugin.error
+        if name in (plugin.origin.plugin, plugin.origin.distribution) and plugin.status == "broken"
     ]
 
 

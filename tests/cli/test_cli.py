@@ -347,6 +347,23 @@ def test_check_names_what_is_not_there(capsys: Any) -> None:
     assert "no laws for the kind 'command'" in err
 
 
+def test_check_goes_on_past_a_plugin_of_a_distribution_that_is_broken(capsys: Any) -> None:
+    registry = Registry(Origin("good", "dattri-half"))
+    registry.part("fold", "average", "dattri_parts.folds.mean:Mean")
+    loaded = Plugin(Origin("good", "dattri-half"), "good", "loaded")
+    lost = Plugin(Origin("lost", "dattri-half"), "lost", "broken", "ImportError: no such module")
+    registry._plugins += [loaded, lost]
+    with using(registry):
+        status, out, _ = run(capsys, "check", "dattri-half")
+        assert status == 1
+        assert "ImportError: no such module" in out
+        assert "fold average:" in out
+        assert out.endswith("dattri check dattri-half: FAILED\n")
+        status, _, err = run(capsys, "check", "lost")
+    assert status == 2
+    assert "plugin dattri-half (plugin 'lost') is broken: ImportError: no such module" in err
+
+
 def test_check_reports_and_fails_with_its_laws(capsys: Any) -> None:
     status, out, _ = run(capsys, "check", "scorer:dot")
     assert status == 0

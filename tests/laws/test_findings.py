@@ -12,7 +12,7 @@ from toy_solver_parts import ToySolver
 from toy_world_parts import ToyFisher, ToyGGN, ToyInverseHessian, ToySource
 
 import dattri_core as dattri
-from dattri_core.discovery import Origin
+from dattri_core.discovery import Origin, Plugin
 from dattri_core.laws import bench_of, cases, check, check_plugin, find, laws_of
 from dattri_core.registry import Registry
 
@@ -199,6 +199,15 @@ def half_broken():
     registry.part("scorer", "good", "toy_row_parts:ToyScorer")
     registry.part("scorer", "lost", "no_such_module:Scorer")
     return registry
+
+
+def test_a_plugin_that_is_turned_off_has_not_failed():
+    registry = half_broken()
+    registry._plugins.append(
+        Plugin(Origin("other", "dattri-half"), "other", "off", "turned off by DATTRI_PLUGINS")
+    )
+    reports = check_plugin("dattri-half", registry=registry)
+    assert [(r.name, r.ok) for r in reports] == [("good", True), ("lost", False)]
 
 
 def test_a_part_that_cannot_be_imported_fails_and_the_others_are_checked():
