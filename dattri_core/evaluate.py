@@ -447,3 +447,12 @@ def _culprits(model: nn.Module) -> str:
 def leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return leaf copies (sharing memory) that require gradients, for a backward pass."""
     return {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+
+
+def dtype_of(source: object) -> torch.dtype | None:
+    """Return the dtype of a bound source's rows: its own, or that of its model; None if neither."""
+    own = getattr(source, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    evaluator = getattr(source, "evaluator", None)
+    return evaluator.dtype if isinstance(evaluator, Evaluator) else None

@@ -13,7 +13,7 @@ from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
 from dattri_core.each_product import each_product
 from dattri_core.errors import MemoryBudgetError, SpecError
-from dattri_core.evaluate import Evaluator
+from dattri_core.evaluate import Evaluator, dtype_of
 from dattri_core.halving import halved, halving
 from dattri_core.lift import empty_rows, from_parameters, to_parameters
 from dattri_core.memory import is_out_of_memory
@@ -118,8 +118,8 @@ class TrainProblem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the rows."""
-        return self._any_evaluator.dtype
+        """Return the dtype of the rows as the source makes them."""
+        return dtype_of(self.source) or self._any_evaluator.dtype
 
     def rows(
         self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from dattri_core.blocks import Block, DenseBlock
 from dattri_core.capabilities import is_additive
 from dattri_core.errors import SpecError
-from dattri_core.evaluate import Evaluator
+from dattri_core.evaluate import Evaluator, dtype_of
 from dattri_core.protocols import BoundSource, LinearMap, Role, Sink
 from dattri_core.rows import Rows
 from dattri_core.space import Space
@@ -107,6 +107,11 @@ class Projected:
     def evaluator(self) -> Evaluator | None:
         """Return the evaluator of the source, where it has one."""
         return getattr(self.source, "evaluator", None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Return the dtype of the rows before the maps, which may be in more digits."""
+        return dtype_of(self.source)
 
     def stream(self, batch: Any, role: Role, sink: Sink) -> Mapping[str, Tensor]:
         """Hand each block of the mapped rows to the sink."""

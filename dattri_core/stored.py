@@ -130,15 +130,17 @@ class Stored:
         """Return the evaluator of the source, where it has one."""
         return self.projected.evaluator
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Return the dtype of the rows before the maps, where it is known."""
+        return self.projected.dtype
+
     def stream(self, batch: Any, role: Role, sink: Sink) -> Mapping[str, Tensor]:
         """Hand over the blocks of test examples, or of the train rows at positions ``[B]``."""
         if role == "test":
             return self.projected.stream(batch, role, sink)
         values, aux = self.rows.read(batch)
-        evaluator = self.evaluator
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        if evaluator is not None:
-            dtype = torch.promote_types(evaluator.dtype, torch.float32)
+        dtype = torch.promote_types(self.dtype or values.dtype, torch.float32)
         values = values.to(device=batch.device, dtype=dtype)
         for name, block in Rows.from_flat(self.space, values, batch).blocks.items():
             sink(name, block)

@@ -237,6 +237,8 @@ class BoundLastLayer:
     space: Space
     scale: float
     stats: Mapping[str, float]
+    dtype: ClassVar[torch.dtype] = torch.float64
+    """Of the rows: the fitted layer, and so the slopes at it, are in float64 in any model."""
 
     def stream(self, batch: Any, role: Role, sink: Sink) -> Mapping[str, Tensor]:
         """Hand the block of a batch to the sink, as factors in float64.

@@ -294,6 +294,30 @@ def test_curvatures_of_its_rows_can_follow():
             assert (got - want).abs().max() < allowed * want.abs().max(), (dtype, kind)
 
 
+@pytest.mark.parametrize("sketched", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_of_a_model_in_float32_are_of_the_fitted_layer(tmp_path, sketched, kept):
+    """In float64, and so is what is made of them: solvers agree to its rounding."""
+    model = mlp().float()
+    train, test = ((inputs.float(), labels) for inputs, labels in (TRAIN, TEST))
+    names = ["cholesky", "woodbury"] + ["cg"] * (not sketched)
+    found = []
+    for name in names:
+        solver = {"name": name, "damping": 0.1}
+        solver |= {"tolerance": 1e-12} if name == "cg" else {}
+        made = dattri.Method(
+            source="last-layer",
+            projector={"name": "gaussian", "dim": 7} if sketched else "identity",
+            inverse_hessian={"curvature": "gauss-newton", "solver": solver},
+            scorer="dot",
+        )
+        store = dattri.Store(tmp_path / name) if kept and sketched else None
+        found.append(made.attribute(dattri.Task(model), train, test, store=store).values)
+    for other in found:
+        assert other.dtype == torch.float64
+        assert (other - found[0]).abs().max() < 1e-11 * found[0].abs().max()
+
+
 def test_the_protocols_are_met():
     assert isinstance(LastLayer(), dattri.DataSource)
     bound = fit(dattri.Task(mlp()))
