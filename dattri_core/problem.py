@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
+from dattri_core.capabilities import is_identity
 from dattri_core.each_product import each_product
 from dattri_core.errors import MemoryBudgetError, SpecError
 from dattri_core.evaluate import Evaluator, dtype_of
@@ -107,9 +108,23 @@ class TrainProblem:
         return make() if self.fits is None else self.fits(name, part, make, self.device)
 
     def batches(self) -> Iterator[Batch]:
-        """Read the whole train set in order; no stage applies."""
-        for _, batch in self._batches(self.batch, None):
-            yield move(batch, self.device)
+        """Read the whole train set in order; no stage applies.
+
+        Raises:
+            SpecError: Rows have passed a map, which may lead from the space of the parameters to
+                itself, as a permutation does: a curvature made of the examples is not theirs.
+        """
+        passed = (*getattr(self.source, "maps", ()), *self.maps)
+        changing = [type(step).__name__ for step in passed if not is_identity(step)]
+        if changing:
+            raise SpecError(
+                "examples of the train set, for a curvature of the model's parameters: the rows "
+                f"have passed {' and '.join(changing)} and are no gradients of them any more; "
+                "leave these stages out, or use a curvature made of rows or of products, which "
+                "pass them too"
+            )
+        examples = self.examples.examples  # rows that are kept are read by their positions
+        return (move(batch, self.device) for _, batch in self._batches(self.batch, None, examples))
 
     @property
     def device(self) -> torch.device:
@@ -210,11 +225,14 @@ class TrainProblem:
         for positions, batch in self._batches(size, index):
             yield from reader.parts(positions, move(batch, self.device), self.batch)
 
-    def _batches(self, size: int, index: Tensor | None) -> Iterator[tuple[Tensor, Batch]]:
-        pieces: Iterator[tuple[Tensor, Batch]] = self.examples.batches(size)
+    def _batches(
+        self, size: int, index: Tensor | None, examples: Examples | None = None
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        read = examples or self.examples
+        pieces: Iterator[tuple[Tensor, Batch]] = read.batches(size)
         if index is not None:
             split = torch.split(index.cpu(), size)
-            pieces = ((piece, self.examples.take(piece)) for piece in split if len(piece))
+            pieces = ((piece, read.take(piece)) for piece in split if len(piece))
         for positions, batch in pieces:
             yield positions, batch
             if self.advance is not None:

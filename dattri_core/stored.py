@@ -22,7 +22,7 @@ from dattri_core.locks import sole_writer
 from dattri_core.plans import MAXIMUM_BATCH
 from dattri_core.problem import collect
 from dattri_core.projected import Projected, weights_of
-from dattri_core.protocols import BoundSource, Role, Sink
+from dattri_core.protocols import BoundSource, LinearMap, Role, Sink
 from dattri_core.rows import Rows
 from dattri_core.space import BlockSpec, Space
 from dattri_core.store import (
@@ -64,6 +64,7 @@ class Formed:
 
     in_space: Space
     blockwise = True
+    is_identity = True
 
     @property
     def out_space(self) -> Space:
@@ -129,6 +130,11 @@ class Stored:
     def evaluator(self) -> Evaluator | None:
         """Return the evaluator of the source, where it has one."""
         return self.projected.evaluator
+
+    @property
+    def maps(self) -> tuple[LinearMap, ...]:
+        """Return the maps that the rows have passed."""
+        return self.projected.maps
 
     @property
     def dtype(self) -> torch.dtype | None:

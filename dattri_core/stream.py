@@ -153,6 +153,11 @@ class Examples:
                 kept[int(at)] = batch
         return join([kept[i] for i in positions])
 
+    @property
+    def examples(self) -> Examples:
+        """Return these examples, or those whose positions they are."""
+        return self if self._origin is None else self._origin
+
     def positions(self) -> Examples:
         """Return the positions of the examples in place of their data, with the same ids."""
         order = None if self.ids == range(self.n) else self.ids

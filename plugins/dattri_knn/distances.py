@@ -39,8 +39,8 @@ def partial(train: Block, test: Block, distance: Distance) -> Tensor:
 def whole(total: Tensor, scale: Tensor | None, distance: Distance) -> Tensor:
     """Return the distances from the sum over blocks; a row of zeros is at a right angle.
 
-    L2 and L1 are what they are called, ``"cosine"`` is 1 - cos, 0 up to rounding, and ``"dot"`` is -<x, t>, which is
-    no distance but orders rows like one.
+    L2 and L1 are what they are called, ``"cosine"`` is 1 - cos, 0 where it is rounding, and
+    ``"dot"`` is -<x, t>, which is no distance but orders rows like one.
 
     Args:
         total: The sum, of any shape; it is overwritten.

@@ -106,6 +106,11 @@ class ChainMap:
         return all(step.blockwise for step in self.maps)
 
     @property
+    def is_identity(self) -> bool:
+        """Return whether all maps leave rows as they are."""
+        return all(getattr(step, "is_identity", False) for step in self.maps)
+
+    @property
     def additive(self) -> bool:
         """Return whether rows may come in parts of their blocks, and what these give be added up.
 

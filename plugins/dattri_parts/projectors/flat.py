@@ -155,6 +155,11 @@ class BlockwiseFlatMap:
     blockwise: ClassVar[bool] = True
     additive: ClassVar[bool] = False
 
+    @property
+    def is_identity(self) -> bool:
+        """Return whether no block is long enough to be sketched."""
+        return not self.kernels
+
     def map(self, rows: Rows) -> Rows:
         """Return the sketch of every block that the rows hold."""
         _require_part(self.projector, self.in_space, rows)

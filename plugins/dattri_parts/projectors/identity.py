@@ -29,6 +29,7 @@ class Identity:
 class _IdentityMap:
     out_space: Space
     blockwise: ClassVar[bool] = True
+    is_identity: ClassVar[bool] = True
 
     def map(self, rows: Rows) -> Rows:
         return rows

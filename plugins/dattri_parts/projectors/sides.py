@@ -145,6 +145,11 @@ class KroneckerMap:
     sides: Mapping[tuple[str, str], Side]
     blockwise: ClassVar[bool] = True
 
+    @property
+    def is_identity(self) -> bool:
+        """Return whether no side is long enough to be shortened, and no block was dropped."""
+        return not self.sides and self.out_space == self.in_space
+
     def map(self, rows: Rows) -> Rows:
         """Return P g for every row g, whole or in parts."""
         self.in_space.select(rows.space.names).require_same(
