@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import socket
 import sys
@@ -26,8 +27,24 @@ WAIT = 0.2
 """Seconds between two tries of a lock that is waited for."""
 BYTE = 2**30
 """The byte that Windows locks: one that nobody reads, since a locked one cannot be read."""
+TRIES = 100
+"""Openings of a lock whose file is another one by the time that it is locked."""
 UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 """What a file system says that has no locks."""
+
+_log = logging.getLogger("dattri")
+_held: set[BinaryIO] = set()
+
+
+def _let_go() -> None:
+    """Close what a fork has copied: the lock is that of the parent, and goes when it goes."""
+    for handle in _held:
+        handle.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -49,17 +66,24 @@ def sole_writer(folder: Path, what: str, *, wait: bool = False) -> Iterator[None
     with disk_errors(f"lock {str(path)!r}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         held = _take(path)
+        tries = 0
         while held is None:
             time.sleep(WAIT)
-            held = _take(path)
+            held, tries = _take(path), tries + 1
             if not wait:
                 break  # tried twice, since `require_free` takes the lock for a moment
+            if held is None and tries == 1:
+                _log.warning("%s: %s is writing them; waiting until it is done", what, _who(path))
     if held is None:
         raise _busy(path, what)
+    _held.add(held)
     try:
         yield
     finally:
-        if sys.platform != "win32":
+        _held.discard(held)
+        if held.closed:  # in a child that was forked inside of the block: not its lock
+            pass
+        elif sys.platform != "win32":
             path.unlink(missing_ok=True)  # while it is held: nobody else can hold this name
         held.close()  # which frees it
         if sys.platform == "win32":  # where an open file cannot be removed
@@ -87,17 +111,18 @@ def lock_path(folder: Path) -> Path:
 
 def _take(path: Path) -> BinaryIO | None:
     """Return the lock's open file, or None where another holds it."""
-    while True:
+    for attempt in range(TRIES):
         handle = path.open("a+b")
         if not _lock(handle):
             handle.close()
             return None
-        if _is_at(handle, path):
+        if _is_at(handle, path) or attempt == TRIES - 1:  # some systems number no files
             handle.truncate(0)
             handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             handle.flush()
             return handle
         handle.close()  # removed by its writer between the opening and the lock: again
+    return None
 
 
 def _is_at(handle: BinaryIO, path: Path) -> bool:
@@ -139,12 +164,15 @@ def _unlock(handle: BinaryIO) -> None:
 
 
 def _busy(path: Path, what: str) -> StoreError:
+    return StoreError(
+        f"{what}: {_who(path)} is writing them; wait until it is done and run again, or give "
+        "another folder"
+    )
+
+
+def _who(path: Path) -> str:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {found['pid']} on {found['host']}"
+        return f"process {found['pid']} on {found['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"  # one that is just beginning, or ending
-    return StoreError(
-        f"{what}: {who} is writing them; wait until it is done and run again, or give another "
-        "folder"
-    )
+        return "another process"  # one that is just beginning, or ending

@@ -24,14 +24,15 @@ with sole_writer(Path(sys.argv[1]), "scores"):
 """
 
 
-def holder(folder, seconds=60):
+def holder(folder, seconds=60, code=HOLD):
     """Return a process that holds the lock of a folder, when it does."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     made = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), str(seconds)],
+        [sys.executable, "-c", code, str(folder), str(seconds)],
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
+        start_new_session=True,  # whose children end with the test
     )
     assert made.stdout.readline() == "held\n"
     return made
@@ -53,6 +54,55 @@ def test_another_process_is_named_and_after_a_kill_the_lock_is_free(tmp_path):
     with sole_writer(folder, "scores"):
         assert lock_path(folder).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+FORK = HOLD.replace(
+    '    print("held", flush=True)\n',
+    "    import os\n"
+    "    if os.fork() == 0:\n"
+    "        time.sleep(60)\n"
+    "        os._exit(0)\n"
+    '    print("held", flush=True)\n',
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is a copy of another there")
+def test_what_a_killed_writer_forked_keeps_no_lock(tmp_path):
+    """Workers of a loader or of a pool outlive it."""
+    other = holder(tmp_path / "rows", code=FORK)
+    other.kill()
+    other.wait()
+    with sole_writer(tmp_path / "rows", "rows"):
+        pass
+    os.killpg(other.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is a copy of another there")
+def test_a_fork_that_leaves_the_block_frees_nothing(tmp_path):
+    held = sole_writer(tmp_path / "rows", "rows")
+    held.__enter__()
+    child = os.fork()
+    if child == 0:
+        held.__exit__(None, None, None)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(StoreError, match=f"process {os.getpid()} on .* is writing them"):
+        require_free(tmp_path / "rows", "rows")
+    held.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_is_waited_for_is_told(tmp_path, caplog):
+    other = holder(tmp_path / "rows", seconds=1)
+    with sole_writer(tmp_path / "rows", "rows", wait=True):
+        assert f"rows: process {other.pid} on" in caplog.text
+    other.wait()
+
+
+def test_a_file_system_that_numbers_no_files_is_no_endless_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_is_at", lambda handle, path: False)
+    with sole_writer(tmp_path / "rows", "rows"):
+        assert lock_path(tmp_path / "rows").exists()
 
 
 def test_waiting_goes_on_when_the_other_is_done(tmp_path):
