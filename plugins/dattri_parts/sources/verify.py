@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,9 +17,13 @@ from dattri_parts.sources.blocks import parameter_values
 Named: TypeAlias = dict[str, Tensor]
 
 # The allowed difference, relative to a parameter's gradient; plus a share of the whole gradient,
-# for parameters whose own nearly cancels; plus a floor, where all of it is rounding.
+# for parameters whose own nearly cancels; plus a floor, where all of it is rounding, as a part of
+# the gradient at weights that do not saturate the loss.
 LOOSE = {torch.float64: (1e-8, 1e-2, 1e-12), torch.float32: (1e-2, 5e-2, 1e-6)}
 LOOSE_HALF = (0.2, 0.1, 1e-4)
+SHRINK = (1.0, 0.3, 0.03)
+UNIT = 0.1
+"""Gradient of a loss in units of 1, or more: a larger one raises no floor."""
 
 
 @frozen
@@ -93,15 +98,24 @@ def mismatches(
                 found = _far(evaluator, own, second)
                 off = {name: off[name] for name in off if name in found}
                 mixed = bool(off) and bool(_far(evaluator, second, first))
+            if off:
+                floor = _floor(evaluator, partial(alone, b=b))
+                near = first if second is None else second
+                found = _far(evaluator, own, near, floor)
+                off = {name: off[name] for name in off if name in found}
+                mixed = mixed and bool(_far(evaluator, near, first, floor))
             seen = seen.and_(Mismatches(off, mixed))
     return seen
 
 
 def _far(
-    evaluator: Evaluator, own: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    evaluator: Evaluator,
+    own: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    floor: float = 0.0,
 ) -> dict[str, float]:
     """Return the parameters of one row that differ from a gradient, and by how much."""
-    loose, share, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
+    loose, share, _ = LOOSE.get(evaluator.dtype, LOOSE_HALF)
     norm = torch.linalg.vector_norm
     parameters = list(own)
     differences, lengths = [], []
@@ -120,17 +134,34 @@ def _far(
     }
 
 
+def _floor(evaluator: Evaluator, objective: Callable[[nn.Module, Named], Tensor | None]) -> float:
+    """Return up to what a difference may be the rounding of a loss that is sure.
+
+    Of the slope p - 1 of a softmax a few roundings of 1 are left, in the unit of the loss: a loss
+    over a million is as right or wrong as the loss. Smaller weights make it unsure.
+    """
+    lengths = []
+    for share in SHRINK:
+        found = _gradient(evaluator, objective, share)
+        lengths += [float(torch.linalg.vector_norm(g)) for g in (found or {}).values()]
+    *_, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
+    finite = [length for length in lengths if math.isfinite(length)]
+    return floor * min(1.0, max(finite, default=1.0) / UNIT)
+
+
 def _gradient(
-    evaluator: Evaluator, objective: Callable[[nn.Module, Named], Tensor | None]
+    evaluator: Evaluator,
+    objective: Callable[[nn.Module, Named], Tensor | None],
+    share: float = 1.0,
 ) -> Named | None:
     """Return the gradient of an objective for the selected parameters, by plain autograd.
 
     The same weights require gradients as in training, more than the selected ones: an activation
-    checkpoint may need that. None where the objective is.
+    checkpoint may need that. None where the objective is. They are multiplied by a share.
     """
     trained = {name for name, p in evaluator.task.model.named_parameters() if p.requires_grad}
     given = leaves(
-        {name: evaluator.parameters[name] for name in evaluator.parameters if name in trained}
+        {n: share * p if share != 1 else p for n, p in evaluator.parameters.items() if n in trained}
     )
 
     def both_ways(model: nn.Module) -> bool:

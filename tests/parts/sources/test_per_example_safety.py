@@ -303,6 +303,45 @@ def test_a_parameter_in_the_loss_itself_is_refused() -> None:
     assert worst_difference(bound, expected, batch) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("unit", [1.0, 1e-8, 1e-13])
+def test_wrong_rows_are_found_in_any_unit_of_the_loss(unit: float, dtype: torch.dtype) -> None:
+    """A mean over a million pixels has gradients that are as small as rounding elsewhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    batch = torch.randn(5, 4).to(dtype), torch.arange(5) % 3
+
+    def plain(model: nn.Module, batch: Any) -> Tensor:
+        return unit * nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def decayed(model: nn.Module, batch: Any) -> Tensor:
+        return plain(model, batch) + unit * model[0].weight.square().sum() / 2
+
+    def bind(loss: Any) -> Any:
+        task = dattri.Task(model, loss=loss)
+        return PerExample().bind(task, task.checkpoints[0], batch)
+
+    bind(plain)
+    with pytest.raises(dattri.InputError, match=r"rows of '0\.weight'.*weight decay"):
+        bind(decayed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sure", [20.0, 500.0, 5000.0])
+def test_what_a_sure_model_rounds_is_not_wrong(sure: float, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 32), nn.ReLU())
+        model.append(nn.Linear(32, 5)).to(dtype)
+        inputs = torch.randn(8, 20).to(dtype)
+        with torch.no_grad():
+            for value in model[-1].parameters():
+                value.mul_(sure)
+            labels = model(inputs).argmax(1)
+        task = dattri.Task(model)
+        PerExample().bind(task, task.checkpoints[0], (inputs, labels))
+
+
 def test_a_model_that_is_never_called_is_refused() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
