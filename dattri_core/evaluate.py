@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -24,6 +25,8 @@ from dattri_core.task import Task
 from dattri_core.tied import at_every_place
 
 T = TypeVar("T")
+SHRINK = (1.0, 0.3, 0.03)
+"""Weights times these show the unit of a loss that is near zero at the weights themselves."""
 
 
 class _Runner(nn.Module):
@@ -158,6 +161,31 @@ class Evaluator:
         """Return up to what a difference of each value of `per_example` may be rounding."""
         return rounding_of(lambda given: self.per_example(given, batch, role), self.parameters)
 
+    def is_near(self, left: Tensor, right: Tensor, batch: Batch, role: Role) -> bool:
+        """Return whether values are equal but for rounding.
+
+        Of a loss near zero a few roundings are left, in the unit of losses that are not.
+        """
+        loose = _TOLERANCE.get(left.dtype, 5e-2)
+        if torch.allclose(left, right, rtol=loose, atol=0):
+            return True
+        least = loose * 1e-2 * self.unit(batch, role)
+        return torch.allclose(left, right, rtol=loose, atol=least)
+
+    def unit(self, batch: Batch, role: Role) -> float:
+        """Return the largest value, here and at smaller weights, where no loss is sure; 1 at most.
+
+        To be run without autograd, in a `session`.
+        """
+        sizes = []
+        for share in SHRINK:
+            at = {n: share * p for n, p in self.parameters.items() if p.is_floating_point()}
+            sizes += self._values_at(at, batch, role).abs().flatten().tolist()
+        return min(1.0, max((size for size in sizes if math.isfinite(size)), default=1.0))
+
+    def _values_at(self, parameters: Parameters, batch: Batch, role: Role) -> Tensor:
+        return self.call(lambda model: self.values(model, batch, role, parameters), parameters)
+
     def total(self, parameters: Parameters | None, batch: Batch, role: Role) -> Tensor:
         """Return the sum over the batch of the loss (train) or the signed target (test)."""
         return self.call(lambda model: self.total_of(model, batch, role, parameters), parameters)
@@ -290,13 +318,13 @@ class Evaluator:
                 f"{first.tolist()}; look for a diverged checkpoint or a log of zero"
             )
         again = [self._try(sample, role, what) for _ in range(2)]
-        if not all(is_near(first, other) for other in again):
+        if not all(self.is_near(first, other, sample, role) for other in again):
             raise self._random(what, first, again[-1])
         # Two copies, not as many as there are examples: a loss in which the others are negatives
         # depends on how many there are, even where they are all alike.
         for b in range(size if first.dim() == 1 else 0):
             alike = self._try(take(sample, torch.full((2,), b)), role, what)
-            if not is_near(first[b : b + 1], alike[:1]):
+            if not self.is_near(first[b : b + 1], alike[:1], sample, role):
                 if (first[b] - alike[0]).abs() <= self.rounding(sample, role)[b]:
                     continue
                 raise InputError(
@@ -310,7 +338,8 @@ class Evaluator:
         size = batch_size(sample)
         whole = self._try(sample, "train", what)
         again = self._try(sample, "train", what)
-        if not is_near(whole, again) and torch.isfinite(whole).all():
+        finite = torch.isfinite(whole).all()
+        if finite and not self.is_near(whole, again, sample, "train"):
             raise self._random(what, whole, again)
         if whole.dim() == 1 and len(whole) == size:
             return "each"
@@ -422,12 +451,6 @@ def _as_written(model: nn.Module) -> AbstractContextManager[Any]:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def is_near(left: Tensor, right: Tensor) -> bool:
-    """Return whether losses are equal but for rounding."""
-    loose = _TOLERANCE.get(left.dtype, 5e-2)
-    return torch.allclose(left, right, rtol=loose, atol=loose * 1e-2)
 
 
 def _culprits(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, move, take, tensors_of
 from dattri_core.errors import InputError
-from dattri_core.evaluate import Evaluator, is_near
+from dattri_core.evaluate import Evaluator
 from dattri_core.problem import collect
 from dattri_core.protocols import BoundSource, Role
 from dattri_core.rows import Rows
@@ -21,7 +21,7 @@ LOOSE_ROWS = {torch.float64: 1e-6, torch.float32: 5e-2}
 """By how much a row may differ, relative to it: a unit at a kink may fall on either side."""
 LOOSE_HALF = 0.3
 FLOOR = 1e-6
-"""Length of a row up to which it is rounding, times the root of the numbers in it."""
+"""Length of a row up to which it is rounding, times the root of the numbers in it and the unit."""
 CURE = (
     "mask padding in the model and in the loss (an attention mask; a mean over the tokens that are "
     "there, not over the padded length), or pad all examples to one length in the data set"
@@ -66,7 +66,7 @@ def require_unpadded(
         padded = evaluator.per_example(None, sample, role)
         for at, single in apart.items():
             value = evaluator.per_example(None, single, role)
-            if not is_near(value[:1], padded[at : at + 1]):
+            if not evaluator.is_near(value[:1], padded[at : at + 1], sample, role):
                 if (value[0] - padded[at]).abs() <= evaluator.rounding(sample, role)[at]:
                     continue
                 raise InputError(
@@ -83,7 +83,9 @@ def require_unpadded(
         fresh = collect(source, apart[shortest], here, role, evaluator.device)
     except InputError:  # what the source does not take is said of a batch that has it
         return
-    off = _distance(fresh, held.take(slice(shortest, shortest + 1)))
+    with evaluator.session(), torch.no_grad():
+        unit = evaluator.unit(sample, role)
+    off = _distance(fresh, held.take(slice(shortest, shortest + 1)), FLOOR * unit)
     if off <= LOOSE_ROWS.get(evaluator.dtype, LOOSE_HALF):
         return
     if off > LOOSE_HALF or evaluator.coarsest(sample, role) < torch.finfo(torch.float16).eps:
@@ -94,14 +96,17 @@ def require_unpadded(
         )
 
 
-def _distance(fresh: Rows, held: Rows) -> float:
-    """Return the length of the difference of two rows, relative to that of the second."""
+def _distance(fresh: Rows, held: Rows, least: float) -> float:
+    """Return the length of the difference of two rows, relative to that of the second.
+
+    A row of ``least`` times the root of its numbers, or shorter, counts as one of that length.
+    """
     apart = length = floor = 0.0
     for name, block in fresh.blocks.items():
         one, other = (b.dense().values.double() for b in (block, held.blocks[name]))
         apart += float((one - other).square().sum())
         length += float(other.square().sum())
-        floor += FLOOR**2 * other.numel()
+        floor += least**2 * other.numel()
     return float((apart / max(length, floor)) ** 0.5)
 
 

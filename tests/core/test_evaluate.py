@@ -357,3 +357,36 @@ def test_an_example_that_changes_with_the_others_is_found_wherever_it_stands(exa
 
     with pytest.raises(InputError, match=f"mixes examples: the value of example {example} is"):
         evaluator(linear(), mixing, (x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("unit", [1.0, 1e-7, 1e-13])
+@pytest.mark.parametrize(
+    ("fault", "message"), [("mean", "mixes examples"), ("noise", "different numbers twice")]
+)
+def test_faults_are_found_in_any_unit_of_the_loss(fault, message, unit, dtype):
+    net = linear().to(dtype)
+    x, y = data()
+
+    def loss(model, batch):
+        outputs = model(batch[0])
+        if fault == "mean":
+            outputs = outputs - outputs.mean(0)
+        if fault == "noise":
+            outputs = outputs + torch.randn_like(outputs)
+        return unit * F.cross_entropy(outputs, batch[1], reduction="none")
+
+    with pytest.raises(InputError, match=message):
+        evaluator(net, loss, (x.to(dtype), y))
+
+
+@pytest.mark.parametrize("sure", [1e2, 1e4])
+def test_a_sure_model_is_taken_in_any_dtype(sure):
+    for seed, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16) * 4):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 5)).to(dtype)
+        x = torch.randn(3, 20).to(dtype)
+        with torch.no_grad():
+            net[-1].weight.mul_(sure)
+            batch = x, net(x).argmax(1)
+        evaluator(net, "cross-entropy", batch)
