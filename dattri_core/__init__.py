@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dattri_core.adam_state import AdamState as AdamState
+    from dattri_core.adam_state import ParameterMoments as ParameterMoments
     from dattri_core.assemble import describe_part as describe_part
     from dattri_core.atomic import atomic_file as atomic_file
     from dattri_core.atomic import discard_leftovers as discard_leftovers
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import DataProjector as DataProjector
     from dattri_core.capabilities import DataSource as DataSource
     from dattri_core.capabilities import EnsembleSource as EnsembleSource
+    from dattri_core.capabilities import HoldingSource as HoldingSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import LeverageInverse as LeverageInverse
@@ -51,10 +54,14 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SharingInverse as SharingInverse
+    from dattri_core.capabilities import SidedSource as SidedSource
     from dattri_core.capabilities import SpectralInverse as SpectralInverse
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
+    from dattri_core.capabilities import StatefulSource as StatefulSource
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
+    from dattri_core.capabilities import sides_differ as sides_differ
+    from dattri_core.capabilities import source_needs as source_needs
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.checkpoint import TrainingStep as TrainingStep
     from dattri_core.contract import limit_now as limit_now
@@ -152,6 +159,7 @@ if TYPE_CHECKING:
 
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
+    "AdamState": "adam_state",
     "AdditiveMap": "capabilities",
     "BilinearScorer": "capabilities",
     "Attributor": "protocols",
@@ -181,6 +189,7 @@ _EXPORTS = {
     "FoldState": "protocols",
     "FunctionalLoss": "losses",
     "GroupedBlock": "blocks",
+    "HoldingSource": "capabilities",
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
@@ -200,6 +209,7 @@ _EXPORTS = {
     "OutputSource": "capabilities",
     "Outlook": "capabilities",
     "Parameters": "protocols",
+    "ParameterMoments": "adam_state",
     "ParameterView": "space",
     "Plan": "plans",
     "Point": "study",
@@ -234,9 +244,11 @@ _EXPORTS = {
     "SpanBlock": "blocks",
     "SpecError": "errors",
     "SharingInverse": "capabilities",
+    "SidedSource": "capabilities",
     "SpectralInverse": "capabilities",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
+    "StatefulSource": "capabilities",
     "Store": "store",
     "StoreError": "errors",
     "Study": "study",
@@ -282,6 +294,8 @@ _EXPORTS = {
     "parse_bytes": "memory",
     "pick_entries": "blocks",
     "share": "blocks",
+    "sides_differ": "capabilities",
+    "source_needs": "capabilities",
     "square_sum": "moments",
     "squared_error": "shipped_losses",
     "take": "batch",

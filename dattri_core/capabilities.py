@@ -75,6 +75,54 @@ class DataSource(Source, Protocol):
 
 
 @runtime_checkable
+class StatefulSource(Source, Protocol):
+    """A source whose rows know more of a checkpoint than its weights."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what it asks of every checkpoint: of ``{"optimiser"}``, the state of Adam."""
+        ...
+
+
+@runtime_checkable
+class SidedSource(Source, Protocol):
+    """A source whose train rows are of another kind than its test rows, such as steps of Adam.
+
+    No train row can then stand for a query: what an example is to itself takes a row of each kind.
+    """
+
+    @property
+    def sides_differ(self) -> bool:
+        """Return whether they are."""
+        ...
+
+
+@runtime_checkable
+class HoldingSource(BoundSource, Protocol):
+    """A source at one checkpoint that keeps more than weights, and works on formed rows."""
+
+    @property
+    def held(self) -> int:
+        """Return the bytes that it keeps beside the model, such as moments of its parameters."""
+        ...
+
+    @property
+    def beside(self) -> int:
+        """Return how many formed rows of a block are alive beside a row while it is made."""
+        ...
+
+
+def source_needs(source: Source) -> frozenset[str]:
+    """Return what a source asks of every checkpoint."""
+    return source.needs if isinstance(source, StatefulSource) else frozenset()
+
+
+def sides_differ(source: Source) -> bool:
+    """Return whether train rows of a source are of another kind than its test rows."""
+    return isinstance(source, SidedSource) and source.sides_differ
+
+
+@runtime_checkable
 class ReportingSource(BoundSource, Protocol):
     """A source at one checkpoint that has something to report, in ``provenance["source"]``."""
 

@@ -78,8 +78,7 @@ class FittedMethod:
     ) -> FittedMethod:
         """Check everything that can be checked, then fit the first checkpoint (unless ``lazy``)."""
         examples = Examples.of(train, "train")
-        for checkpoint in task.checkpoints:
-            checkpoint.check(task.model)
+        method.check_checkpoints(task)
         given = task.reference
         fitted = FittedMethod(
             method=method,
@@ -232,11 +231,7 @@ class FittedMethod:
         For a gradient method this is ``<A g_i, B g_i>``; large values mark examples that only they
         themselves explain, such as wrong labels (Koh and Liang 2017, section 5.4).
         """
-        if self.method.scorer.locality != "tile":
-            raise SpecError(
-                f"self-influence: the scorer {assemble.name_of(self.method.scorer)!r} sees a whole "
-                "column of train rows at once and gives no score of an example for itself"
-            )
+        self.method.check_self_influence()
         first = self._fit(self._first())
         self._require_same_weights(first)
         batch = self._batch(first)
@@ -465,7 +460,7 @@ class FittedMethod:
     def _provenance(self, fitted: Fitted, test: Examples, request: Request) -> dict[str, Any]:
         asked = task_of(fitted.chain.source, self.task)
         target = asked.target
-        weights = {id(c.source): c.fingerprint(self.task.model) for c in self.task.checkpoints}
+        weights = {c.origin: c.fingerprint(self.task.model) for c in self.task.checkpoints}
         return {
             "method": self.method.to_spec(),
             "n_train": len(self.train),
@@ -478,7 +473,7 @@ class FittedMethod:
             "checkpoints": [c.name for c in self.checkpoints],
             "learning_rates": [c.learning_rate for c in self.checkpoints],
             "parameters": list(self.task.parameter_names),
-            "weights": [weights[id(c.source)] for c in self.checkpoints],
+            "weights": [weights[c.origin] for c in self.checkpoints],
             "space": fitted.chain.source.space.fingerprint,
             "train": self.train.fingerprint,
             "test": test.fingerprint,

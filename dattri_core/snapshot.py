@@ -13,6 +13,7 @@ from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, move, take
 from dattri_core.capabilities import (
     DataSource,
+    HoldingSource,
     Outlook,
     RehearsedSource,
     ReportingSource,
@@ -197,7 +198,10 @@ def fit_checkpoint(
     given: BoundSource = bound
     data, rows = examples, raw
     said: tuple[str, ...] = ()
-    held = 0
+    held = own = 0
+    if isinstance(bound, HoldingSource):
+        own = bound.held
+        activations += bound.beside * _largest(raw, formed=True)
     if front:
         given = projected = Projected(bound, front)
         rows = projected.mapped(raw)
@@ -264,7 +268,10 @@ def fit_checkpoint(
         chain = attrs.evolve(chain, steps=(*chain.steps, step))
     dtype = torch.promote_types(rows.dtype, torch.float32)
     mixed = any(not step.blockwise for step in front)
-    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said, held)
+    if own:
+        said = (*said, f"source            {format_bytes(own)} kept beside the model")
+    row = rows.take(slice(0, 1))
+    outline = Outline(tuple(outlooks), row, activations, work, mixed, said, held + own)
     reported = dict(bound.stats) if isinstance(bound, ReportingSource) else {}
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
 

@@ -67,6 +67,8 @@ ORDER = [
     "shipped_losses",
     "state_files",
     "adapters",
+    "optimiser_files",
+    "adam_state",
     "checkpoint",
     "task",
     "experiment",
