@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dattri_core.batch import Batch, join, take
+from dattri_core.capabilities import sides_differ
 from dattri_core.checkpoint import Checkpoint, TrainingStep
 from dattri_core.dampings import damping_path
 from dattri_core.errors import ConvergenceWarning, SpecError
@@ -184,6 +185,8 @@ def _made_of_parts(bench: MethodBench) -> str | None:
 def _fits(bench: MethodBench) -> str | None:
     if not hasattr(bench.part, "fit"):
         return "it cannot be fitted apart from a test set"
+    if sides_differ(bench.part.source):
+        return "its train rows are of another kind than its test rows: none is its own query"
     column = bench.part.scorer.locality == "column"
     return "its scorer sees whole columns: no score of an example for itself" if column else None
 
