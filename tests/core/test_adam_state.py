@@ -170,7 +170,7 @@ def test_a_task_looks_at_shapes_before_any_work(tmp_path):
     wider = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 3))
     for state in (path, AdamState.of(optimizer, model)):
         task = Task(wider, "squared-error", optimisers=[state])
-        with pytest.raises(InputError, match="fit the shapes|have shape"):
+        with pytest.raises(InputError, match=r"fit the shapes|have shape"):
             task.checkpoints[0].check(wider)
 
 

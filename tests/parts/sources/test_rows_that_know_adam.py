@@ -157,30 +157,32 @@ def test_trackstar_takes_normalised_rows_by_one_word():
     assert (got - want).abs().max() <= 1e-8
 
 
-def test_squares_that_half_precision_does_not_hold_are_held():
+@pytest.mark.parametrize("inner", ["per-example", "functional"])
+def test_squares_that_half_precision_does_not_hold_are_held(inner):
+    inner = dattri.default_registry().make("source", inner)
     model = nn.Linear(3, 2).half()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape))
     moments = {
         name: ParameterMoments(
-            torch.full(p.shape, 1e-5), torch.full(p.shape, 1e-9), 5, (0.9, 0.99), 1e-8
+            torch.full(p.shape, 1e-5), torch.full(p.shape, 1e-11), 5, (0.9, 0.99), 1e-8
         )
         for name, p in model.named_parameters()
     }
-    inputs = torch.tensor([[1e-3, -2e-3, 5e-4], [3e-3, 1e-3, -1e-3]])
+    inputs = torch.tensor([[1e-4, -2e-4, 9e-5], [3e-4, 1e-4, -1e-4]])
     batch = (inputs.half(), torch.tensor([0, 1]))
     rows = {}
     for dtype in (torch.float16, torch.float64):
         task = Task(model.to(dtype), optimisers=AdamState(moments), parameters="weight")
         there = tuple(x.to(dtype) if x.is_floating_point() else x for x in batch)
-        for source in (AdamUpdate(), SecondMomentNormalised()):
+        for source in (AdamUpdate(inner), SecondMomentNormalised(inner)):
             rows[dtype, type(source)] = flat_of(
                 source.bind(task, task.checkpoints[0], there), there
             )
     for source in (AdamUpdate, SecondMomentNormalised):
         exact = rows[torch.float64, source]
-        assert (rows[torch.float16, source] - exact).abs().max() <= 5e-3 * exact.abs().max()
+        assert (rows[torch.float16, source] - exact).abs().max() <= 1e-2 * exact.abs().max()
 
 
 def test_members_of_a_dropout_ensemble_step_too():
@@ -195,7 +197,7 @@ def test_members_of_a_dropout_ensemble_step_too():
 
 
 def test_other_moments_are_other_rows_to_all_that_keeps_them(tmp_path):
-    model, optimizer, task = setting()
+    model, _, task = setting()
     made = dattri.method("less", dim=64)
     before = made.attribute(task, TRAIN, TEST, store=tmp_path / "rows")
     states = dict(task.checkpoints[0].optimiser.source)
@@ -210,7 +212,7 @@ def test_other_moments_are_other_rows_to_all_that_keeps_them(tmp_path):
     after = made.attribute(other, TRAIN, TEST)
     assert before.provenance["weights"] != after.provenance["weights"]
     assert not torch.allclose(before.values, after.values)
-    with pytest.raises(dattri.StoreError):
+    with pytest.raises(dattri.StoreError, match="weights"):
         made.attribute(other, TRAIN, TEST, store=tmp_path / "rows")
     plain = Task(model, checkpoints=[model.state_dict()])
     assert before.provenance["weights"] != [plain.checkpoints[0].fingerprint(model)]
@@ -301,8 +303,34 @@ def test_a_parameter_that_was_never_updated_is_refused_by_name(method):
     task = Task(model, learning_rates=[1.0], optimisers=state, reference=TEST)
     with pytest.raises(dattri.InputError, match=r"no moments of \['gain'\].*parameters='!gain'"):
         made.attribute(task, TRAIN, TEST)
+    source = AdamUpdate() if method == "less" else SecondMomentNormalised()
+    with pytest.raises(dattri.InputError, match=r"no moments of \['gain'\]"):
+        bound(source, task)
     left = Task(model, learning_rates=[1.0], optimisers=state, reference=TEST, parameters="!gain")
     assert torch.isfinite(made.attribute(left, TRAIN, TEST).values).all()
+
+
+def test_moments_of_the_last_checkpoint_are_looked_at_before_the_first_is():
+    task, kept = of_two()
+    calls = []
+
+    def counted(model, batch):
+        calls.append(1)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    whole = AdamState.of(kept[1][1], kept[1][0]).load(kept[1][0])
+    short = AdamState({name: own for name, own in whole.items() if name != "gain"})
+    states = [task.checkpoints[0].optimiser, short]
+    wrong = Task(
+        tied(),
+        counted,
+        checkpoints=[model.state_dict() for model, _ in kept],
+        learning_rates=[0.3, 0.1],
+        optimisers=states,
+    )
+    with pytest.raises(dattri.InputError, match=r"no moments of \['gain'\]"):
+        dattri.method("less").attribute(wrong, TRAIN, TEST)
+    assert not calls
 
 
 @pytest.mark.parametrize("source", ["adam-update", "second-moment-normalised"])
@@ -357,4 +385,4 @@ def test_the_laws_are_met(source):
 def test_mean_loss_is_the_loss_of_the_task():
     model, _, task = setting()
     values = task.loss.criterion(model(TRAIN[0]), TRAIN)
-    assert float(mean_loss(model, TRAIN)) == pytest.approx(float(values.mean()), rel=1e-12)
+    assert (mean_loss(model, TRAIN) - values.mean()).abs() <= EXACT
