@@ -17,7 +17,14 @@ from generating.results import benchmark_rows, measured_rows
 FAMILIES = {
     "Influence functions": ("if-", "relatif-"),
     "Influence in a sketch": ("logra", "grass", "factgrass", "trak"),
-    "Gradient products and along training": ("grad-dot", "grad-cos", "tracin", "dvemb", "source"),
+    "Gradient products and along training": (
+        "grad-dot",
+        "grad-cos",
+        "tracin",
+        "less",
+        "dvemb",
+        "source",
+    ),
     "Features, neighbours, representer points": ("embedding-", "knn-", "rps-"),
     "By training again": (
         "leave-one-out",

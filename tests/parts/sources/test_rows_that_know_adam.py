@@ -21,7 +21,17 @@ from oracles.adam import (
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import AdamState, ParameterMoments, SpecError, Task
+from dattri_core import (
+    AdamState,
+    HoldingSource,
+    ParameterMoments,
+    SidedSource,
+    SpecError,
+    StatefulSource,
+    Task,
+    sides_differ,
+    source_needs,
+)
 from dattri_core.laws import check
 from dattri_core.laws.sources import flat_of
 
@@ -380,6 +390,27 @@ def test_the_laws_are_met(source):
     kind = isinstance(source, AdamUpdate)
     assert status["sides-that-differ-show"] == ("passed" if kind else "skipped")
     assert status["both-sides-are-one-source"] == ("skipped" if kind else "passed")
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "differ"),
+    [
+        ("adam-update", {"optimiser"}, True),
+        ("second-moment-normalised", {"optimiser"}, False),
+        ("dropout-ensemble", set(), False),
+        ("per-example", set(), False),
+    ],
+)
+def test_sources_say_what_they_need_and_whether_their_sides_differ(name, needs, differ):
+    source = dattri.default_registry().make("source", name)
+    assert source_needs(source) == needs
+    assert sides_differ(source) is differ
+    assert isinstance(source, StatefulSource) or not needs
+    assert isinstance(source, SidedSource) or not differ
+    if needs:
+        there = bound(source, setting()[2])
+        assert isinstance(there, HoldingSource)
+        assert (there.held > 0, there.beside > 0) == (True, True)
 
 
 def test_mean_loss_is_the_loss_of_the_task():
