@@ -200,7 +200,7 @@ class AdamState:
         require_adam(self._label, list(held.values()), groups)
         names = names_of(self._label, held, groups, model, self.names)
         return {
-            names[int(number)]: _moments(held[number], group)
+            names[number]: _moments(held[number], group)
             for group in groups
             for number in group["params"]
             if held.get(number)

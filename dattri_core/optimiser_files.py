@@ -28,8 +28,8 @@ Shape = tuple[int, ...]
 Groups = Sequence[Mapping[str, Any]]
 
 
-def read_optimiser(path: Path) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
-    """Return what a file holds of each number, and the groups; never a pickle of code.
+def read_optimiser(path: Path) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
+    """Return what a file holds of each number or name, and the groups; never a pickle of code.
 
     Numbers of large files stay on disk until they are used.
 
@@ -80,16 +80,17 @@ def require_adam(label: str, held: Sequence[Mapping[str, Any]], groups: Groups) 
 
 def names_of(
     label: str,
-    held: Mapping[int, Mapping[str, Any]],
+    held: Mapping[Any, Mapping[str, Any]],
     groups: Groups,
     model: nn.Module,
     given: Sequence[str] | None,
-) -> dict[int, str]:
+) -> dict[Any, str]:
     """Return the model's name of each of the numbers that an optimiser gives its parameters.
 
     An optimiser numbers parameters group after group, and a group holds them in the order of the
     model: so the Trainer of Hugging Face makes one of those with weight decay and one of those
-    without. Which parameter is in which group is what the shapes leave open in one way alone.
+    without. Which parameter is in which group is what the shapes leave open in one way alone. Of
+    sharded training the whole state has names in place of numbers.
 
     Args:
         label: What messages call the state.
@@ -101,8 +102,10 @@ def names_of(
     Raises:
         InputError: The names cannot be told, or do not fit.
     """
-    numbers = [[int(n) for n in group["params"]] for group in groups]
+    numbers = [list(group["params"]) for group in groups]
     flat = [n for group in numbers for n in group]
+    if flat and all(isinstance(n, str) for n in flat):
+        return {n: n for n in flat}
     if given is None and all("param_names" in group for group in groups):
         given = [name for group in groups for name in group["param_names"]]
     if given is not None:
@@ -125,7 +128,7 @@ def names_of(
             "optimizer.param_groups for parameter in group['params'] for name, own in "
             "model.named_parameters() if own is parameter]"
         )
-    names: dict[int, str] = {}
+    names: dict[Any, str] = {}
     taken = [0] * len(numbers)
     for name, group in zip(pool, ways[0], strict=True):
         names[numbers[group][taken[group]]] = name

@@ -151,6 +151,19 @@ def test_an_optimiser_that_kept_names_needs_no_shapes(tmp_path):
     same(AdamState(path).load(model), AdamState.of(optimizer, model).load(model))
 
 
+def test_a_state_by_names_needs_no_numbers(tmp_path):
+    model, optimizer = square(groups=halves)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [
+        {**group, "params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    state = {names[id(p)]: own for p, own in optimizer.state.items()}
+    torch.save({"state": state, "param_groups": groups}, tmp_path / "whole.pt")
+    found = AdamState(tmp_path / "whole.pt").load(model)
+    same(found, AdamState.of(optimizer, model).load(model))
+
+
 def test_shapes_of_another_model_are_refused(tmp_path):
     model, optimizer = square()
     path = saved(optimizer, tmp_path / "optimizer.pt")

@@ -61,7 +61,7 @@ class AdamUpdate:
     example is to itself takes a row of each kind, so self-influence is refused.
 
     Source: Xia et al. 2024, LESS: Selecting Influential Data for Targeted Instruction Tuning,
-    section 2.2 (arXiv 2402.04333); Kingma and Ba 2015, algorithm 1 (arXiv 1412.6980), from whose
+    section 3 (arXiv 2402.04333); Kingma and Ba 2015, algorithm 1 (arXiv 1412.6980), from whose
     bias correction and epsilon outside of the root the code of LESS departs.
 
     Args:
