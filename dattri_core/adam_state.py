@@ -76,6 +76,13 @@ class AdamState:
     def of(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
         """Return the moments that an optimiser holds now, copied; parameters match by identity.
 
+        Args:
+            optimizer: A ``torch.optim.Adam`` or ``AdamW``, as it is or wrapped by Accelerate.
+            model: Whose parameters it optimises; a tied weight has the first of its names.
+
+        Returns:
+            The state of all parameters that it has updated.
+
         Raises:
             InputError: It is another optimiser than Adam or AdamW, or optimises another model.
         """
@@ -136,6 +143,10 @@ class AdamState:
         Args:
             model: The model.
             updated: As in `check`.
+
+        Returns:
+            m, v, t, betas and epsilon of every parameter that has been updated, each moment of the
+            shape of its parameter, on the device where it was.
 
         Raises:
             InputError, StoreError: As `check`.

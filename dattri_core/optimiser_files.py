@@ -99,6 +99,9 @@ def names_of(
         model: Whose parameters they are.
         given: Their names in the order of the numbers, where the user says so.
 
+    Returns:
+        The name of every number, also of those of which nothing is kept.
+
     Raises:
         InputError: The names cannot be told, or do not fit.
     """
