@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dattri_core.adam_state import AdamState as AdamState
+    from dattri_core.adam_state import ParameterMoments as ParameterMoments
     from dattri_core.assemble import describe_part as describe_part
     from dattri_core.atomic import atomic_file as atomic_file
     from dattri_core.atomic import discard_leftovers as discard_leftovers
@@ -32,24 +34,18 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import BilinearScorer as BilinearScorer
     from dattri_core.capabilities import ByUse as ByUse
     from dattri_core.capabilities import DataProjector as DataProjector
-    from dattri_core.capabilities import DataSource as DataSource
     from dattri_core.capabilities import EachOperator as EachOperator
     from dattri_core.capabilities import EachProblem as EachProblem
-    from dattri_core.capabilities import EnsembleSource as EnsembleSource
     from dattri_core.capabilities import IndexedRows as IndexedRows
     from dattri_core.capabilities import InverseRoot as InverseRoot
     from dattri_core.capabilities import KeepingFits as KeepingFits
     from dattri_core.capabilities import LeverageInverse as LeverageInverse
     from dattri_core.capabilities import ModelProblem as ModelProblem
-    from dattri_core.capabilities import MovableSource as MovableSource
     from dattri_core.capabilities import Outlook as Outlook
-    from dattri_core.capabilities import OutputSource as OutputSource
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
-    from dattri_core.capabilities import RehearsedSource as RehearsedSource
-    from dattri_core.capabilities import ReportingSource as ReportingSource
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
@@ -143,6 +139,17 @@ if TYPE_CHECKING:
     from dattri_core.shipped_losses import margin as margin
     from dattri_core.shipped_losses import squared_error as squared_error
     from dattri_core.shipped_losses import token_cross_entropy as token_cross_entropy
+    from dattri_core.source_capabilities import DataSource as DataSource
+    from dattri_core.source_capabilities import EnsembleSource as EnsembleSource
+    from dattri_core.source_capabilities import HoldingSource as HoldingSource
+    from dattri_core.source_capabilities import MovableSource as MovableSource
+    from dattri_core.source_capabilities import OutputSource as OutputSource
+    from dattri_core.source_capabilities import RehearsedSource as RehearsedSource
+    from dattri_core.source_capabilities import ReportingSource as ReportingSource
+    from dattri_core.source_capabilities import SidedSource as SidedSource
+    from dattri_core.source_capabilities import StatefulSource as StatefulSource
+    from dattri_core.source_capabilities import sides_differ as sides_differ
+    from dattri_core.source_capabilities import source_needs as source_needs
     from dattri_core.space import BlockSpec as BlockSpec
     from dattri_core.space import ParameterView as ParameterView
     from dattri_core.space import Space as Space
@@ -159,6 +166,7 @@ if TYPE_CHECKING:
 
 # Name -> module. Looked up on first use, so that listing plugins imports no torch.
 _EXPORTS = {
+    "AdamState": "adam_state",
     "AdditiveMap": "capabilities",
     "BilinearScorer": "capabilities",
     "Attributor": "protocols",
@@ -173,13 +181,13 @@ _EXPORTS = {
     "CurvatureKind": "protocols",
     "Damping": "protocols",
     "DataProjector": "capabilities",
-    "DataSource": "capabilities",
+    "DataSource": "source_capabilities",
     "DattriError": "errors",
     "DenseBlock": "blocks",
     "DenseOperator": "protocols",
     "EachOperator": "capabilities",
     "EachProblem": "capabilities",
-    "EnsembleSource": "capabilities",
+    "EnsembleSource": "source_capabilities",
     "Evaluator": "evaluate",
     "Examples": "stream",
     "Extreme": "top",
@@ -190,6 +198,7 @@ _EXPORTS = {
     "FoldState": "protocols",
     "FunctionalLoss": "losses",
     "GroupedBlock": "blocks",
+    "HoldingSource": "source_capabilities",
     "InputError": "errors",
     "Inverse": "protocols",
     "InverseHessian": "protocols",
@@ -202,14 +211,15 @@ _EXPORTS = {
     "MemoryBudgetError": "errors",
     "Method": "methods",
     "ModelProblem": "capabilities",
-    "MovableSource": "capabilities",
+    "MovableSource": "source_capabilities",
     "NumericsError": "errors",
     "OneHot": "blocks",
     "Operator": "protocols",
     "OuterBlock": "blocks",
-    "OutputSource": "capabilities",
+    "OutputSource": "source_capabilities",
     "Outlook": "capabilities",
     "Parameters": "protocols",
+    "ParameterMoments": "adam_state",
     "ParameterView": "space",
     "Plan": "plans",
     "Point": "study",
@@ -222,8 +232,8 @@ _EXPORTS = {
     "ReducingSolver": "capabilities",
     "ReferencedProblem": "capabilities",
     "Registry": "registry",
-    "RehearsedSource": "capabilities",
-    "ReportingSource": "capabilities",
+    "RehearsedSource": "source_capabilities",
+    "ReportingSource": "source_capabilities",
     "RootSolver": "capabilities",
     "RowKind": "protocols",
     "Role": "protocols",
@@ -244,9 +254,11 @@ _EXPORTS = {
     "SpanBlock": "blocks",
     "SpecError": "errors",
     "SharingInverse": "capabilities",
+    "SidedSource": "source_capabilities",
     "SpectralInverse": "capabilities",
     "SpectralOperator": "capabilities",
     "SplitInverse": "capabilities",
+    "StatefulSource": "source_capabilities",
     "Store": "store",
     "StoreError": "errors",
     "Study": "study",
@@ -295,6 +307,8 @@ _EXPORTS = {
     "parse_bytes": "memory",
     "pick_entries": "blocks",
     "share": "blocks",
+    "sides_differ": "source_capabilities",
+    "source_needs": "source_capabilities",
     "square_sum": "moments",
     "squared_error": "shipped_losses",
     "take": "batch",

@@ -1,4 +1,7 @@
-"""Protocols of what some parts can do besides: each is found by its methods, never by a class."""
+"""Protocols of what some parts can do besides: each is found by its methods, never by a class.
+
+Those of sources are in `source_capabilities`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core.blocks import Block
 from dattri_core.protocols import (
-    BoundSource,
     CurvatureKind,
     Damping,
     Inverse,
@@ -21,90 +22,10 @@ from dattri_core.protocols import (
     Projector,
     RandomStream,
     Scorer,
-    Sink,
     Solver,
-    Source,
 )
 from dattri_core.rows import Rows
 from dattri_core.space import Space
-
-
-@runtime_checkable
-class OutputSource(BoundSource, Protocol):
-    """A source that pulls any direction in the model's outputs back to the parameters.
-
-    Rows of drawn labels and of the GGN's factor are made with it.
-    """
-
-    def pull(self, batch: Any, cotangent: Callable[[Tensor], Tensor], sink: Sink) -> None:
-        """Hand each block of the rows J_b^T u_b to ``sink(name, block)``, as `stream` does.
-
-        J_b is the Jacobian of the outputs of ``task.loss.forward`` at example b, and
-        ``u = cotangent(outputs)``, ``[B, ...]`` like the outputs, is held constant. With the slope
-        of the criterion as u they are the rows of the loss.
-        """
-        ...
-
-
-@runtime_checkable
-class EnsembleSource(Source, Protocol):
-    """A source that makes several networks of one checkpoint; a fold sees each as a checkpoint.
-
-    `bind` is given checkpoints whose ``member`` counts from 0 to ``members`` - 1.
-    """
-
-    @property
-    def members(self) -> int:
-        """Return how many networks it makes of each checkpoint."""
-        ...
-
-
-@runtime_checkable
-class DataSource(Source, Protocol):
-    """A source that is fitted on the train set before it gives rows, such as a refitted layer.
-
-    The engine calls `fit` in place of `bind`, which raises a `SpecError`: a source around another
-    one has a few examples only, and rows fitted to those would be other rows.
-    """
-
-    def fit(self, task: Any, checkpoint: Any, examples: Any, memory: int) -> BoundSource:
-        """Fix the source to one checkpoint and the whole train set.
-
-        For a plan ``examples`` are a few of the train set: the space is the same.
-        """
-        ...
-
-
-@runtime_checkable
-class ReportingSource(BoundSource, Protocol):
-    """A source at one checkpoint that has something to report, in ``provenance["source"]``."""
-
-    @property
-    def stats(self) -> Mapping[str, float]:
-        """Return what its fit reached: iterations, the norm of a gradient..."""
-        ...
-
-
-@runtime_checkable
-class RehearsedSource(BoundSource, Protocol):
-    """A source at one checkpoint that made the train rows of its sample when it was bound."""
-
-    def first_rows(self) -> Mapping[str, Block] | None:
-        """Return the blocks of these rows and forget them; None where they are gone."""
-        ...
-
-
-@runtime_checkable
-class MovableSource(Source, Protocol):
-    """A source that can be taken from one checkpoint to other weights of the same model.
-
-    What it learnt of the model when it was bound holds at any weights, so that the many checkpoints
-    of a run need not all be looked at.
-    """
-
-    def move(self, bound: Any, checkpoint: Any) -> BoundSource:
-        """Return what `bind` gives at another checkpoint, from what it gave at one."""
-        ...
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from dattri_core.adam_state import AdamState
 from dattri_core.adapters import adapter_names, is_adapter, require_same_adapter
 from dattri_core.batch import raw_bytes
 from dattri_core.errors import InputError
@@ -61,12 +62,28 @@ class Checkpoint:
     hooks: Mapping[str, ForwardHook] = field(factory=dict, repr=False)
     """By module name, of this network; on the model while it is evaluated and at no other time."""
     step: TrainingStep | None = field(default=None, repr=False)  # from here on, where recorded
+    optimiser: AdamState | None = field(default=None, repr=False)  # where rows are to know it
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Return a key of what members of a checkpoint share: its weights and its optimiser."""
+        return id(self.source), id(self.optimiser)
 
     def fingerprint(self, model: nn.Module) -> str:
         """Return a hash of the weights: of the file's bytes, or of names and numbers.
 
-        Of an adapter's weights it is that of the model's others as well.
+        Of an adapter's weights it is that of the model's others as well, and where the state of the
+        optimiser is known that of its moments: other moments are other rows.
         """
+        return self.with_optimiser(self._weights(model))
+
+    def with_optimiser(self, weights: str) -> str:
+        """Return a hash of weights, given theirs, and of the state of the optimiser."""
+        if self.optimiser is None:
+            return weights
+        return hashlib.sha256(f"{weights}{self.optimiser.fingerprint}".encode()).hexdigest()
+
+    def _weights(self, model: nn.Module) -> str:
         own, source = own_tensors(model), self.source
         if source is None:
             return state_fingerprint(own)
@@ -81,8 +98,15 @@ class Checkpoint:
         base = {name: tensor for name, tensor in own.items() if name not in given}
         return hashlib.sha256(f"{said}{state_fingerprint(base)}".encode()).hexdigest()
 
-    def check(self, model: nn.Module) -> None:
-        """Compare names and shapes with the model's, without loading the numbers where possible."""
+    def check(self, model: nn.Module, updated: Sequence[str] = ()) -> None:
+        """Compare names and shapes with the model's, without loading the numbers where possible.
+
+        Args:
+            model: The model.
+            updated: Parameters of which the optimiser must hold moments.
+        """
+        if self.optimiser is not None:
+            self.optimiser.check(model, updated)
         if self.source is None:
             return
         if isinstance(self.source, Path):
@@ -141,12 +165,13 @@ class Checkpoint:
 def checkpoints_of(
     source: CheckpointSource | Sequence[CheckpointSource],
     learning_rates: Sequence[float] | None,
+    optimisers: Any = None,
 ) -> tuple[Checkpoint, ...]:
     """Return the checkpoints that a path, pattern, folder, state dict or list of them names."""
     named: list[tuple[str, Path | StateDict | None]] = []
     items: Sequence[Any] = source if _is_sequence(source) else [source]  # type: ignore[assignment]
     if items and all(isinstance(item, Checkpoint) for item in items):
-        return _as_given(items, learning_rates)
+        return _with_optimisers(_as_given(items, learning_rates), optimisers)
     for item in items:
         named.extend(_expand(item, len(named)))
     if learning_rates is not None and len(learning_rates) != len(named):
@@ -159,10 +184,24 @@ def checkpoints_of(
             "checkpoints: got an empty list; give at least one, or None for the weights now"
         )
     rates: Sequence[float | None] = learning_rates or [None] * len(named)
-    return tuple(
+    found = tuple(
         Checkpoint(name, position, len(named), rate, state)
         for position, ((name, state), rate) in enumerate(zip(named, rates, strict=True))
     )
+    return _with_optimisers(found, optimisers)
+
+
+def _with_optimisers(checkpoints: tuple[Checkpoint, ...], given: Any) -> tuple[Checkpoint, ...]:
+    """Return checkpoints that know the state of the optimiser, where it is given."""
+    if given is None:
+        return checkpoints
+    states = given if _is_sequence(given) else [given]
+    if len(states) != len(checkpoints):
+        raise InputError(
+            f"optimisers: got {len(states)} for {len(checkpoints)} checkpoints; give one for each"
+        )
+    made = [s if isinstance(s, AdamState) else AdamState(s) for s in states]
+    return tuple(evolve(c, optimiser=s) for c, s in zip(checkpoints, made, strict=True))
 
 
 def _as_given(

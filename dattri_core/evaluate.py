@@ -93,8 +93,8 @@ class Evaluator:
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of the weights in use."""
-        return state_fingerprint(self.state)
+        """Return a hash of the weights in use, and of the optimiser's state where it is known."""
+        return self.checkpoint.with_optimiser(state_fingerprint(self.state))
 
     @property
     def dtype(self) -> torch.dtype:

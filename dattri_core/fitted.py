@@ -80,8 +80,7 @@ class FittedMethod:
     ) -> FittedMethod:
         """Check everything that can be checked, then fit the first checkpoint (unless ``lazy``)."""
         examples = Examples.of(train, "train")
-        for checkpoint in task.checkpoints:
-            checkpoint.check(task.model)
+        method.check_checkpoints(task)
         given = task.reference
         fitted = FittedMethod(
             method=method,
@@ -235,11 +234,7 @@ class FittedMethod:
         For a gradient method this is ``<A g_i, B g_i>``; large values mark examples that only they
         themselves explain, such as wrong labels (Koh and Liang 2017, section 5.4).
         """
-        if self.method.scorer.locality != "tile":
-            raise SpecError(
-                f"self-influence: the scorer {assemble.name_of(self.method.scorer)!r} sees a whole "
-                "column of train rows at once and gives no score of an example for itself"
-            )
+        self.method.check_self_influence()
         first = self._fit(self._first())
         self._require_same_weights(first)
         batch = self._batch(first)
@@ -410,6 +405,7 @@ class FittedMethod:
         provenance = provenance_of(
             self.method,
             self.task,
+            self.checkpoints,
             first,
             self.train,
             test,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from attrs import evolve
 
-from dattri_core.capabilities import EnsembleSource
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.protocols import Source
+from dattri_core.source_capabilities import EnsembleSource
 
 
 def expand_checkpoints(source: Source, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:

@@ -17,6 +17,7 @@ from dattri_core.plans import Plan
 from dattri_core.protocols import MEASURED, Fold, InverseHessian, Projector, Scorer, Source
 from dattri_core.row_kinds import KIND_OF_NEED, require_kind
 from dattri_core.scores import Scores
+from dattri_core.source_capabilities import sides_differ, source_needs
 from dattri_core.space import Space
 from dattri_core.stages import Stage, check_stages, example_space, is_two_sided
 from dattri_core.store import Store
@@ -127,10 +128,40 @@ class Method:
                 "side with its root only; use form='one-sided', or the scorer 'relatif' with "
                 "form='l', which both forms serve"
             )
+        if self.scorer.needs & {"self-influence", "inverse-norm"}:
+            self._check_sides(f"the scorer {assemble.name_of(self.scorer)!r}")
         self._check_weight()
         check_stages(self.chain, space or example_space())
         if task is not None:
             self._check_task(task)
+
+    def check_checkpoints(self, task: Task) -> None:
+        """Compare the checkpoints of a task with its model: names and shapes, before any work.
+
+        Raises:
+            InputError, StoreError: Weights, or moments that the source needs, do not fit it.
+        """
+        updated = task.parameter_names if "optimiser" in source_needs(self.source) else ()
+        for checkpoint in task.checkpoints:
+            checkpoint.check(task.model, updated)
+
+    def check_self_influence(self) -> None:
+        """Raise `SpecError` where no score of an example for itself can be read off train rows."""
+        if self.scorer.locality != "tile":
+            raise SpecError(
+                f"self-influence: the scorer {assemble.name_of(self.scorer)!r} sees a whole "
+                "column of train rows at once and gives no score of an example for itself"
+            )
+        self._check_sides("self-influence")
+
+    def _check_sides(self, what: str) -> None:
+        if sides_differ(self.source):
+            raise SpecError(
+                f"method: {what} takes train rows for queries, and those of the source "
+                f"{assemble.name_of(self.source)!r} are of another kind than its test rows; give "
+                "the train examples as test examples, attribute(train).values.diagonal(), or use "
+                "the scorer 'cosine'"
+            )
 
     def _check_weight(self) -> None:
         weighs = isinstance(self.scorer, WeighingScorer) and self.scorer.weighs
@@ -161,6 +192,15 @@ class Method:
                     f"method: the fold {assemble.name_of(self.fold)!r} weighs checkpoints by their "
                     f"learning rates, and {lacking} have none; give "
                     "Task(..., checkpoints=[...], learning_rates=[...]), or the fold 'mean'"
+                )
+        if "optimiser" in source_needs(self.source):
+            lacking = [c.name for c in task.checkpoints if c.optimiser is None]
+            if lacking:
+                raise SpecError(
+                    f"method: the rows of the source {assemble.name_of(self.source)!r} are made "
+                    f"with the state of the optimiser, and {lacking} have none; give Task(..., "
+                    "checkpoints=[...], optimisers=[...]), an AdamState.of(optimizer, model) or "
+                    "the path of a file for each, or use the source 'per-example'"
                 )
         needs = {need for s in self.chain if not isinstance(s, Projector) for need in s.needs}
         if "ggn-product" in needs and not task.splits_loss:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dattri_core import __version__, assemble
+from dattri_core.checkpoint import Checkpoint
 from dattri_core.origins import origins_of
 from dattri_core.requests import Request
 from dattri_core.snapshot import Fitted, task_of
@@ -19,6 +21,7 @@ from dattri_core.task import Task
 def provenance_of(
     method: Any,
     task: Task,
+    checkpoints: Sequence[Checkpoint],
     fitted: Fitted,
     train: Examples,
     test: Examples,
@@ -31,7 +34,8 @@ def provenance_of(
     Args:
         method: A `Method`.
         task: Its task.
-        fitted: The first checkpoint.
+        checkpoints: Those of the task, each network that a source makes of one by itself.
+        fitted: The first of them.
         train: The train set.
         test: The test set.
         reference: The reference examples of the task.
@@ -40,7 +44,7 @@ def provenance_of(
     """
     asked = task_of(fitted.chain.source, task)
     target = asked.target
-    weights = {id(c.source): c.fingerprint(task.model) for c in task.checkpoints}
+    weights = {c.origin: c.fingerprint(task.model) for c in task.checkpoints}
     return {
         "method": method.to_spec(),
         "n_train": len(train),
@@ -50,10 +54,10 @@ def provenance_of(
             "name": asked.target_name,
             "higher_is_better": bool(target is not None and target.higher_is_better),
         },
-        "checkpoints": [c.name for c in task.checkpoints],
-        "learning_rates": [c.learning_rate for c in task.checkpoints],
+        "checkpoints": [c.name for c in checkpoints],
+        "learning_rates": [c.learning_rate for c in checkpoints],
         "parameters": list(task.parameter_names),
-        "weights": [weights[id(c.source)] for c in task.checkpoints],
+        "weights": [weights[c.origin] for c in checkpoints],
         "space": fitted.chain.source.space.fingerprint,
         "train": train.fingerprint,
         "test": test.fingerprint,

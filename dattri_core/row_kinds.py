@@ -21,12 +21,12 @@ from attrs import frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, take
-from dattri_core.capabilities import OutputSource
 from dattri_core.criteria import LARGEST_HESSIAN
 from dattri_core.errors import MemoryBudgetError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.losses import Draw, Loss
 from dattri_core.protocols import BoundSource, RandomStream, Role, RowKind, Sink
+from dattri_core.source_capabilities import OutputSource
 from dattri_core.task import Task
 
 KINDS: tuple[RowKind, ...] = ("loss", "fisher", "ggn", "leading")

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, move, take
-from dattri_core.capabilities import (
-    DataSource,
-    Outlook,
-    RehearsedSource,
-    ReportingSource,
-    is_additive,
-)
+from dattri_core.capabilities import Outlook, is_additive
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
@@ -39,6 +33,12 @@ from dattri_core.protocols import (
 )
 from dattri_core.routes import contractions_of, gradient_work, routes_of, streams_through
 from dattri_core.rows import Rows
+from dattri_core.source_capabilities import (
+    DataSource,
+    HoldingSource,
+    RehearsedSource,
+    ReportingSource,
+)
 from dattri_core.space import Space
 from dattri_core.stages import (
     Chain,
@@ -200,7 +200,10 @@ def fit_checkpoint(
     given: BoundSource = bound
     data, rows = examples, raw
     said: tuple[str, ...] = ()
-    held = 0
+    held = own = 0
+    if isinstance(bound, HoldingSource):
+        own = bound.held
+        activations += bound.beside * _largest(raw, formed=True)
     if front:
         given = projected = Projected(bound, front)
         rows = projected.mapped(raw)
@@ -275,7 +278,10 @@ def fit_checkpoint(
         chain = attrs.evolve(chain, steps=(*chain.steps, step))
     dtype = torch.promote_types(rows.dtype, torch.float32)
     mixed = any(not step.blockwise for step in front)
-    outline = Outline(tuple(outlooks), rows.take(slice(0, 1)), activations, work, mixed, said, held)
+    if own:
+        said = (*said, f"source            {format_bytes(own)} kept beside the model")
+    row = rows.take(slice(0, 1))
+    outline = Outline(tuple(outlooks), row, activations, work, mixed, said, held + own)
     reported = dict(bound.stats) if isinstance(bound, ReportingSource) else {}
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
 

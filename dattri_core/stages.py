@@ -417,6 +417,12 @@ def check_stages(stages: Sequence[Stage], space: Space, source: BoundSource | No
             if source is not None:
                 require_outputs(KIND_OF_NEED[need], source)
         products = sorted(need for need in stage.needs if need.endswith("-product"))
+        if products and source is not None and not source.space.covers_parameters:
+            raise SpecError(
+                f"inverse Hessian {_name(stage)}: needs a {products[0]}, and the rows of "
+                f"{type(source).__name__} are not gradients with respect to parameters; use the "
+                "source 'per-example' or 'functional', or a curvature made from rows"
+            )
         if products and lacking:
             raise SpecError(
                 f"inverse Hessian {_name(stage)}: needs a {products[0]} lifted through "

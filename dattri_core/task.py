@@ -37,6 +37,8 @@ class Task:
             whole, in shards with an index, or those of an adapter of a ``PeftModel``. Or a sequence
             of `Checkpoint`, which have learning rates, and the steps taken from them, of their own.
         learning_rates: One for each checkpoint, for methods that weigh checkpoints by it.
+        optimisers: One for each checkpoint, for sources whose rows know the state of Adam: an
+            `AdamState`, or the path of its file.
         parameters: Patterns of parameter names to attribute through (``"fc*"``, ``"*.weight"``);
             one that begins with ``!`` excludes. Frozen parameters never take part.
         reference: Examples like those that will be asked, for curvatures that see both sides
@@ -54,6 +56,7 @@ class Task:
         target: str | Target | None = None,
         checkpoints: Any = None,
         learning_rates: Sequence[float] | None = None,
+        optimisers: Any = None,
         parameters: str | Sequence[str] = "*",
         reference: Any = None,
     ) -> None:
@@ -63,7 +66,9 @@ class Task:
         self.loss = as_loss(loss)
         self.target = as_target(target)
         self.names_loss = target is not None and self.target is None
-        self.checkpoints: tuple[Checkpoint, ...] = checkpoints_of(checkpoints, learning_rates)
+        self.checkpoints: tuple[Checkpoint, ...] = checkpoints_of(
+            checkpoints, learning_rates, optimisers
+        )
         self.parameter_names = select_parameters(model, parameters)
         self.reference = reference
         self.device = _device_of(model)

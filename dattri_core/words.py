@@ -9,6 +9,7 @@ from dattri_core.entries import spell_kind
 from dattri_core.errors import SpecError, nearest
 
 WORDS: dict[str, frozenset[str]] = {
+    "source.needs": frozenset({"optimiser"}),
     "scorer.locality": frozenset({"tile", "column"}),
     "fold.order": frozenset({"forward", "reverse"}),
     "fold.needs": frozenset({"learning-rate", "weight"}),

@@ -10,7 +10,12 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from dattri_core.capabilities import InverseRoot, LeverageInverse, SpectralInverse, SplitInverse
+from dattri_core.capabilities import (
+    InverseRoot,
+    LeverageInverse,
+    SpectralInverse,
+    SplitInverse,
+)
 from dattri_core.errors import SpecError
 from dattri_core.laws.law import (
     NotApplicable,

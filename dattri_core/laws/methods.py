@@ -46,6 +46,7 @@ from dattri_core.laws.worlds import (
 from dattri_core.losses import Target
 from dattri_core.protocols import Damping, InverseHessian, Projector, RandomStream
 from dattri_core.scores import Scores
+from dattri_core.source_capabilities import sides_differ
 from dattri_core.space import Space
 from dattri_core.stages import example_space, needs_data
 from dattri_core.task import Task
@@ -184,6 +185,8 @@ def _made_of_parts(bench: MethodBench) -> str | None:
 def _fits(bench: MethodBench) -> str | None:
     if not hasattr(bench.part, "fit"):
         return "it cannot be fitted apart from a test set"
+    if sides_differ(bench.part.source):
+        return "its train rows are of another kind than its test rows: none is its own query"
     column = bench.part.scorer.locality == "column"
     return "its scorer sees whole columns: no score of an example for itself" if column else None
 

@@ -7,13 +7,13 @@ from attrs import evolve
 
 from dattri_core.batch import take
 from dattri_core.blocks import Block
-from dattri_core.capabilities import DataSource
 from dattri_core.laws.law import NotApplicable, law, require, require_close
 from dattri_core.laws.sources import SourceBench, flat_of, of_the_loss
 from dattri_core.laws.untouched import require_frozen
 from dattri_core.laws.worlds import World, cast, scaled
 from dattri_core.losses import Target
 from dattri_core.protocols import BoundSource, Role
+from dattri_core.source_capabilities import DataSource, sides_differ
 from dattri_core.task import Task
 
 ROLES: tuple[Role, Role] = ("train", "test")
@@ -50,7 +50,17 @@ def sample_does_not_show(bench: SourceBench) -> None:
             require_close(flat_of(again, world.train, role), want, what)
 
 
-@law("source", of_the_loss, _bound)
+def _of_one_kind(bench: SourceBench) -> str | None:
+    differ = sides_differ(bench.part)
+    return "it declares that its train rows are of another kind" if differ else None
+
+
+def _of_two_kinds(bench: SourceBench) -> str | None:
+    differ = sides_differ(bench.part)
+    return None if differ else "it declares no other kind of train rows than of test rows"
+
+
+@law("source", of_the_loss, _bound, _of_one_kind)
 def both_sides_are_one_source(bench: SourceBench) -> None:
     """row_test(z) for the target c loss, less of it better, = row_train(z) for the loss c loss."""
     features = [world for world, _, bound in bench.places() if not bound.space.covers_parameters]
@@ -64,6 +74,23 @@ def both_sides_are_one_source(bench: SourceBench) -> None:
             want = flat_of(bench.bind(trained, world), world.train)
             what = f"rows of {factor:g} times the loss as a target in {world.name}"
             require_close(got, want, what)
+
+
+@law("source", _bound, _of_two_kinds)
+def sides_that_differ_show(bench: SourceBench) -> None:
+    """row_train(z) != row_test(z) for the loss; row_test(z) for c loss = c row_test(z) for loss."""
+    for world, _, bound in bench.places():
+        rows = flat_of(bound, world.train)
+        asked = flat_of(
+            bench.bind(world.task(target=_less_of(world.loss)), world), world.train, "test"
+        )
+        apart = float((rows - asked).abs().max()) > 1e-6 * float(asked.abs().max())
+        require(apart, f"train rows in {world.name} are its test rows: let sides_differ be false")
+        for factor in FACTORS:
+            task = world.task(target=_less_of(scaled(world.loss, factor)))
+            got = flat_of(bench.bind(task, world), world.train, "test")
+            what = f"test rows of {factor:g} times the loss in {world.name}"
+            require_close(got, factor * asked, what)
 
 
 def _less_of(loss: object) -> Target:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, join, move, take
 from dattri_core.blocks import Block
-from dattri_core.capabilities import DataSource, EnsembleSource, MovableSource, OutputSource
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import SpecError
 from dattri_core.evaluate import Evaluator
@@ -33,6 +32,12 @@ from dattri_core.members import expand_checkpoints
 from dattri_core.problem import collect
 from dattri_core.protocols import BoundSource, Role, Source
 from dattri_core.rows import Rows
+from dattri_core.source_capabilities import (
+    DataSource,
+    EnsembleSource,
+    MovableSource,
+    OutputSource,
+)
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 

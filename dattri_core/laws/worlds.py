@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
+from dattri_core.adam_state import AdamState, ParameterMoments
 from dattri_core.batch import Batch, map_tensors
 from dattri_core.forward import forward_of
 from dattri_core.losses import Loss
@@ -46,8 +47,25 @@ class World:
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> Task:
-        """Return a fresh task, its model on a device; options go to `Task`."""
-        return Task(self.model().to(device, dtype), options.pop("loss", self.loss), **options)
+        """Return a fresh task, its model on a device; options go to `Task`.
+
+        Every checkpoint knows a state of Adam, for sources whose rows are made with it.
+        """
+        model = self.model().to(device, dtype)
+        task = Task(model, options.pop("loss", self.loss), **options)
+        state = adam_state(model)
+        task.checkpoints = tuple(evolve(c, optimiser=state) for c in task.checkpoints)
+        return task
+
+
+def adam_state(model: nn.Module) -> AdamState:
+    """Return moments that depend on names and shapes alone, the second ones well above zero."""
+    moments: dict[str, ParameterMoments] = {}
+    for position, (name, weight) in enumerate(model.named_parameters()):
+        first = 0.02 * random(*weight.shape, seed=2000 + position)
+        second = 0.05 + random(*weight.shape, seed=3000 + position).square()
+        moments[name] = ParameterMoments(first, second, 4, (0.6, 0.9), 1e-8)
+    return AdamState(moments)
 
 
 def cast(batch: Batch, dtype: torch.dtype) -> Batch:

@@ -21,6 +21,7 @@ FAMILIES = {
         "grad-dot",
         "grad-cos",
         "tracin",
+        "less",
         "dvemb",
         "in-run-",
         "source",

@@ -19,10 +19,16 @@ SECTIONS["Args"] = "Arguments:"
 GROUPS = {
     "attribution": (
         "What a user of a method calls.",
-        "methods task losses shipped_losses checkpoint fitted scores top plans store scores_writer",
+        (
+            "methods task losses shipped_losses checkpoint adam_state fitted scores top plans "
+            "store scores_writer"
+        ),
     ),
     "protocols": ("What parts are and what they answer.", "protocols stages"),
-    "capabilities": ("What a part may offer beyond its protocol.", "capabilities"),
+    "capabilities": (
+        "What a part may offer beyond its protocol.",
+        "capabilities source_capabilities",
+    ),
     "rows": ("Rows, blocks and spaces.", "rows blocks space lift moments"),
     "experiments": ("Settings, metrics, training again.", "experiment"),
     "studies": ("Ablations: factors, plans and points.", "study factors"),

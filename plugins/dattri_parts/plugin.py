@@ -48,6 +48,18 @@ def register(registry: dattri.Registry) -> None:
         "Another source under fixed dropout masks: several thinned networks of each checkpoint",
     )
     registry.part(
+        "source",
+        "adam-update",
+        "dattri_parts.sources.adam_update:AdamUpdate",
+        "The step of Adam that each train example causes, beside gradients of test examples",
+    )
+    registry.part(
+        "source",
+        "second-moment-normalised",
+        "dattri_parts.sources.second_moment_normalised:SecondMomentNormalised",
+        "Gradients of both sides over the root of the optimiser's second moments",
+    )
+    registry.part(
         "projector",
         "identity",
         "dattri_parts.projectors.identity:Identity",

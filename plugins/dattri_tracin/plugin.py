@@ -30,3 +30,21 @@ def register(registry: dattri.Registry) -> None:
         citation="Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient "
         "Descent, section 3.3 (arXiv 2002.08484)",
     )
+    registry.method(
+        "less",
+        {
+            "source": "adam-update",
+            "projector": {"name": "rademacher", "dim": 8192},
+            "scorer": "cosine",
+            "fold": "weighted",
+        },
+        summary="LESS: cosine of the step of Adam that a train example causes and a test "
+        "gradient, both sketched, summed over checkpoints, times learning rates; needs the state "
+        "of the optimiser, Task(optimisers=...)",
+        formula="S_ij = sum_c eta_c <P Gamma_i, P h_j> / (|P Gamma_i| |P h_j|), "
+        "Gamma = m' / (root(v') + epsilon), m' = (b1 m + (1 - b1) g) / (1 - b1^T), "
+        "v' = (b2 v + (1 - b2) g^2) / (1 - b2^T), T = t + 1, "
+        "P another sketch for each checkpoint c",
+        citation="Xia et al. 2024, LESS: Selecting Influential Data for Targeted Instruction "
+        "Tuning, section 3 (arXiv 2402.04333)",
+    )

@@ -75,7 +75,7 @@ class Margin:
         target = task.named_target or Target(minus.margin, higher_is_better=True, name="margin")
         inner = self.source.bind(task.with_(loss=minus, target=target), checkpoint, sample)
         evaluator = getattr(inner, "evaluator", None)
-        if not isinstance(evaluator, Evaluator):
+        if not isinstance(evaluator, Evaluator) or not inner.space.covers_parameters:
             raise SpecError(
                 f"source 'margin': the rows of {type(self.source).__name__} are not gradients of "
                 "parameters; use the source 'per-example' or 'functional' inside of it"

@@ -68,7 +68,7 @@ def register(registry: dattri.Registry) -> None:
         },
         summary="TrackStar: cosine of sketched gradients after the root of the inverse of a second "
         "moment that mixes the train set with reference examples, Task(reference=...); without "
-        "the optimiser's second moments",
+        "the optimiser's second moments, which source='second-moment-normalised' adds",
         formula="S_ij = <k_i, k_j> / (|k_i| |k_j|), k = (R + damping I)^-1/2 P g, "
         "R = w E_reference[P h (P h)^T] + (1 - w) E_train[P g (P g)^T], each layer apart",
         citation="Chang et al. 2024, Scalable Influence and Fact Tracing for Large Language Model "

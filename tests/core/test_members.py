@@ -7,8 +7,8 @@ from dattri_parts.sources.functional import Functional
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core.capabilities import EnsembleSource
 from dattri_core.members import expand_checkpoints
+from dattri_core.source_capabilities import EnsembleSource
 
 
 @frozen

@@ -23,6 +23,7 @@ from toy_world_parts import (
     ToyGGN,
     ToyInverseHessian,
     ToyMargin,
+    ToySided,
     ToySource,
     ToySpectrum,
 )
@@ -51,7 +52,14 @@ def registry():
 
 
 GOOD = {
-    "source": [ToySource(), ToyMargin(), ToyEnsemble(), ToyDataSource(), ToyFeatures()],
+    "source": [
+        ToySource(),
+        ToyMargin(),
+        ToyEnsemble(),
+        ToyDataSource(),
+        ToyFeatures(),
+        ToySided(),
+    ],
     "projector": [ToyProjector(), ToyDataProjector(), ToyFlatProjector()],
     "curvature": [
         ToyGGN(),
@@ -93,6 +101,7 @@ BROKEN = {
         "part-is-frozen": loose(ToySource),
         "sample-does-not-show": ToyFeatures("centred"),
         "both-sides-are-one-source": ToyFeatures("one role"),
+        "sides-that-differ-show": ToySided("alike"),
         "rows-are-plain-numbers": ToySource("graph"),
         "space-is-true": ToySource("twice"),
         "aux-is-declared": ToySource("aux"),

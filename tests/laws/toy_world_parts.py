@@ -92,6 +92,34 @@ class BoundToyFeatures:
 
 
 @frozen
+class ToySided:
+    """Squares of gradients, with their signs, as train rows; gradients as test rows."""
+
+    fault: str = ""
+    provides = ToySource.provides
+    sides_differ = True
+
+    def bind(self, task, checkpoint, sample):
+        bound = ToyFeatures().bind(task, checkpoint, sample)
+        return BoundToySided(self.fault, bound.bound, bound.space)
+
+
+@frozen(eq=False)
+class BoundToySided:
+    fault: str
+    bound: object
+    space: Space
+
+    def stream(self, batch, role, sink):
+        def bent(name, block):
+            values = block.dense().values
+            bends = role == "train" and self.fault != "alike"
+            sink(name, DenseBlock(values * values.abs() if bends else values))
+
+        return self.bound.stream(batch, role, bent)
+
+
+@frozen
 class ToyDataSource:
     """Gradients times the mean number of an example of the train set."""
 

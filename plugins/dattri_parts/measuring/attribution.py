@@ -23,12 +23,14 @@ from dattri_core import (
     SpecError,
     Task,
     method,
+    sides_differ,
 )
 from dattri_parts.measuring.peak import PeakMemory
 
 Array = np.ndarray[Any, Any]
 ITERATIVE = "each train example would need an iterative solve over the whole train set"
 WHOLE_COLUMNS = "the scorer sees all train examples at once and gives none a score for itself"
+TWO_KINDS = "train rows are of another kind than test rows, and none is its own query"
 NOT_OFFERED = "the method gives no score of an example for itself"
 TRAJECTORY, STEPS = "trajectory", "steps"
 """What an attributor's ``reads`` says where it follows a training run, or every step of one."""
@@ -130,6 +132,8 @@ def self_influence(made: Any, fitted: FittedMethod | None, task: Task, world: An
         return _timed(lambda: made.self_influence(task, world.train, progress=False))
     if made.scorer.locality == "column":
         return SelfInfluence(None, note=WHOLE_COLUMNS)
+    if sides_differ(made.source):
+        return SelfInfluence(None, note=TWO_KINDS)
     if is_iterative(made):
         return SelfInfluence(None, note=ITERATIVE)
     return _timed(fitted.self_influence)

@@ -17,6 +17,8 @@ from dattri_core import (
     Source,
     SpecError,
     Task,
+    sides_differ,
+    source_needs,
 )
 from dattri_parts.sources.masks import ANY, CHANNELS, FEATURES, Mask
 from dattri_parts.sources.per_example import PerExample
@@ -104,6 +106,16 @@ class DropoutEnsemble:
     def provides(self) -> frozenset[str]:
         """Return what the inner source provides."""
         return self.source.provides
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the inner source asks of a checkpoint."""
+        return source_needs(self.source)
+
+    @property
+    def sides_differ(self) -> bool:
+        """Return whether train rows of the inner source are of another kind than its test rows."""
+        return sides_differ(self.source)
 
     def bind(self, task: Task, checkpoint: Checkpoint, sample: object) -> BoundSource:
         """Bind the inner source to the thinned network ``checkpoint.member`` of a checkpoint.
