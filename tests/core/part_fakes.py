@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from attrs import field, frozen
 
-from dattri_core import capabilities, protocols
+from dattri_core import capabilities, protocols, source_capabilities
 from dattri_core.protocols import Damping, Fold, Projector, Solver
 from dattri_core.registry import Registry
 
@@ -21,7 +21,7 @@ def members(module: Any) -> set[str]:
     return {name for c in own for name in vars(c) if not name.startswith("_")}
 
 
-BESIDES = members(capabilities) - members(protocols)
+BESIDES = (members(capabilities) | members(source_capabilities)) - members(protocols)
 
 
 class Silent:

@@ -11,7 +11,7 @@ from attrs import field, frozen
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import capabilities, protocols
+from dattri_core import capabilities, protocols, source_capabilities
 from dattri_core.assemble import build_part
 from dattri_core.stages import TwoSided
 
@@ -127,7 +127,8 @@ def test_registered_parts_answer_the_protocol_of_their_kind(kind: str) -> None:
     ],
 )
 def test_what_parts_become_answers_its_protocol(name: str, fitted: dict[str, Any]) -> None:
-    module = protocols if hasattr(protocols, name) else capabilities
+    homes = (protocols, capabilities, source_capabilities)
+    module = next(home for home in homes if hasattr(home, name))
     assert isinstance(fitted[name], getattr(module, name))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dattri_core import capabilities, experiment, protocols
+from dattri_core import capabilities, experiment, protocols, source_capabilities
 from dattri_core.entries import KINDS
 from dattri_core.hookspecs import HOOKS
 from dattri_core.laws import KINDS as KINDS_WITH_LAWS
@@ -18,7 +18,7 @@ from dattri_core.registry import default_registry
 ROOT = Path(__file__).parents[2]
 PROTOCOLS = {
     name: value
-    for module in (protocols, capabilities, experiment)
+    for module in (protocols, capabilities, source_capabilities, experiment)
     for name, value in sorted(vars(module).items())
     if getattr(value, "_is_protocol", False) and value.__module__ == module.__name__
 }
