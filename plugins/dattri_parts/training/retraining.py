@@ -76,8 +76,8 @@ class ModelRetraining:
         test_data: The same for the test set.
         targets: What is measured: names of ``"loss"``, ``"margin"``, ``"logit"`` and ``"correct"``.
             As an attribute, for each whether more of it is better.
-        about: What tells this training apart beyond data, architecture and recipe, JSON-ready:
-            the name of the model, how inputs were scaled.
+        about: What tells this training apart beyond data, the model's code and recipe, JSON-ready:
+            words for the record, or what code does not show.
         together: How many models are trained by one call at most; above 1 small models are stacked
             and take their steps at once. Their weights are those of one by one up to rounding.
         device: To train and measure on.
@@ -95,7 +95,7 @@ class ModelRetraining:
     train_data: Any
     test_data: Any
     targets: Mapping[str, bool] = field(converter=measured)
-    about: Mapping[str, Any]
+    about: Mapping[str, Any] = field(factory=dict)
     together: int = 1
     device: torch.device = field(default=torch.device("cpu"), converter=_device_of)
     threads: int | None = 1

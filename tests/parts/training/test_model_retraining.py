@@ -56,6 +56,9 @@ def test_it_is_a_retraining():
     held = retraining(network, RECIPE, together=3)
     assert isinstance(held, dattri.Retraining)
     assert (held.n_train, held.n_test, held.together) == (N, M, 3)
+    bare = ModelRetraining(network, RECIPE, "cross-entropy", classes(), classes(), ["loss"])
+    assert bare.about == {}
+    assert bare.fingerprint != evolve(bare, about={"scaled": True}).fingerprint
 
 
 def test_what_outcomes_depend_on_is_in_the_fingerprint_and_nothing_else():
