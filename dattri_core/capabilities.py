@@ -61,11 +61,6 @@ def is_additive(step: LinearMap) -> bool:
     return isinstance(step, AdditiveMap) and step.additive
 
 
-def is_identity(step: LinearMap) -> bool:
-    """Return whether a map says that it leaves all rows as they are: ``is_identity`` is true."""
-    return bool(getattr(step, "is_identity", False))
-
-
 @runtime_checkable
 class InverseRoot(Inverse, LinearMap, Protocol):
     """A fitted inverse Hessian in two-sided form: R of both sides, R^T R = (H + damping I)^-1.

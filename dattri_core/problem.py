@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, move
 from dattri_core.blocks import Block
-from dattri_core.capabilities import is_identity
 from dattri_core.each_product import each_product
 from dattri_core.errors import MemoryBudgetError, SpecError
 from dattri_core.evaluate import Evaluator, dtype_of
@@ -115,7 +114,9 @@ class TrainProblem:
                 itself, as a permutation does: a curvature made of the examples is not theirs.
         """
         passed = (*getattr(self.source, "maps", ()), *self.maps)
-        changing = [type(step).__name__ for step in passed if not is_identity(step)]
+        changing = [
+            type(step).__name__ for step in passed if not getattr(step, "is_identity", False)
+        ]
         if changing:
             raise SpecError(
                 "examples of the train set, for a curvature of the model's parameters: the rows "

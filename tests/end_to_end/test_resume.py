@@ -294,6 +294,29 @@ def test_finished_scores_of_the_same_call_are_returned_and_that_is_said(tmp_path
     assert np.array_equal(mended.values, dattri.attribute(task(), TRAIN, TEST, "tracin").values)
 
 
+def test_finished_scores_are_returned_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """A folder of results that others may read only has room for no lock."""
+    out = tmp_path / "scores"
+    first = dattri.attribute(task(), TRAIN, TEST, method="tracin", out=out)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    original = Path.open
+
+    def refused(path, *arguments, **named):
+        if path.name.endswith(".lock"):
+            raise PermissionError(13, "Permission denied")
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.warns(UserWarning, match="finished scores of this very call"):
+        again = dattri.attribute(task(), TRAIN, TEST, method="tracin", out=out)
+    assert np.array_equal(again.values, first.values)
+    with (
+        pytest.warns(UserWarning, match="finished scores with another method"),
+        pytest.raises(StoreError, match=r"lock .* cannot be written \(Permission denied\)"),
+    ):
+        dattri.attribute(task(), TRAIN, TEST, method="grad-dot", out=out)
+
+
 class Read(torch.utils.data.Dataset):
     """Examples that are read one at a time; one may be another."""
 
