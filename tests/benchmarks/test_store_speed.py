@@ -1,4 +1,4 @@
-"""The gradient store: what writing rows adds to a pass, and what a second test set costs."""
+"""What writing rows or a fit adds to a pass, and what a second test set or fit costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ THEME = Theme(
     "build that keeps nothing, taken in turns, the shortest of five each. Second test set: "
     "`attribute` for as many other test examples, of the fitted method and of one that opens the "
     "store anew, against the first that computes the train rows. One that opens the store anew "
-    "also looks at the model and the data again, which takes as long for any train set.",
+    "also looks at the model and the data again, which takes as long for any train set. Kept fits: "
+    "a fit with `fits=` at an empty folder, and one that finds its fit there, against one without; "
+    "no goal was set.",
 )
 SKETCH = {"projector": {"name": "block-count-sketch", "dim": 2048}}
 WORLDS: dict[str, tuple[Any, ...]] = {
@@ -100,3 +102,31 @@ def test_store_second_test_set(
         ">= 50",
         ratio >= 50,
     )
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_store_of_fits(benchmark: Any, worlds: Any, table: Any, tmp_path: Path, name: str) -> None:
+    """Time of a fit that is kept, and of one that is read, against one that is neither."""
+    world = saved.load(worlds(*WORLDS[name]))
+    task = own_run.task_of(world)
+    method = dattri.method("if-ekfac")
+
+    def timed(folder: Path | None) -> float:
+        start = time.perf_counter()
+        method.fit(task, world.train, fits=folder)
+        return time.perf_counter() - start
+
+    timed(None)  # the first one warms up
+    plain = min(timed(None) for _ in range(2))
+    kept = min(timed(tmp_path / f"fits-{at}") for at in range(2))
+    benchmark.pedantic(lambda: timed(tmp_path / "fits-0"), rounds=3)
+    read = float(benchmark.stats.stats.min)
+    for what, took in (("kept", kept), ("read", read)):
+        table.put(
+            f"fit {what}, if-ekfac, {name}",
+            measured=seconds(took),
+            against=seconds(plain),
+            ratio=took / plain if what == "kept" else plain / took,
+            goal="",
+            met="",
+        )
