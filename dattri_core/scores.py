@@ -20,8 +20,26 @@ from dattri_core.scores_file import FolderWriter, read_folder, release_pages
 from dattri_core.top import Extreme, checked_count, extreme_rows
 
 Values: TypeAlias = Tensor | np.ndarray[Any, Any]  # an array is an open memmap
+PARTS = frozenset(
+    "source projector inverse_hessian curvature preconditioner solver stages scorer fold".split()
+)
+"""Keys of a method's spec below which parts are named."""
 CHUNK = 32 * 2**20
 """Bytes of scores that one step reads; results never depend on it."""
+
+
+def _parts_of(spec: Any) -> Iterator[str]:
+    """Yield the names of the parts that a spec is made of, without those that do nothing."""
+    if isinstance(spec, str):
+        if spec not in ("identity", "mean"):
+            yield spec
+    elif isinstance(spec, Mapping):
+        named = [spec["name"]] if "name" in spec else [spec[at] for at in spec if at in PARTS]
+        for part in named:
+            yield from _parts_of(part)
+    elif isinstance(spec, (list, tuple)):
+        for part in spec:
+            yield from _parts_of(part)
 
 
 def _as_values(given: Any) -> Values:
@@ -107,7 +125,7 @@ class Scores:
         n_train, n_test = self.shape
         method = self.provenance.get("method")
         if isinstance(method, Mapping):
-            method = method.get("name", "a composed method")
+            method = method.get("name") or ", ".join(_parts_of(method)) or "a composed method"
         kind = str(self.values.dtype).removeprefix("torch.")
         where = "on disk" if isinstance(self.values, np.memmap) else f"on {self.values.device}"
         of = f" by {method}" if method else ""

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dattri_core as dattri
 import dattri_core.scores as scores_module
 from dattri_core.errors import InputError, NumericsError
 from dattri_core.scores import Scores
@@ -157,6 +158,24 @@ def test_shape_len_repr():
     assert scores.shape == (3, 2)
     assert len(scores) == 3
     assert repr(scores) == "Scores[3 train x 2 test](float32 on cpu by if-cg; positive helps)"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("tracin", "per-example, dot, weighted"),
+        ("if-ekfac", "per-example, ekfac, spectral, dot"),
+        ("trak", "margin, block-count-sketch, gauss-newton, cholesky, trak, trak"),
+        ("logra", "per-example, kronecker, gauss-newton, woodbury, dot"),
+        ("trackstar", "per-example, kronecker, mixed, spectral, cosine"),
+    ],
+)
+def test_a_composed_method_is_called_by_its_parts(name, parts):
+    values = torch.zeros(1, 1)
+    spec = dattri.method(name).to_spec()
+    assert f"on cpu by {parts};" in repr(Scores(values, provenance={"method": spec}))
+    bare = Scores(values, provenance={"method": {"seed": 0}})
+    assert "by a composed method;" in repr(bare)
 
 
 # --- scale --------------------------------------------------------------------------------------
