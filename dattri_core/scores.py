@@ -21,7 +21,17 @@ from dattri_core.top import Extreme, checked_count, extreme_rows
 
 Values: TypeAlias = Tensor | np.ndarray[Any, Any]  # an array is an open memmap
 PARTS = frozenset(
-    "source projector inverse_hessian curvature preconditioner solver stages scorer fold".split()
+    [
+        "source",
+        "projector",
+        "inverse_hessian",
+        "curvature",
+        "preconditioner",
+        "solver",
+        "stages",
+        "scorer",
+        "fold",
+    ]
 )
 """Keys of a method's spec below which parts are named."""
 CHUNK = 32 * 2**20
