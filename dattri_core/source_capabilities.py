@@ -100,8 +100,8 @@ def source_needs(source: Source) -> frozenset[str]:
     return source.needs if isinstance(source, StatefulSource) else frozenset()
 
 
-def sides_differ(source: Source) -> bool:
-    """Return whether train rows of a source are of another kind than its test rows."""
+def sides_differ(source: Any) -> bool:
+    """Return whether train rows of a source, or None, are of another kind than its test rows."""
     return isinstance(source, SidedSource) and source.sides_differ
 
 

@@ -185,7 +185,7 @@ def _made_of_parts(bench: MethodBench) -> str | None:
 def _fits(bench: MethodBench) -> str | None:
     if not hasattr(bench.part, "fit"):
         return "it cannot be fitted apart from a test set"
-    if sides_differ(bench.part.source):
+    if sides_differ(getattr(bench.part, "source", None)):
         return "its train rows are of another kind than its test rows: none is its own query"
     column = bench.part.scorer.locality == "column"
     return "its scorer sees whole columns: no score of an example for itself" if column else None
