@@ -24,6 +24,9 @@ LOOSE_HALF = (0.2, 0.1, 1e-4)
 SHRINK = (1.0, 0.3, 0.03)
 UNIT = 0.1
 """Gradient of a loss in units of 1, or more: a larger one raises no floor."""
+LEAST = {torch.float64: 1e-13}
+"""Floor in any unit: the whole gradient may be rounding of inputs, as that of a norm of one feature
+is, and no loss is in a unit so small. In float32 some are, and such a gradient is refused."""
 
 
 @frozen
@@ -146,7 +149,8 @@ def _floor(evaluator: Evaluator, objective: Callable[[nn.Module, Named], Tensor 
         lengths += [float(torch.linalg.vector_norm(g)) for g in (found or {}).values()]
     *_, floor = LOOSE.get(evaluator.dtype, LOOSE_HALF)
     finite = [length for length in lengths if math.isfinite(length)]
-    return floor * min(1.0, max(finite, default=1.0) / UNIT)
+    least = LEAST.get(evaluator.dtype, 0.0)
+    return max(least, floor * min(1.0, max(finite, default=1.0) / UNIT))
 
 
 def _gradient(

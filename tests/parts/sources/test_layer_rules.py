@@ -211,6 +211,14 @@ def test_layer_and_rms_norm(device: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_norm_of_one_feature_has_no_gradient_but_rounding(device: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 1, dtype=torch.float64, generator=generator)
+    check(nn.LayerNorm([1], bias=False), x, device, ("dense",), "")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @matrix
 @given(data=st.data())
 def test_group_and_batch_norm(device: str, data: st.DataObject) -> None:
