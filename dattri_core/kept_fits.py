@@ -45,8 +45,9 @@ class KeptFits:
     Args:
         folder: Made when something is kept.
         facts: What decides the numbers besides the part that computes them, JSON-ready.
-        sizes: Of each block of a few rows of the train set, their norms ``[s, blocks]``: facts
-            cover weights, data and method, not the code of the model and of the loss.
+        sizes: Of each block of a few rows of the train set, their norms and their lengths along a
+            fixed direction, ``[s, 2 blocks]``: facts cover weights, data and method, not the code
+            of the model and of the loss, and a loss of the other sign has rows of the same norms.
     """
 
     folder: Path
@@ -55,10 +56,12 @@ class KeptFits:
 
     def of(self, rows: Rows, facts: Mapping[str, Any]) -> KeptFits:
         """Return the same for one checkpoint, known by facts of its own and by a few raw rows."""
-        blocks = rows.blocks.values()
-        norms = [block.dense().values.double().flatten(1).norm(dim=1) for block in blocks]
-        sizes = torch.stack(norms, 1).cpu()
-        return KeptFits(self.folder, {**self.facts, **facts}, sizes)
+        sizes = []
+        for block in rows.blocks.values():
+            flat = block.dense().values.double().flatten(1)
+            direction = torch.arange(flat.shape[1], device=flat.device).double().cos()
+            sizes += [flat.norm(dim=1), flat @ (direction / direction.norm())]
+        return KeptFits(self.folder, {**self.facts, **facts}, torch.stack(sizes, 1).cpu())
 
     def before(self, projectors: Sequence[Any], stream: RandomStream) -> KeptFits:
         """Return the same for one stage, known by the projectors before it and its random keys."""
@@ -110,12 +113,12 @@ class KeptFits:
         if said.get("digest") != _digest(tensors) or PROBE not in tensors:
             raise _bad(path, "holds numbers that are not those that were written")
         sizes = tensors.pop(PROBE)
-        largest = max(float(sizes.max()), float(self.sizes.max()))
+        largest = max(float(sizes.abs().max()), float(self.sizes.abs().max()))
         gap = float((sizes - self.sizes).abs().max())
         if not gap <= NEAR * largest:
             raise _bad(
                 path,
-                "was computed with other rows: the norms of a few, computed anew, differ by "
+                "was computed with other rows: the lengths of a few, computed anew, differ by "
                 f"{gap:.2g} (the largest is {largest:.2g}), so the loss, the code of the model or "
                 "its settings changed",
             )

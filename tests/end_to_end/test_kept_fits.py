@@ -250,6 +250,26 @@ def test_other_code_under_the_same_name_is_refused(tmp_path, monkeypatch):
         fit()
 
 
+SIGN = {"loss": 1.0}
+
+
+def signed(model, batch):
+    """Return a loss whose code reads a sign; rows of the other sign are as long."""
+    return SIGN["loss"] * model(batch[0]).square().sum(1)
+
+
+def test_a_loss_of_the_other_sign_is_refused(tmp_path, monkeypatch):
+    def fit():
+        made = Task(mlp(), loss=signed)
+        return dattri.method("if-arnoldi", **ARNOLDI).fit(made, TRAIN, fits=tmp_path)
+
+    fit()
+    fit()
+    monkeypatch.setitem(SIGN, "loss", -1.0)
+    with pytest.raises(StoreError, match="the loss, the code of the model or its settings changed"):
+        fit()
+
+
 def test_a_full_disk_loses_no_fit(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
