@@ -15,7 +15,8 @@ from dattri_core.errors import InputError, NumericsError
 
 LARGEST_HESSIAN = 1024
 """Outputs of one example up to which the Hessian of a criterion is formed."""
-_PICKED = 2**22  # probabilities in float64 at once
+_PICKED = {"cpu": 2**22}  # probabilities in float64 at once: 32 MiB stay in a cache
+_PICKED_ELSEWHERE = 2**26
 _TOLERANCE = {torch.float64: 1e-8}
 
 
@@ -32,7 +33,8 @@ def softmax_sample(logits: Tensor, weight: Tensor, uniform: Tensor) -> Tensor:
     """
     slope = _wide(logits).softmax(-1)
     flat, numbers = slope.flatten(0, -2), uniform.to(slope.device).flatten()
-    step = max(1, _PICKED // max(1, slope.shape[-1]))
+    most = _PICKED.get(slope.device.type, _PICKED_ELSEWHERE)
+    step = max(1, most // max(1, slope.shape[-1]))
     picked = [
         _pick(flat[start : start + step], numbers[start : start + step])
         for start in range(0, len(flat), step)

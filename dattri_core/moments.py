@@ -18,7 +18,7 @@ from dattri_core.blocks import (
     accumulate,
     shape_of,
 )
-from dattri_core.blocks.inputs import is_one_hot
+from dattri_core.blocks.inputs import is_one_hot, product
 from dattri_core.contract import Order, limit_now, plan_squares, rows_per_slice
 from dattri_core.errors import SpecError
 
@@ -82,7 +82,10 @@ def _squares(block: Block, order: Order) -> Tensor:
 
 
 def _formed_squares(values: Tensor) -> Tensor:
-    if values.device.type != "cpu" or values[:1].numel() < LONG_ROW:
+    if values.device.type != "cpu":  # a length is read off in one pass, and writes no squares
+        lengths: Tensor = torch.linalg.vector_norm(values, dim=0)
+        return lengths.square_()
+    if values[:1].numel() < LONG_ROW:
         return values.square().sum(0)
     total = values.new_zeros(values.shape[1:])
     for row in values:  # no copy of the rows passes through memory
@@ -160,17 +163,19 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
     if isinstance(block, GroupedBlock):
         return _grouped_sums(accumulate(block.outputs), accumulate(block.inputs), average=average)
     outer = _require_factors(block)
-    outputs = accumulate(outer.outputs)
+    outputs = outer.outputs
     counted = (outputs != 0).any(2)  # [B, T]
     given = outer.own_inputs
     if isinstance(given, OneHot):
-        chosen = outputs[counted]
+        chosen = outer.outputs[counted]
         tokens = given.index[counted]
-        frequency = torch.bincount(tokens, minlength=given.size).to(outputs.dtype)
-        return FactorSums(chosen.mT @ chosen, frequency, len(chosen))
-    inputs = accumulate(given)
+        frequency = torch.bincount(tokens, minlength=given.size)
+        frequency = frequency.to(torch.promote_types(outputs.dtype, torch.float32))
+        return FactorSums(product(chosen.mT, chosen), frequency, len(chosen))
+    inputs = given
     counted &= (inputs != 0).any(2)
     if average and outputs.shape[1] > 1:
+        inputs, outputs = accumulate(inputs), accumulate(outputs)
         weights = counted.to(inputs.dtype)
         shares = weights / weights.sum(1, keepdim=True).clamp_min(1)
         inputs = (shares.unsqueeze(1) @ inputs).squeeze(1)
@@ -180,7 +185,7 @@ def factor_sums(block: Block, *, average: bool = False) -> FactorSums:
         inputs, outputs, counted = inputs.flatten(0, 1), outputs.flatten(0, 1), counted.flatten()
     if not bool(counted.all()):
         inputs, outputs = inputs[counted], outputs[counted]
-    return FactorSums(outputs.mT @ outputs, inputs.mT @ inputs, len(outputs))
+    return FactorSums(product(outputs.mT, outputs), product(inputs.mT, inputs), len(outputs))
 
 
 def _grouped_sums(outputs: Tensor, inputs: Tensor, *, average: bool) -> FactorSums:

@@ -17,7 +17,7 @@ from dattri_core.blocks.block import (
     require_alike,
 )
 from dattri_core.blocks.finite import all_finite
-from dattri_core.blocks.inputs import accumulate, applied
+from dattri_core.blocks.inputs import accumulate, applied, product
 from dattri_core.contract import Order, Shape, limit_now, plan_pair, rows_per_slice
 from dattri_core.errors import SpecError
 
@@ -83,7 +83,7 @@ class DenseBlock:
             return other.inner(self, order=order, limit=limit).T
         require_alike(self, other, "inner")
         explain_inner(self, other, order)  # refuses an order that does not exist
-        return accumulate(self.flat()) @ accumulate(other.flat()).T
+        return product(self.flat(), other.flat().T)
 
     def pair_inner(
         self, other: Block, *, order: Order | None = None, limit: int | None = None

@@ -5,7 +5,7 @@ Axes: B and C rows, T and S positions, I a layer's inputs, U inputs that are kep
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from attrs import evolve, frozen
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from dattri_core.blocks.block import LinearFunction
 from dattri_core.errors import SpecError
+
+HALF = (torch.float16, torch.bfloat16)
+WIDENS = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether torch multiplies half precision into float32, as it does from 2.8 on, on CUDA."""
 
 
 @frozen(eq=False)
@@ -74,7 +78,20 @@ class Selection:
 
 def accumulate(values: Tensor) -> Tensor:
     """Return values in float32 when they are half precision: sums never run in fewer bits."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return values.float() if values.dtype in HALF else values
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` with sums in float32 or better, of matrices or of stacks of them.
+
+    Tensor cores multiply half precision exactly and add in float32, so that nothing is widened.
+    """
+    same = left.is_cuda and left.dtype == right.dtype and left.dtype in HALF
+    if not (same and WIDENS and left.numel() and right.numel()):
+        return accumulate(left) @ accumulate(right)
+    multiply: Any = torch.mm if left.dim() == 2 else torch.bmm
+    found: Tensor = multiply(left, right, out_dtype=torch.float32)
+    return found
 
 
 def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
@@ -216,18 +233,17 @@ def _written(inputs: Tensor | OneHot, dtype: torch.dtype) -> Tensor:
 def gram(left: Tensor, right: Tensor) -> Tensor:
     """Return all inner products of vectors, ``[B, T, C, S]``."""
     (b, t, _), (c, s, _) = left.shape, right.shape
-    product = accumulate(left).flatten(0, 1) @ accumulate(right).flatten(0, 1).T
-    return product.reshape(b, t, c, s)
+    return product(left.flatten(0, 1), right.flatten(0, 1).T).reshape(b, t, c, s)
 
 
 def input_gram(left: Inputs, right: Inputs, dtype: torch.dtype) -> Tensor:
     """Return all inner products of inputs, ``[B, T, C, S]``; of shared ones, each once."""
     if isinstance(right, Shared):
-        product = input_gram(left, right.values, dtype)
-        return product.index_select(2, right.index.to(product.device))
+        each = input_gram(left, right.values, dtype)
+        return each.index_select(2, right.index.to(each.device))
     if isinstance(left, Shared):
-        product = input_gram(left.values, right, dtype)
-        return product.index_select(0, left.index.to(product.device))
+        each = input_gram(left.values, right, dtype)
+        return each.index_select(0, left.index.to(each.device))
     if isinstance(left, OneHot) and isinstance(right, OneHot):
         return (left.index[:, :, None, None] == right.index[None, None]).to(dtype)
     if isinstance(left, OneHot):
@@ -251,4 +267,4 @@ def pair_input_gram(left: Inputs, right: Inputs, dtype: torch.dtype) -> Tensor:
         return picked.mT
     if isinstance(right, OneHot):
         return accumulate(left).gather(2, right.index[:, None, :].expand(-1, left.shape[1], -1))
-    return accumulate(left) @ accumulate(right).mT
+    return product(left, right.mT)

@@ -36,6 +36,7 @@ from dattri_core.blocks.inputs import (
     own,
     pad,
     pair_input_gram,
+    product,
     take_inputs,
     width_of,
 )
@@ -120,7 +121,7 @@ class OuterBlock:
         inputs = self.own_inputs
         if isinstance(inputs, Tensor):
             # bto,bti->boi as one batched product
-            return DenseBlock(accumulate(self.outputs).mT @ accumulate(inputs))
+            return DenseBlock(product(self.outputs.mT, inputs))
         rows, _, outs = self.outputs.shape
         values = accumulate(self.outputs)
         formed = values.new_zeros(rows, inputs.size, outs)
@@ -278,7 +279,7 @@ def _gather(left: OuterBlock, right: DenseBlock) -> Tensor:
 
 
 def _pair_ghost(left: OuterBlock, right: OuterBlock) -> Tensor:
-    outer = accumulate(left.outputs) @ accumulate(right.outputs).mT  # [B, T, S]
+    outer = product(left.outputs, right.outputs.mT)  # [B, T, S]
     return (outer * pair_input_gram(left.inputs, right.inputs, outer.dtype)).sum(dim=(1, 2))
 
 
@@ -323,11 +324,10 @@ def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
     total = formed.new_zeros(len(left), len(formed))
     for first in range(0, len(left), rows):
         part = left.take(slice(first, first + rows))
-        outputs, inputs = accumulate(part.outputs).mT, part.own_inputs
-        assert isinstance(inputs, Tensor)
-        vectors, into = accumulate(inputs), total[first : first + rows]
+        outputs, vectors, into = part.outputs.mT, part.own_inputs, total[first : first + rows]
+        assert isinstance(vectors, Tensor)
         for start in range(0, height, span):
-            tile = outputs[:, start : start + span] @ vectors  # [b, o, I]
+            tile = product(outputs[:, start : start + span], vectors)  # [b, o, I]
             there = formed[:, start * width : (start + span) * width]
             torch.addmm(into, tile.flatten(1), there.T, out=into)
     return total
