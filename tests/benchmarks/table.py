@@ -87,9 +87,10 @@ class Table:
 
 def machine() -> str:
     """Return where the numbers come from."""
+    accelerator = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
-        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, Python {platform.python_version()}"
+        f"{accelerator}{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}, Python {platform.python_version()}"
     )
 
 
