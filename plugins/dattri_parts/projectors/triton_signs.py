@@ -26,10 +26,12 @@ SPLITS = 66
 """Ranges of columns, each summed by programs of its own: 132 processors, as on an H100 or H200,
 take whole waves of them for any power of two of tiles. The number is the same on every device, so
 that sums are, too."""
-LEAST_SPANS = 4
+LEAST_SPANS = 8
 """Of a range, so that partial sums stay few against what they sum."""
 ROWS_AT_ONCE = 64
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+PARTIAL_BYTES = 2**30
+"""Of the partial sums that are kept at once; bounds the rows of a launch, never the sums."""
 PARTS_BYTES = 2**29
 """Of the parts of rows that are written at once."""
 NUMBERS_AT_ONCE = 1024
@@ -216,23 +218,40 @@ def chosen_tiling(rows: int, device: torch.device) -> Tiling:
 
 def multiplied(values: Tensor, start: int, key: int, rows: int, tiling: Tiling) -> Tensor:
     """Return ``M[:, start:start+m] v`` for rows in bfloat16 that are aligned, ``[B, K]``."""
-    batch, columns = values.shape
-    first, last = start // SPAN, -(-(start + columns) // SPAN)
-    each = max(LEAST_SPANS, -(-(last - first) // SPLITS))
-    splits = -(-(last - first) // each)
+    spans = -(-(start + values.shape[1]) // SPAN) - start // SPAN
+    each = max(LEAST_SPANS, -(-spans // SPLITS))
+    splits = -(-spans // each)
+    step = ROWS_AT_ONCE * max(1, PARTIAL_BYTES // (4 * splits * rows * ROWS_AT_ONCE))
+    summed = values.new_empty(len(values), rows, dtype=torch.float32)
+    for part, out in zip(values.split(step), summed.split(step), strict=True):
+        partial = out.new_empty(splits, len(part), rows)
+        _launch(part, start, key, (spans, each), partial, tiling)
+        torch.sum(partial, 0, out=out)
+    return summed
+
+
+def _launch(
+    values: Tensor,
+    start: int,
+    key: int,
+    spans: tuple[int, int],
+    partial: Tensor,
+    tiling: Tiling,
+) -> None:
+    """Write the sums of ranges of columns; ``spans`` are all of them, and those of a range."""
+    splits, batch, rows = partial.shape
     width = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(batch)))
-    partial = torch.empty(splits, batch, rows, dtype=torch.float32, device=values.device)
+    box = [width, SPAN // 4]
     launch: Any = multiply_signs[triton.cdiv(rows, tiling.rows), triton.cdiv(batch, width), splits]
     launch(
-        TensorDescriptor(values, [batch, columns], [values.stride(0), 1], [width, SPAN // 4]),
+        TensorDescriptor(values, list(values.shape), [values.stride(0), 1], box),
         partial,
         *key_halves(key),
         batch,
         rows,
-        first,
-        start - first * SPAN,
-        last - first,
-        each,
+        start // SPAN,
+        start % SPAN,
+        *spans,
         ONES,
         BLOCK_K=tiling.rows,
         BLOCK_B=width,
@@ -240,7 +259,6 @@ def multiplied(values: Tensor, start: int, key: int, rows: int, tiling: Tiling) 
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    return partial.sum(0)
 
 
 def key_halves(key: int) -> tuple[int, int]:
