@@ -44,6 +44,8 @@ def _lacking(device: torch.device) -> str:
         return f"the rows are on the device {str(device)!r}, not on CUDA"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "triton is older than 3.4, which comes with torch 2.8"
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"compute capability {capability} is below {LEAST_CAPABILITY}"

@@ -40,9 +40,12 @@ def test_fused_sums_of_integers_are_exact(
 ) -> None:
     fused, other = kernel_on(name, "cuda", "triton", dim=dim), kernel_on(name, "cpu", dim=dim)
     values = integers(batch, 5000).to(dtype)
-    for start in (0, 1, 513, 2**33 + 5):
+    # Tiles are read in place from multiples of 8 on, pairs from even coordinates on.
+    for start in (0, 1, 8, 513, 2**33 + 5, 2**33 + 8):
         got = sketched(fused, values.cuda(), start).cpu()
         assert torch.equal(got, sketched(other, values, start)), start
+    part = values[:, 3:4001]  # of rows that begin at no multiple of 16 bytes
+    assert torch.equal(sketched(fused, values.cuda()[:, 3:4001], 6).cpu(), sketched(other, part, 6))
     got = sketched(fused, values.cuda()[:, ::2]).cpu()  # not contiguous
     assert torch.equal(got, sketched(other, values[:, ::2]))
     assert sketched(fused, values.cuda()[:0]).shape == (0, dim)
