@@ -15,7 +15,7 @@ from dattri_parts.measuring.machine import hardware, versions
 
 from dattri_bench.cells import Finished
 from dattri_bench.choices import choices_of
-from dattri_bench.engine import run, worlds
+from dattri_bench.engine import recorded, run, worlds
 from dattri_bench.figure import draw
 from dattri_bench.request import (
     LEAST_SUBSETS,
@@ -106,13 +106,24 @@ class Bench:
         """Run it; 0 when at least one cell holds a number."""
         request = request_of(args)
         print(f"{request.setting.title}\n{request.command}", flush=True)
-        finished = run(request, lambda line: print(line, flush=True))
-        rows = rows_of(finished)
-        print(f"\n{as_text(rows)}\n")
-        for sentence in sentences(request, rows):
-            print(sentence)
-        write(request, rows, finished)
+        try:
+            finished = run(request, lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            print("\ninterrupted: the results are those of the cells that were computed")
+            _show(request, recorded(request))
+            raise
+        rows = _show(request, finished)
         return 0 if any(row.value is not None for row in rows) else 1
+
+
+def _show(request: Request, finished: Sequence[Finished]) -> list[Row]:
+    """Print and write the results; return their rows."""
+    rows = rows_of(finished)
+    print(f"\n{as_text(rows)}\n")
+    for sentence in sentences(request, rows):
+        print(sentence)
+    write(request, rows, finished)
+    return rows
 
 
 def request_of(args: argparse.Namespace) -> Request:

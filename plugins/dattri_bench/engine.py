@@ -26,14 +26,22 @@ def run(request: Request, say: Say) -> list[Finished]:
         request: What is asked.
         say: Told of each step, in one line.
     """
+    return [one for part in _parts(request, say) for one in part.cells()]
+
+
+def recorded(request: Request) -> list[Finished]:
+    """Return the cells that are there; nothing is computed."""
+    parts = _parts(request, lambda line: None)
+    return [one for part in parts for one in part.read(part.planned())]
+
+
+def _parts(request: Request, say: Say) -> Iterator[WorldCells]:
     records = Records(request.out)
-    found: list[Finished] = []
     for seed in request.seeds:
         for wrong in (0.0, request.wrong):
             measures = [m for m in request.measures if m.needs_wrong_labels == (wrong > 0)]
             if measures:
-                found += WorldCells(request, records, seed, wrong, measures, say).cells()
-    return found
+                yield WorldCells(request, records, seed, wrong, measures, say)
 
 
 def worlds(request: Request) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,8 @@ class Network:
 
     Args:
         title: For people.
-        build: Makes one, at initial weights.
+        build: Makes one, at initial weights. Its forward pass runs the same operations each time:
+            on an accelerator the steps of training are recorded (`ModelRetraining`).
         threads: Of training one; None leaves them to the library. Their number shows in the last
             bits, from which a network that is not smooth goes another way.
     """
@@ -35,6 +36,18 @@ class Network:
     title: str
     build: Callable[[], nn.Module]
     threads: int | None = 1
+
+
+@frozen(eq=False)
+class _Made:
+    """What a world is made of before its network is trained."""
+
+    train: Images
+    test: Images
+    given: Array
+    share: float
+    network: Network
+    retraining: ModelRetraining
 
 
 @frozen
@@ -99,30 +112,27 @@ class ImageSetting:
             InputError: A size is below 20, or above what the data set has; the share or the seed is
                 out of range.
         """
-        size = self._size(self.sizes["full"] if size is None else size)
-        share = self._share(0.0 if wrong is None else wrong)
-        seeded = Counterfactual(np.ones(1, dtype=bool), seed)  # refused before anything is read
-        train, test = self.split(size, seed)
-        whole = attrs.evolve(seeded, mask=np.ones(size[0], dtype=bool))
-        given = change_labels(train.labels, self.classes, share, seed)
-        network = self.network(size[0])
-        retraining = self._retraining(network, (train, given), (test, test.labels))
+        made = self._made(size, seed, wrong)
+        train, test, retraining = made.train, made.test, made.retraining
+        whole = Counterfactual(np.ones(len(train), dtype=bool), seed)
         run, along = finished_run(retraining, whole), retraining
         if self.path is not None:
             along = attrs.evolve(retraining, recipe=self.path)
             run = _joined(finished_run(along, whole), run)
-        model = _model(network, run, seed, retraining.device)
+        changed = made.given != train.labels
+        model = _model(made.network, run, seed, retraining.device)
         facts = {
             "data": self.title,
-            "model": network.title,
-            "n_train": size[0],
-            "n_test": size[1],
-            "wrong_share": share,
-            "flipped": int((given != train.labels).sum()),
+            "model": made.network.title,
+            "n_train": len(train),
+            "n_test": len(test),
+            "wrong_share": made.share,
+            "flipped": int(changed.sum()),
             "seed": seed,
+            "device": retraining.device.type,
             "parameters": sum(p.numel() for p in model.parameters()),
             "checkpoints": list(run.epochs),
-            **_accuracy(run, given != train.labels),
+            **_accuracy(run, changed),
             **_known(self.fact, train, test),
         }
         return World(
@@ -147,6 +157,26 @@ class ImageSetting:
             steps=lambda: Task(model, retraining.loss, checkpoints=along.steps(whole)),
         )
 
+    def retraining(
+        self, size: Size | None = None, seed: int = 0, wrong: float | None = None
+    ) -> ModelRetraining:
+        """Return that of the world of the same arguments, without training its network.
+
+        Raises:
+            InputError: As `load` does.
+        """
+        return self._made(size, seed, wrong).retraining
+
+    def _made(self, size: Size | None, seed: int, wrong: float | None) -> _Made:
+        size = self._size(self.sizes["full"] if size is None else size)
+        share = self._share(0.0 if wrong is None else wrong)
+        Counterfactual(np.ones(1, dtype=bool), seed)  # refused before anything is read
+        train, test = self.split(size, seed)
+        given = change_labels(train.labels, self.classes, share, seed)
+        network = self.network(size[0])
+        retraining = self._retraining(network, (train, given), (test, test.labels))
+        return _Made(train, test, given, share, network, retraining)
+
     def _retraining(self, network: Network, *parts: tuple[Images, Array]) -> ModelRetraining:
         train, test = (
             (self.scaling.inputs(images.images), torch.from_numpy(labels.astype(np.int64)))
@@ -164,6 +194,7 @@ class ImageSetting:
             together=self.together,
             device="cuda" if cuda else "cpu",
             threads=network.threads,
+            recorded=cuda,
         )
 
     def _size(self, size: Any) -> Size:

@@ -110,6 +110,10 @@ def as_retraining(given: Any) -> Any:
 @lru_cache(maxsize=2)
 def _load(made: SettingRetraining) -> Retraining:
     setting = default_registry().make("setting", made.setting)
+    make = getattr(setting, "retraining", None)  # of settings that can without training a network
+    if make is not None:
+        alone: Retraining = make(made.size, seed=made.seed, wrong=made.wrong)
+        return alone
     world = setting.load(made.size, seed=made.seed, wrong=made.wrong)
     retraining: Retraining = world.retraining
     return retraining

@@ -428,6 +428,32 @@ def alike(out):
     return found
 
 
+def test_after_ctrl_c_the_results_are_those_of_what_was_computed(tmp_path, monkeypatch, capsys):
+    measure, asked = Agreement.measure, []
+
+    def stopped(self, evidence):
+        asked.append(evidence)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(self, evidence)
+
+    words = ("--methods", "counted", "grad-dot", "tracin", "--metrics", "agreement")
+    with monkeypatch.context() as patch:
+        patch.setattr(Agreement, "measure", stopped)
+        status, _ = bench(tmp_path, *words)
+    assert status == 130
+    printed = capsys.readouterr()
+    assert "the results are those of the cells that were computed" in printed.out
+    assert "interrupted" in printed.err
+    assert [row["method"] for row in results(tmp_path)["rows"]] == ["counted"]
+    first = row_of(tmp_path, "counted")
+    status, calls = bench(tmp_path, *words)
+    assert status == 0
+    assert "counted" not in calls  # and the run goes on
+    assert len(results(tmp_path)["rows"]) == 3
+    assert row_of(tmp_path, "counted") == first
+
+
 # --- hooks ----------------------------------------------------------------------------------------
 def test_plugins_hear_of_every_cell(tmp_path, registry, monkeypatch):
     heard = []

@@ -1,12 +1,17 @@
 """Runs that took long are kept and read back; the name of a file is all that it depends on."""
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from dattri_benchmarks import digits, finished_runs
 from dattri_parts.training import ModelRetraining, Recipe
 
+import dattri_core as dattri
 from dattri_core.errors import StoreError
+from dattri_core.laws import pretended
+
+pretended.prepare()  # before any backward pass
 
 SETTING = attrs.evolve(
     digits.setting, recipe=Recipe(epochs=3, batch=20, learning_rate=0.1, keep=(1, 3))
@@ -106,3 +111,23 @@ def test_what_cannot_be_kept_is_not_lost(folder, trained):
     with pytest.warns(RuntimeWarning, match="not kept"):
         world = SETTING.load(SIZE)
     assert world.facts["parameters"] == 1810
+
+
+def test_on_an_accelerator_short_runs_are_kept_too(tmp_path, monkeypatch, trained):
+    """Trained again, a network would end at other last digits."""
+    monkeypatch.setattr(finished_runs, "cache_folder", lambda: tmp_path)
+    accelerator = pretended.accelerator()
+    first = SETTING.load(SIZE, seed=6)
+    assert not (tmp_path / "trained").exists()
+    retraining = attrs.evolve(first.retraining, device=accelerator)
+    whole = dattri.Counterfactual(np.ones(SIZE[0], dtype=bool), 6)
+    runs = [finished_runs.finished_run(retraining, whole) for _ in range(2)]
+    assert len(list((tmp_path / "trained").iterdir())) == 1
+    assert len(trained) == 2  # that of the first world, and one
+    for run in runs:
+        for state in run.states:
+            assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    assert torch.equal(runs[0].train_correct, runs[1].train_correct)
+    wanted = dict(first.trajectory.checkpoints[-1].source)
+    for name, tensor in runs[1].states[-1].items():
+        torch.testing.assert_close(tensor, wanted[name])

@@ -107,6 +107,16 @@ def test_the_world_says_what_it_is(load):
     assert len(world.facts["checkpoints"]) == len(world.trajectory.checkpoints) > 1
 
 
+def test_the_retraining_alone_is_that_of_the_world(load, monkeypatch):
+    make = getattr(load.setting, "retraining", None)
+    if make is None:
+        pytest.skip("the setting has its retraining by its world alone")
+    want = [load(wrong=wrong).retraining for wrong in (None, 0.1)]
+    monkeypatch.setattr(ModelRetraining, "run", pytest.fail)
+    got = [make(load.bench.size, seed=1, wrong=wrong) for wrong in (None, 0.1)]
+    assert [one.fingerprint for one in got] == [one.fingerprint for one in want]
+
+
 def test_pictures_are_grey_or_of_three_colours_and_use_their_range(load):
     for pictures in load().pictures or ():
         assert pictures.ndim == 3 or pictures.shape[3] == 3

@@ -144,6 +144,27 @@ def test_training_again(device, recipe, together):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
+def test_the_steps_of_a_run(device):
+    found = []
+    for place in ("cpu", device):
+        held = ModelRetraining(
+            lambda: nn.Linear(4, 3, dtype=torch.float64),
+            Recipe(2, 4, 0.1, momentum=0.9),
+            "cross-entropy",
+            TRAIN,
+            TEST,
+            ("loss",),
+            device=place,
+            recorded=True,  # which needs a device that can; steps themselves are run from Python
+        )
+        found.append(held.steps(random_subsets(14, 1)[0]))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(got.step.batch, want.step.batch)
+        for name, tensor in want.source.items():
+            assert got.source[name].device.type == "cpu"
+            close(got.source[name], tensor)
+
+
 def test_a_recorded_run(device, tmp_path):
     found = []
     for place in ("cpu", device):

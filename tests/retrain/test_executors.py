@@ -21,7 +21,7 @@ from dattri_retrain import (
     submitit_executor,
 )
 from retrain_plans import same, subsets
-from retrain_setting import LOADED
+from retrain_setting import LOADED, ToySetting
 from toy_retraining import M, N, Toy
 
 import dattri_core as dattri
@@ -243,6 +243,19 @@ def test_jobs_must_be_some(tmp_path):
 
 
 # --- a setting as plain data ----------------------------------------------------------------------
+def test_a_setting_that_gives_its_retraining_trains_no_network(toy_setting, monkeypatch):
+    asked = []
+
+    def retraining(self, size, seed, wrong):
+        asked.append((size, seed, wrong))
+        return Toy()
+
+    monkeypatch.setattr(ToySetting, "retraining", retraining, raising=False)
+    made = SettingRetraining("toy", (N, M), seed=3, wrong=0.2)
+    assert made.fingerprint == Toy().fingerprint
+    assert (asked, LOADED) == ([((N, M), 3, 0.2)], [])
+
+
 def test_a_setting_is_spelled_and_loaded_where_it_is_used(tmp_path, toy_setting):
     made = SettingRetraining("toy", (N, M), seed=3)
     assert LOADED == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +27,11 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int]:
-    """Return the machine: system, processor, cores this process may use, threads, accelerator."""
+    """Return the machine: system, processor, cores this process may use, threads, accelerator.
+
+    With an accelerator also ``TF32``: which products of float32 numbers it may take with 10 bits
+    after the point in place of 23, as torch has them for convolutions unless told otherwise.
+    """
     found: dict[str, str | int] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -34,7 +40,27 @@ def hardware() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
+        found["TF32"] = ", ".join(_rounded()) or "off"
     return found
+
+
+def _rounded() -> list[str]:
+    """Return the products of float32 that CUDA may take in TF32."""
+    backends: Any = torch.backends
+    cudnn, matmul = backends.cudnn, backends.cuda.matmul
+    found = []
+    if _allowed(cudnn, lambda: cudnn.conv):
+        found.append("convolutions")
+    if _allowed(matmul, lambda: matmul):
+        found.append("matrix products")
+    return found
+
+
+def _allowed(older: Any, newer: Callable[[], Any]) -> bool:
+    try:
+        return bool(older.allow_tf32)
+    except RuntimeError:  # set by the newer name, beside which the older one cannot be read
+        return bool(newer().fp32_precision == "tf32")
 
 
 def _cores() -> int:

@@ -84,6 +84,11 @@ class ModelRetraining:
         threads: Of training one model; None leaves them, and so do stacks and optima. Where a step
             is too short to share, a second thread only waits; with one, sums come in the same order
             everywhere.
+        recorded: Whether a CUDA device records the kernels of a step once and replays them, which
+            spares those of a small model the wait for Python. For a model whose forward pass runs
+            the same operations each time, whatever the numbers are, and changes nothing but
+            tensors: no random choice in Python, no count of calls. With ``together`` above 1 steps
+            are long, and are not recorded.
 
     Raises:
         InputError: Data, loss and targets do not fit each other.
@@ -99,6 +104,7 @@ class ModelRetraining:
     together: int = 1
     device: torch.device = field(default=torch.device("cpu"), converter=_device_of)
     threads: int | None = 1
+    recorded: bool = False
     _held: _Held = field(init=False, factory=_Held, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -197,6 +203,7 @@ class ModelRetraining:
                 counterfactual.seed,
                 keep,
                 self.device,
+                recorded=self.recorded,
             )
 
     def steps(self, counterfactual: Counterfactual) -> tuple[Checkpoint, ...]:

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from dattri_core import InputError, Loss, NumericsError, take
 from dattri_parts.training.objective import mean_loss
 from dattri_parts.training.recipe import Recipe
+from dattri_parts.training.recorded import Gradients, RecordedGradients
 from dattri_parts.training.run import Run, copy_of
 
 Build = Callable[[], nn.Module]
 Before = Callable[[nn.Module, Tensor, float, int], None]
 """Called before a step with the model, the positions of its batch, its rate and its epoch."""
+RECORDING = ("cuda",)
+"""Devices that can record a step."""
 _seeding = threading.RLock()  # torch has one generator for all threads
 
 
@@ -78,6 +81,7 @@ def train_one(
     keep: tuple[int, ...],
     device: torch.device,
     before: Before | None = None,
+    recorded: bool = False,
 ) -> Run:
     """Return the run of a new model on the examples ``index [k]`` of the data.
 
@@ -91,48 +95,53 @@ def train_one(
         keep: Epochs after which the state is kept, beside the last.
         device: To train on.
         before: Called before every step.
+        recorded: Whether a CUDA device records the kernels of a step once and replays them, see
+            `RecordedGradients`.
 
     Raises:
         NumericsError: The loss is not finite.
     """
     with seeded(seed, device):
         model = built(build, device)
-        optimizer = recipe.optimizer_of(p for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = recipe.optimizer_of(trained)
         model.train()
+
+        def compute(chosen: Tensor) -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            value = mean_loss(loss, model, take(data, chosen))
+            torch.autograd.backward(value)
+            return value.detach()
+
+        gradients: Gradients = compute
+        if recorded and device.type in RECORDING:
+            gradients = RecordedGradients(compute, trained, min(recipe.batch, len(index)))
         kept, step, per_epoch = [], 0, recipe.steps(len(index))
         for epoch, order in zip(range(1, recipe.epochs + 1), orders(index, seed), strict=False):
             total = torch.zeros((), device=device)
-            for chosen in torch.split(order, recipe.batch):
+            # Moved at once: a batch of positions from the host would wait for the step before it.
+            for chosen in torch.split(order.to(device), recipe.batch):
                 rate = recipe.rate(step, per_epoch)
                 if before is not None:
                     before(model, chosen, rate, epoch)
-                total += _step(model, optimizer, rate, loss, take(data, chosen), recipe.clip)
+                total += gradients(chosen)
+                _step(optimizer, rate, recipe.clip)
                 step += 1
             require_finite(total, epoch, f"{len(index)} examples, seed {seed}")
             if epoch in keep or epoch == recipe.epochs:
                 kept.append((epoch, copy_of(model), rate))
+    optimizer.zero_grad(set_to_none=True)  # the memory of a recording is free without them
     model.eval()
     epochs, states, rates = zip(*kept, strict=True)
     return Run(model, epochs, states, rates)
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    loss: Loss,
-    batch: Any,
-    clip: float | None,
-) -> Tensor:
+def _step(optimizer: torch.optim.Optimizer, rate: float, clip: float | None) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    value = mean_loss(loss, model, batch)
-    torch.autograd.backward(value)
     if clip is not None:
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
-    return value.detach()
 
 
 def require_finite(total: Tensor, epoch: int, counterfactual: str) -> None:
