@@ -60,13 +60,14 @@ class _Record:
         """Return the inputs, and keep them no longer: the graph outlives this record's use."""
         assert self.token is not None
         node: Any = self.token.grad_fn
-        self.token = None
         try:
             saved: Sequence[Tensor] = node.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error) and "in-place" not in str(error):
                 raise
             raise WrittenInputError(self.site.module) from error
+        finally:
+            self.token = None  # not before: torch 2.11 lets go of what a node saved with its output
         return saved
 
 
