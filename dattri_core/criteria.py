@@ -15,6 +15,8 @@ from dattri_core.errors import InputError, NumericsError
 
 LARGEST_HESSIAN = 1024
 """Outputs of one example up to which the Hessian of a criterion is formed."""
+GROUP = 256
+"""Classes of a group."""
 _PICKED = {"cpu": 2**22}  # probabilities in float64 at once: 32 MiB stay in a cache
 _PICKED_ELSEWHERE = 2**26
 _TOLERANCE = {torch.float64: 1e-8}
@@ -31,7 +33,7 @@ def softmax_sample(logits: Tensor, weight: Tensor, uniform: Tensor) -> Tensor:
         uniform: Numbers in [0, 1), ``[...]``; each picks a label by the inverse of the distribution
             function.
     """
-    slope = _wide(logits).softmax(-1)
+    slope = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     flat, numbers = slope.flatten(0, -2), uniform.to(slope.device).flatten()
     most = _PICKED.get(slope.device.type, _PICKED_ELSEWHERE)
     step = max(1, most // max(1, slope.shape[-1]))
@@ -40,14 +42,33 @@ def softmax_sample(logits: Tensor, weight: Tensor, uniform: Tensor) -> Tensor:
         for start in range(0, len(flat), step)
     ]
     flat.scatter_add_(-1, torch.cat(picked), flat.new_full((len(flat), 1), -1.0))
-    return (slope * weight.to(slope.dtype).sqrt().unsqueeze(-1)).to(logits.dtype)
+    weighted = torch.empty_like(logits)
+    return torch.mul(slope, weight.to(slope.dtype).sqrt().unsqueeze(-1), out=weighted)
 
 
 def _pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Return the label ``[N, 1]`` at which the distribution function passes each number."""
-    reached = probabilities.double().cumsum(-1)
-    wanted = (uniform.double() * reached[:, -1]).unsqueeze(-1)
-    return torch.searchsorted(reached, wanted, right=True).clamp_max(reached.shape[-1] - 1)
+    """Return the label ``[N, 1]`` at which the distribution function passes each number.
+
+    Of many classes groups are added up first, and the sum runs over one group: of tens of thousands
+    of tokens, hardly more than a reading.
+    """
+    count, classes = probabilities.shape
+    if classes <= GROUP:
+        reached = probabilities.double().cumsum(-1)
+        wanted = (uniform.double() * reached[:, -1]).unsqueeze(-1)
+        return torch.searchsorted(reached, wanted, right=True).clamp_max(classes - 1)
+    whole = classes // GROUP * GROUP
+    groups = probabilities[:, :whole].reshape(count, -1, GROUP).sum(-1, dtype=torch.float64)
+    rest = probabilities[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    ends = torch.cat([groups, rest], 1).cumsum(-1)
+    wanted = (uniform.double() * ends[:, -1]).unsqueeze(-1)
+    group = torch.searchsorted(ends, wanted, right=True).clamp_max(ends.shape[1] - 1)
+    start = torch.nn.functional.pad(ends, (1, 0)).gather(1, group)
+    within = group * GROUP + torch.arange(GROUP, device=group.device)
+    inside = probabilities.gather(1, within.clamp_max(classes - 1)).double()
+    reached = start + inside.masked_fill_(within >= classes, 0.0).cumsum(-1)
+    found = torch.searchsorted(reached, wanted, right=True).clamp_max(GROUP - 1)
+    return (group * GROUP + found).clamp_max(classes - 1)
 
 
 def softmax_factor(logits: Tensor, weight: Tensor) -> Tensor:

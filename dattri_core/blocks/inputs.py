@@ -15,6 +15,8 @@ from dattri_core.blocks.block import LinearFunction
 from dattri_core.errors import SpecError
 
 HALF = (torch.float16, torch.bfloat16)
+ALIGNMENT = 16
+"""Bytes at whose multiples tensor cores read fast."""
 WIDENS = hasattr(torch.ops.aten.mm, "dtype")
 """Whether torch multiplies half precision into float32, as it does from 2.8 on, on CUDA."""
 
@@ -86,12 +88,51 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     Tensor cores multiply half precision exactly and add in float32, so that nothing is widened.
     """
-    same = left.is_cuda and left.dtype == right.dtype and left.dtype in HALF
-    if not (same and WIDENS and left.numel() and right.numel()):
+    if not (left.is_cuda and left.numel() and right.numel()):
         return accumulate(left) @ accumulate(right)
+    half = WIDENS and left.dtype == right.dtype and left.dtype in HALF
+    if not half:
+        left, right = accumulate(left), accumulate(right)
+        if left.dtype != torch.float32 or right.dtype != torch.float32 or not _rounds():
+            return left @ right
+    rows, columns = left.shape[-2], right.shape[-1]
+    left, right = aligned(left, right)
+    if not half:
+        return (left @ right)[..., :rows, :columns]
     multiply: Any = torch.mm if left.dim() == 2 else torch.bmm
     found: Tensor = multiply(left, right, out_dtype=torch.float32)
-    return found
+    return found[..., :rows, :columns]
+
+
+def aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of a product, widened by zeros until their lines are whole 16 bytes.
+
+    Tensor cores take others, such as the 769 inputs of a layer of 768 and a bias, at a fraction of
+    their rate. The product has more rows and columns at its end; its others are the same.
+    """
+    step = ALIGNMENT // left.element_size()
+    left_by_rows, right_by_rows = left.stride(-1) == 1, right.stride(-1) == 1
+    inner = -left.shape[-1] % step
+    if inner and (left_by_rows or not right_by_rows):
+        left, right = pad_last(left, inner), pad_last(right.mT, inner).mT
+    if not left_by_rows:
+        left = pad_last(left.mT, -left.shape[-2] % step).mT
+    if right_by_rows:
+        right = pad_last(right, -right.shape[-1] % step)
+    return left, right
+
+
+def pad_last(values: Tensor, count: int) -> Tensor:
+    """Return values with so many zeros after their last axis."""
+    return torch.nn.functional.pad(values, (0, count)) if count else values
+
+
+def _rounds() -> bool:
+    """Return whether products of float32 may be rounded, and so run on tensor cores."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by the newer names, beside which this one cannot be read
+        return True
 
 
 def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
@@ -99,7 +140,11 @@ def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
     if function is None:
         return vectors
     if isinstance(function, Tensor):
-        return accumulate(vectors) @ _for_all_rows(function).mT
+        wide = accumulate(vectors)
+        matrix = _for_all_rows(function).mT.to(wide.dtype)
+        if not wide.is_cuda:
+            return wide @ matrix
+        return product(wide.flatten(0, -2), matrix).reshape(*vectors.shape[:-1], matrix.shape[1])
     return function(vectors)
 
 

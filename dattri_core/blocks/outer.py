@@ -321,6 +321,7 @@ def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
     room = max(1, size // (max(1, width) * item))  # rows of outputs in a tile
     rows = max(1, min(len(left), TILE_ROWS, room))
     span = max(1, -(-height // max(1, -(-height // max(1, room // rows)))))  # even tiles
+    span -= span % 8 if span > 8 else 0  # a device reads them from whole 16 bytes on
     total = formed.new_zeros(len(left), len(formed))
     for first in range(0, len(left), rows):
         part = left.take(slice(first, first + rows))

@@ -62,6 +62,8 @@ def prepare() -> str:
 
     To be called before the first backward pass of a process: autograd counts the devices then.
     """
+    if torch.cuda.is_available():
+        return "there is a CUDA device, and torch's backward pass takes one accelerator a process"
     start = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
     if start is None:
         return f"torch {torch.__version__} has no backends in Python; a later one has"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -28,14 +28,14 @@ class Kronecker:
         return self.outputs is not None and self.outputs.dim() == 3
 
     @property
-    def on_inputs(self) -> Callable[[Tensor], Tensor] | None:
-        """Return x -> Q_I^T x."""
-        return times(self.inputs)
+    def on_inputs(self) -> Tensor | None:
+        """Return Q_I^T."""
+        return None if self.inputs is None else self.inputs.mT
 
     @property
-    def on_outputs(self) -> Callable[[Tensor], Tensor] | None:
-        """Return e -> Q_O^T e."""
-        return times(self.outputs)
+    def on_outputs(self) -> Tensor | None:
+        """Return Q_O^T."""
+        return None if self.outputs is None else self.outputs.mT
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +80,7 @@ class Kronecker:
         """Return Q_O K Q_I^T for every row K."""
         if self.grouped:
             return self._of_groups(block, transposed=True)
-        outputs, inputs = (None if q is None else q.mT for q in (self.outputs, self.inputs))
-        return block.map(times(inputs), times(outputs))
+        return block.map(self.inputs, self.outputs)
 
     def _of_groups(self, block: Block, *, transposed: bool) -> Block:
         assert self.outputs is not None
@@ -93,18 +92,6 @@ class Kronecker:
             left, right = left.mT, right.mT
         parted = values.reshape(len(block), *left.shape[:2], -1)  # [B, G, O, I]
         return DenseBlock((left.mT @ parted @ right).flatten(1, 2))
-
-
-def times(matrix: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """Return x -> matrix^T x on the last axis, in float32 or better, or None for the identity."""
-    if matrix is None:
-        return None
-
-    def product(values: Tensor) -> Tensor:
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        return values.to(dtype) @ matrix.to(dtype)
-
-    return product
 
 
 @frozen(eq=False)
