@@ -87,7 +87,11 @@ def _why_not() -> str:
     return reason
 
 
-class _Module(backend_registration._DummyBackendModule):
+# Not in torch 2.5; what lacks it has no backends in Python either, see `prepare`.
+_Base: Any = getattr(backend_registration, "_DummyBackendModule", object)
+
+
+class _Module(_Base):
     def is_available(self) -> bool:
         """Answer no, so that no library chooses the device by itself."""
         return False

@@ -20,11 +20,12 @@ BATCH = 32
 LARGEST = 2**32
 """fast_jl counts the numbers of a batch in 32 bits."""
 INSTALL = (
-    "unpack its source distribution (pip download --no-deps --no-binary :all: fast_jl) and run "
-    'there: TORCH_CUDA_ARCH_LIST=9.0 python -c "from torch.utils.cpp_extension import load; '
+    "download its source distribution from PyPI, unpack it and run there: "
+    "TORCH_EXTENSIONS_DIR=$PWD/built "
+    'TORCH_CUDA_ARCH_LIST=9.0 python -c "from torch.utils.cpp_extension import load; '
     "load('fast_jl', ['fast_jl.cu'], extra_cuda_cflags=['-O3'])\" with the compute capability of "
-    "your GPU and nvcc of torch's CUDA version; with CUDA 12 or older, "
-    "'pip install --no-build-isolation fast_jl' builds it too"
+    "your GPU and nvcc of torch's CUDA version, then put built/fast_jl on PYTHONPATH; with CUDA 12 "
+    "or older, 'pip install --no-build-isolation fast_jl' builds it too"
 )
 
 

@@ -16,7 +16,11 @@ from torch import nn
 
 import dattri_core as dattri
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(0)]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.timeout(0),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 N_TRAIN, N_TEST, FEATURES, ROUNDS, GOAL = 50_000, 1000, 784, 5, 1.5
 THEME = Theme(
     "knn_cuda",

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 import dattri_core as dattri
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(0)]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.timeout(0),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 SEQUENCES, LENGTH, QUERIES = 1024, 512, (16, 64)
 PLAIN_BATCH = 64
 THEME = Theme(

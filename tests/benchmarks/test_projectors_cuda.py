@@ -20,7 +20,11 @@ from torch import Tensor
 
 import dattri_core as dattri
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(0)]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.timeout(0),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 THEME = Theme(
     "projectors_cuda",
     "Sketches of flat rows on a GPU",
