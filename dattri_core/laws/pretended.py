@@ -91,7 +91,7 @@ def _why_not() -> str:
 _Base: Any = getattr(backend_registration, "_DummyBackendModule", object)
 
 
-class _Module(_Base):
+class _Module(_Base):  # type: ignore[misc]
     def is_available(self) -> bool:
         """Answer no, so that no library chooses the device by itself."""
         return False
