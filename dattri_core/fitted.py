@@ -15,7 +15,7 @@ from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import contraction_limit
 from dattri_core.dampings import dampings_between, redamped
-from dattri_core.errors import InputError, SpecError
+from dattri_core.errors import InputError, SpecError, format_bytes
 from dattri_core.kept_fits import KeptFits
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.members import expand_checkpoints
@@ -31,7 +31,7 @@ from dattri_core.provenance import facts_of_fits, facts_of_rows, provenance_of
 from dattri_core.requests import Request
 from dattri_core.rows import Rows
 from dattri_core.runner import Runner, contractions, require_streams, run_folder
-from dattri_core.scores import Scores
+from dattri_core.scores import Scores, parts_of
 from dattri_core.scores_file import is_scores_folder
 from dattri_core.shelf import free_on_disk
 from dattri_core.snapshot import Fitted, fit_checkpoint
@@ -64,6 +64,11 @@ class FittedMethod:
     fits: Path | None = None
     reference: Examples | None = None
     _held: Fitted | None = None
+
+    def __repr__(self) -> str:
+        parts = ", ".join(parts_of(self.method.to_spec()))
+        counts = f"{len(self.train)} train examples, checkpoints: {len(self.checkpoints)}"
+        return f"FittedMethod({parts}; {counts}; memory {format_bytes(self.budget)})"
 
     @staticmethod
     @exactly

@@ -38,7 +38,7 @@ CHUNK = 32 * 2**20
 """Bytes of scores that one step reads; results never depend on it."""
 
 
-def _parts_of(spec: Any) -> Iterator[str]:
+def parts_of(spec: Any) -> Iterator[str]:
     """Yield the names of the parts that a spec is made of, without those that do nothing."""
     if isinstance(spec, str):
         if spec not in ("identity", "mean"):
@@ -46,10 +46,10 @@ def _parts_of(spec: Any) -> Iterator[str]:
     elif isinstance(spec, Mapping):
         named = [spec["name"]] if "name" in spec else [spec[at] for at in spec if at in PARTS]
         for part in named:
-            yield from _parts_of(part)
+            yield from parts_of(part)
     elif isinstance(spec, (list, tuple)):
         for part in spec:
-            yield from _parts_of(part)
+            yield from parts_of(part)
 
 
 def _as_values(given: Any) -> Values:
@@ -135,7 +135,7 @@ class Scores:
         n_train, n_test = self.shape
         method = self.provenance.get("method")
         if isinstance(method, Mapping):
-            method = method.get("name") or ", ".join(_parts_of(method)) or "a composed method"
+            method = method.get("name") or ", ".join(parts_of(method)) or "a composed method"
         kind = str(self.values.dtype).removeprefix("torch.")
         where = "on disk" if isinstance(self.values, np.memmap) else f"on {self.values.device}"
         of = f" by {method}" if method else ""

@@ -39,7 +39,7 @@ class Examples:
     name: str
     n: int
     kind: Kind
-    _data: Any
+    _data: Any = field(repr=False)
     _order: Sequence[int] | None = None
     _collate: Callable[[list[Any]], Batch] = default_collate
     _origin: Examples | None = None

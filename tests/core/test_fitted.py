@@ -309,3 +309,14 @@ def test_a_plan_counts_what_a_spectral_inverse_keeps():
     kept = fitted._fit(fitted.checkpoints[0]).outline.kept
     # eigenvectors of both sides, with the bias; eigenvalues and weights; all in float32
     assert kept == 4 * (4 * 4 + 2 * 2 + 2 * (2 * 4))
+
+
+def test_it_is_shown_without_its_data():
+    data = torch.randn(20, 4), torch.randint(0, 3, (20,))
+    fitted = dattri.method("if-ekfac").fit(dattri.Task(torch.nn.Linear(4, 3)), data, memory="64MiB")
+    shown = repr(fitted)
+    assert shown == (
+        "FittedMethod(per-example, ekfac, spectral, dot; 20 train examples, checkpoints: 1; "
+        "memory 64.0 MiB)"
+    )
+    assert "tensor(" not in repr(fitted.train)
