@@ -40,7 +40,8 @@ class Scale:
         length: Tokens of a sequence.
         vocabulary: Distinct tokens.
         model: The network, for people.
-        build: Makes one.
+        build: Makes one. Its forward pass runs the same operations each time: on an accelerator the
+            steps of training are recorded (`ModelRetraining`).
         recipe: How it is trained.
     """
 
@@ -50,6 +51,16 @@ class Scale:
     model: str
     build: Callable[[], nn.Module]
     recipe: Recipe
+
+
+@frozen(eq=False)
+class _Made:
+    """What a world is made of before its network is trained."""
+
+    scale: Scale
+    threads: int | None
+    data: Sequences
+    retraining: ModelRetraining
 
 
 @frozen(eq=False)
@@ -66,6 +77,8 @@ class SequenceSetting:
         full: As published.
         small: For a laptop.
         damping: See `dattri_core.World`.
+        tf32: Whether networks are trained by matrix products in TF32 where there is a CUDA device,
+            see `ModelRetraining`. Outcomes with and without are kept apart.
     """
 
     name: str
@@ -75,6 +88,7 @@ class SequenceSetting:
     small: Scale
     damping: float
     metrics: tuple[str, ...] = ("lds",)
+    tf32: bool = False
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -97,29 +111,9 @@ class SequenceSetting:
         Raises:
             InputError: A size is below 20 or above what there is, or ``wrong`` is another.
         """
-        if wrong:
-            raise InputError(
-                f"setting {self.name!r}: wrong is {wrong!r}, and sequences have no class labels to "
-                "change; leave it out"
-            )
-        size = self._size(self.full.size if size is None else size)
-        small = size[0] <= self.small.size[0]
-        scale = evolve(self.small if small else self.full, size=size)
-        seeded = Counterfactual(np.ones(1, dtype=bool), seed)  # refused before anything is read
-        data = self.read(scale, seed)
-        whole = evolve(seeded, mask=np.ones(size[0], dtype=bool))
-        train, test = (_tokens(part) for part in (data.train, data.test))
-        retraining = ModelRetraining(
-            build=scale.build,
-            recipe=scale.recipe,
-            loss=LOSS,
-            train_data=(train, train),
-            test_data=(test, test),
-            targets=("loss",),
-            about={"setting": self.name, "network": scale.model},
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            threads=1 if small else None,
-        )
+        made = self._made(size, seed, wrong)
+        scale, retraining = made.scale, made.retraining
+        whole = Counterfactual(np.ones(scale.size[0], dtype=bool), seed)
         run = finished_run(retraining, whole)
         model = _model(scale, run, retraining.device)
         right = [correct.mean().item() for correct in (run.train_correct, run.test_correct)]
@@ -133,26 +127,69 @@ class SequenceSetting:
             ),
             train=retraining.train_data,
             test=retraining.test_data,
-            train_ids=data.train_ids,
-            test_ids=data.test_ids,
+            train_ids=made.data.train_ids,
+            test_ids=made.data.test_ids,
             retraining=retraining,
             target="loss",
             damping=self.damping,
-            threads=1 if small else None,
+            threads=made.threads,
             facts={
                 "data": self.title,
                 "model": scale.model,
-                "n_train": size[0],
-                "n_test": size[1],
+                "n_train": scale.size[0],
+                "n_test": scale.size[1],
                 "length": scale.length,
                 "vocabulary": scale.vocabulary,
                 "seed": seed,
+                "device": retraining.device.type,
+                "tf32": self.tf32 and retraining.device.type == "cuda",
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "checkpoints": list(run.epochs),
                 "train_accuracy": right[0] / (scale.length - 1),
                 "test_accuracy": right[1] / (scale.length - 1),
-                **data.facts,
+                **made.data.facts,
             },
+        )
+
+    def retraining(
+        self, size: tuple[int, int] | None = None, seed: int = 0, wrong: float | None = None
+    ) -> ModelRetraining:
+        """Return that of the world of the same arguments, without training its network.
+
+        Raises:
+            InputError: As `load` does.
+        """
+        return self._made(size, seed, wrong).retraining
+
+    def _made(self, size: tuple[int, int] | None, seed: int, wrong: float | None) -> _Made:
+        if wrong:
+            raise InputError(
+                f"setting {self.name!r}: wrong is {wrong!r}, and sequences have no class labels to "
+                "change; leave it out"
+            )
+        size = self._size(self.full.size if size is None else size)
+        small = size[0] <= self.small.size[0]
+        scale = evolve(self.small if small else self.full, size=size)
+        Counterfactual(np.ones(1, dtype=bool), seed)  # refused before anything is read
+        data = self.read(scale, seed)
+        threads = 1 if small else None
+        return _Made(scale, threads, data, self._retraining(scale, threads, data))
+
+    def _retraining(self, scale: Scale, threads: int | None, data: Sequences) -> ModelRetraining:
+        train, test = (_tokens(part) for part in (data.train, data.test))
+        cuda = torch.cuda.is_available()
+        return ModelRetraining(
+            build=scale.build,
+            recipe=scale.recipe,
+            loss=LOSS,
+            train_data=(train, train),
+            test_data=(test, test),
+            targets=("loss",),
+            about={"setting": self.name, "network": scale.model},
+            device="cuda" if cuda else "cpu",
+            threads=threads,
+            recorded=cuda,
+            tf32=self.tf32,
         )
 
     def _size(self, size: Any) -> tuple[int, int]:

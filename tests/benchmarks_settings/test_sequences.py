@@ -1,6 +1,7 @@
 """Settings of sequences: worlds of made-up tokens and of the real data, and that networks learn."""
 
 import os
+import warnings
 from pathlib import Path
 
 import attrs
@@ -16,6 +17,7 @@ from dattri_benchmarks import (
 )
 from dattri_benchmarks.sequences import Scale, Sequences, SequenceSetting, choose
 from dattri_parts.training import Recipe, random_subsets, retraining
+from oracles.taped_device import pretend
 
 import dattri_core as dattri
 from dattri_core.errors import InputError
@@ -105,6 +107,73 @@ def test_a_world_can_be_retrained_and_attributed(name):
     scores = dattri.attribute(world.task, world.train, world.test, method="grad-dot")
     assert np.isfinite(np.asarray(scores.values)).all()
     assert scores.values.shape == (30, 20)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_retraining_alone_is_that_of_the_world(name, monkeypatch):
+    setting = made_up(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sizes = [None, (30, 25)]
+    want = [setting.load(size, seed=1).retraining for size in sizes]
+    monkeypatch.setattr(retraining.ModelRetraining, "run", pytest.fail)
+    got = [setting.retraining(size, seed=1, wrong=None) for size in sizes]
+    for one, other in zip(got, want, strict=True):
+        assert one.fingerprint == other.fingerprint
+        assert (one.threads, one.device, one.recorded) == (other.threads, other.device, False)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_steps_that_a_device_records_are_those_of_python(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made = made_up(name).retraining((33, 20))  # the last batch is smaller
+    whole = dattri.Counterfactual(np.ones(33, bool), 1)
+    want = made.run(whole).states
+    tapes = pretend(monkeypatch)
+    got = attrs.evolve(made, recorded=True).run(whole).states
+    (tape,) = tapes
+    assert tape.replays == 8 * 3 - 3
+    for one, other in zip(got, want, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_a_cuda_device_is_used_and_records_where_there_is_one(monkeypatch):
+    setting = made_up("nano_gpt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = setting.retraining()
+    world = setting.load()
+    assert (world.facts["device"], world.facts["tf32"]) == ("cpu", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = setting.retraining()
+    assert (there.device.type, there.recorded, there.tf32) == ("cuda", True, False)
+    assert (here.device.type, here.recorded) == ("cpu", False)
+    assert attrs.evolve(setting, tf32=True).retraining().tf32
+
+
+def test_outcomes_with_products_in_tf32_are_kept_apart(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    setting = made_up("nano_gpt")
+    rounded = attrs.evolve(setting, tf32=True)
+    one, other = (each.retraining((30, 20)).fingerprint for each in (setting, rounded))
+    assert one != other
+    assert rounded.load((30, 20)).facts["tf32"] is False  # it says what happened: a CPU has none
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_cuda_device_records_the_steps_of_a_network(name):
+    """By SGD: see `test_networks_that_are_trained_together_are_those_of_one_by_one`."""
+    scale = SETTINGS[name][1].small
+    recipe = Recipe(epochs=2, batch=20, learning_rate=0.1, clip=1.0)
+    setting = made_up("nano_gpt")
+    scale = attrs.evolve(scale, recipe=recipe, size=(90, 20))
+    made = attrs.evolve(setting, full=scale, small=scale).retraining()
+    whole = dattri.Counterfactual(np.ones(90, bool), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = made.run(whole).states[-1]
+    want = attrs.evolve(made, recorded=False).run(whole).states[-1]
+    for key, tensor in want.items():
+        torch.testing.assert_close(got[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

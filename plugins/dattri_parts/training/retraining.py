@@ -31,6 +31,7 @@ from dattri_parts.training.measures import check_targets, measured, outcomes_of
 from dattri_parts.training.objective import is_shipped, loss_of, mean_loss
 from dattri_parts.training.optima import Optima, prepare
 from dattri_parts.training.optimum import Optimum
+from dattri_parts.training.products import rounded_products
 from dattri_parts.training.recipe import Recipe, check_kept
 from dattri_parts.training.rehearsal import rehearse
 from dattri_parts.training.run import Run
@@ -89,9 +90,18 @@ class ModelRetraining:
             the same operations each time, whatever the numbers are, and changes nothing but
             tensors: no random choice in Python, no count of calls. With ``together`` above 1 steps
             are long, and are not recorded.
+        tf32: Whether a CUDA device may take the matrix products of training in TF32, which keeps
+            10 bits of a float32 number's 23: several times as fast where networks are large. False
+            leaves them as torch has them, which is exact to float32 unless told otherwise. Models
+            are measured as torch has it in either case. It is part of the fingerprint, as devices
+            are not: another device adds in another order, which moves last digits, while this
+            rounds every factor to a thousandth, as a choice of whoever trains; a difference of
+            outcomes that one example makes may be smaller than that of the two. What is named is
+            the leave: a device without TF32 computes in float32.
 
     Raises:
-        InputError: Data, loss and targets do not fit each other.
+        InputError: Data, loss and targets do not fit each other, or ``tf32`` is asked of an
+            `Optimum`, which is found in float64.
     """
 
     build: Build
@@ -105,6 +115,7 @@ class ModelRetraining:
     device: torch.device = field(default=torch.device("cpu"), converter=_device_of)
     threads: int | None = 1
     recorded: bool = False
+    tf32: bool = False
     _held: _Held = field(init=False, factory=_Held, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -112,6 +123,8 @@ class ModelRetraining:
         check_targets(self.targets, loss)
         if isinstance(self.together, bool) or self.together < 1:
             raise InputError(f"retraining: together is {self.together!r}, expected 1 or more")
+        if self.tf32 and isinstance(self.recipe, Optimum):
+            raise InputError("retraining: tf32 is for a Recipe; an Optimum is found in float64")
         for name, data in (("train_data", self.train_data), ("test_data", self.test_data)):
             if batch_size(data) < 1:
                 raise InputError(f"retraining: {name} holds no example")
@@ -134,7 +147,7 @@ class ModelRetraining:
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of data, model, recipe, loss, targets and ``about``; it is taken once.
+        """Return a hash of data, model, recipe, loss, targets, ``about`` and ``tf32``; taken once.
 
         Of the model, the code of its classes and all that it holds count, see `Description`; of
         ``build``, what it builds under two seeds, however it is written.
@@ -146,12 +159,18 @@ class ModelRetraining:
             loss = self._loss
             own = [] if is_shipped(loss) else [loss.forward, loss.criterion, loss.margin]
             known = fields_dict(ModelRetraining)
+            rounded = {"tf32": True} if self.tf32 else {}  # no word where products are exact
             more = {name: getattr(self, name) for name in fields_dict(type(self)).keys() - known}
             self._held.fingerprint = fingerprint(
                 self.recipe,
                 self._two_starts(),
                 (self.train_data, self.test_data),
-                {"loss": loss.name, "targets": sorted(self.targets), "about": dict(self.about)},
+                {
+                    "loss": loss.name,
+                    "targets": sorted(self.targets),
+                    "about": dict(self.about),
+                    **rounded,
+                },
                 [own, type(self), dict(sorted(more.items()))],
             )
             self._held.versions = _versions(self.train_data, self.test_data)
@@ -204,6 +223,7 @@ class ModelRetraining:
                 keep,
                 self.device,
                 recorded=self.recorded,
+                tf32=self.tf32,
             )
 
     def steps(self, counterfactual: Counterfactual) -> tuple[Checkpoint, ...]:
@@ -227,6 +247,7 @@ class ModelRetraining:
                 _positions(counterfactual),
                 counterfactual.seed,
                 self.device,
+                self.tf32,
             )
 
     def train(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
@@ -250,9 +271,11 @@ class ModelRetraining:
                 yield self._run(recipe, window[0]).states[-1]
             else:
                 members = [Member(_positions(each), each.seed) for each in window]
-                yield from train_stacked(
-                    self.build, recipe, self._loss, self._on_device[0], members, self.device
-                )
+                with rounded_products(self.tf32, self.device):
+                    states = train_stacked(
+                        self.build, recipe, self._loss, self._on_device[0], members, self.device
+                    )
+                yield from states
 
     def measure(self, state: Mapping[str, Tensor]) -> dict[str, Array]:
         """Return the outcome of every target on every test example, ``[n_test]`` in float64.

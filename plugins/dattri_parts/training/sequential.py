@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dattri_core import InputError, Loss, NumericsError, take
 from dattri_parts.training.objective import mean_loss
+from dattri_parts.training.products import rounded_products
 from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.recorded import Gradients, RecordedGradients
 from dattri_parts.training.run import Run, copy_of
@@ -82,6 +83,7 @@ def train_one(
     device: torch.device,
     before: Before | None = None,
     recorded: bool = False,
+    tf32: bool = False,
 ) -> Run:
     """Return the run of a new model on the examples ``index [k]`` of the data.
 
@@ -97,11 +99,12 @@ def train_one(
         before: Called before every step.
         recorded: Whether a CUDA device records the kernels of a step once and replays them, see
             `RecordedGradients`.
+        tf32: Whether a CUDA device may take matrix products in TF32, see `rounded_products`.
 
     Raises:
         NumericsError: The loss is not finite.
     """
-    with seeded(seed, device):
+    with seeded(seed, device), rounded_products(tf32, device):
         model = built(build, device)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = recipe.optimizer_of(trained)

@@ -30,6 +30,7 @@ def step_by_step(
     index: Tensor,
     seed: int,
     device: torch.device,
+    tf32: bool = False,
 ) -> tuple[Checkpoint, ...]:
     """Train as `train_one` does, and return the T + 1 checkpoints of the T steps.
 
@@ -58,7 +59,7 @@ def step_by_step(
         name = f"step {len(kept)}"
         kept.append(Checkpoint(name, len(kept), count + 1, rate, state, step=step))
 
-    run = train_one(build, recipe, loss, data, index, seed, (), device, before)
+    run = train_one(build, recipe, loss, data, index, seed, (), device, before, tf32=tf32)
     end = {name: tensor.cpu() for name, tensor in run.states[-1].items()}
     nothing = TrainingStep(torch.empty(0, dtype=torch.long))
     return (*kept, Checkpoint("end", count, count + 1, 0.0, end, step=nothing))

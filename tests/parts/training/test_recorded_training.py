@@ -6,7 +6,7 @@ import pytest
 import torch
 import training_toys as toys
 from dattri_parts.training import Recipe
-from taped_device import pretend
+from oracles.taped_device import pretend
 from torch import nn
 
 import dattri_core as dattri
@@ -45,12 +45,17 @@ def image_network():
     )
 
 
+def dropping():
+    hidden = (nn.Linear(toys.WIDTH, 8), nn.Dropout(0.5), nn.Tanh())
+    return nn.Sequential(*hidden, nn.Linear(8, toys.CLASSES))
+
+
 def states(build, recipe, recorded, seed=3, device="cpu"):
     made = toys.retraining(build, recipe, recorded=recorded, device=device)
     return made.run(toys.everything(seed=seed)).states
 
 
-@pytest.mark.parametrize("build", [toys.network, Tied, image_network])
+@pytest.mark.parametrize("build", [toys.network, Tied, image_network, dropping])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recorded_steps_are_those_of_python(build, recipe, monkeypatch):
     want = states(build, recipe, recorded=False)
@@ -103,12 +108,13 @@ def test_the_fingerprint_does_not_ask_how_steps_are_launched():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("build", [image_network, dropping])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_cuda_device_records(recipe):
+def test_a_cuda_device_records(recipe, build):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = states(image_network, recipe, recorded=True, device="cuda")
-    want = states(image_network, recipe, recorded=False, device="cuda")
+        got = states(build, recipe, recorded=True, device="cuda")
+    want = states(build, recipe, recorded=False, device="cuda")
     for one, other in zip(want, got, strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)

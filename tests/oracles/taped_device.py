@@ -46,7 +46,8 @@ class _Stream:
 
 @contextmanager
 def _taping(tape: Tape, stream: Any) -> Any:
-    with tape:
+    # A device that records computes nothing yet, so random numbers are drawn from the replay on.
+    with tape, torch.random.fork_rng(devices=[]):
         yield
 
 
