@@ -88,7 +88,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     Tensor cores multiply half precision exactly and add in float32, so that nothing is widened.
     """
-    if not (left.is_cuda and left.numel() and right.numel()):
+    if not (has_tensor_cores(left) and left.numel() and right.numel()):
         return accumulate(left) @ accumulate(right)
     half = WIDENS and left.dtype == right.dtype and left.dtype in HALF
     if not half:
@@ -102,6 +102,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     multiply: Any = torch.mm if left.dim() == 2 else torch.bmm
     found: Tensor = multiply(left, right, out_dtype=torch.float32)
     return found[..., :rows, :columns]
+
+
+def has_tensor_cores(values: Tensor) -> bool:
+    """Return whether a tensor is on a device that may multiply it by tensor cores."""
+    return values.is_cuda
 
 
 def aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +147,7 @@ def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
     if isinstance(function, Tensor):
         wide = accumulate(vectors)
         matrix = _for_all_rows(function).mT.to(wide.dtype)
-        if not wide.is_cuda:
+        if not has_tensor_cores(wide):
             return wide @ matrix
         return product(wide.flatten(0, -2), matrix).reshape(*vectors.shape[:-1], matrix.shape[1])
     return function(vectors)
