@@ -23,7 +23,6 @@ SHORT = 60
 
 BEFORE = frozenset(
     {
-        "bench_cifar2_small",
         "bench_maestro_small",
         "bench_mnist_mlp",
         "bench_mnist_mlp_ensemble",
