@@ -121,7 +121,7 @@ class Evaluator:
             for name, hook in self.checkpoint.hooks.items():
                 module = self.task.model.get_submodule(name)
                 handles.append(module.register_forward_hook(hook, prepend=True))
-            with _as_written(self.task.model):
+            with _as_written(self.task.model), _differentiable(self.task.model):
                 yield
         finally:
             for handle in handles:
@@ -447,6 +447,18 @@ def _as_written(model: nn.Module) -> AbstractContextManager[Any]:
     )
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     return stance("force_eager") if compiled and stance is not None else nullcontext()
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Leave cuDNN aside where a module recurs: it has no backward pass of one in eval mode."""
+    before: bool = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -109,8 +109,9 @@ class Bench:
         try:
             finished = run(request, lambda line: print(line, flush=True))
         except KeyboardInterrupt:
-            print("\ninterrupted: the results are those of the cells that were computed")
-            _show(request, recorded(request))
+            if known := recorded(request):
+                print("\ninterrupted: the results are those of the cells that were computed")
+                _show(request, known)
             raise
         rows = _show(request, finished)
         return 0 if any(row.value is not None for row in rows) else 1

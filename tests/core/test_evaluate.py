@@ -390,3 +390,14 @@ def test_a_sure_model_is_taken_in_any_dtype(sure):
             net[-1].weight.mul_(sure)
             batch = x, net(x).argmax(1)
         evaluator(net, "cross-entropy", batch)
+
+
+@pytest.mark.parametrize(("module", "left"), [(nn.LSTM(3, 2), False), (nn.Linear(3, 2), True)])
+def test_cudnn_is_left_aside_where_a_module_recurs(module, left):
+    """It has no backward pass of one in eval mode, and is back after the session."""
+    from dattri_core.evaluate import _differentiable
+
+    before = torch.backends.cudnn.enabled
+    with _differentiable(nn.Sequential(module)):
+        assert torch.backends.cudnn.enabled == (before and left)
+    assert torch.backends.cudnn.enabled == before

@@ -20,6 +20,14 @@ def loop_gradients(
 
     A copy of the model is differentiated, one example at a time, as a user would do it.
     """
+    # In eval mode cuDNN has no backward pass of a module that recurs.
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        return _gradients(model, loss, batch, sign)
+
+
+def _gradients(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, sign: float
+) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
     for b in range(batch_size(batch)):
         single = copy.deepcopy(model).eval()
