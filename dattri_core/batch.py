@@ -126,7 +126,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU; from CUDA by way of pinned memory, ten times as fast."""
+    """Return a tensor on the CPU; from CUDA by way of pinned memory."""
     if not tensor.is_cuda:
         return tensor.to("cpu")
     copied = tensor.to("cpu", non_blocking=True)

@@ -86,7 +86,7 @@ def accumulate(values: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right`` with sums in float32 or better, of matrices or of stacks of them.
 
-    Tensor cores multiply half precision exactly and add in float32, so that nothing is widened.
+    Tensor cores multiply half precision exactly and add in float32; no copy in float32 is made.
     """
     if not (has_tensor_cores(left) and left.numel() and right.numel()):
         return accumulate(left) @ accumulate(right)

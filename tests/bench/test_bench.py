@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import attrs
 import numpy as np
@@ -452,6 +453,14 @@ def test_after_ctrl_c_the_results_are_those_of_what_was_computed(tmp_path, monke
     assert "counted" not in calls  # and the run goes on
     assert len(results(tmp_path)["rows"]) == 3
     assert row_of(tmp_path, "counted") == first
+
+
+def test_after_ctrl_c_before_the_first_cell_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Agreement, "measure", Mock(side_effect=KeyboardInterrupt))
+    status, _ = bench(tmp_path, "--methods", "counted", "--metrics", "agreement")
+    assert status == 130
+    assert "the results are those" not in capsys.readouterr().out
+    assert not list(tmp_path.rglob("results.*"))
 
 
 # --- hooks ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 # of docs/results/outcomes, say). Nothing has to be installed but torch and what the package needs.
 set -u
 ROOT=$PWD
-: "${OUT:?}" "${BUDGET:=600}" "${PYTHON:=python3}" "${STATE:=/tmp/dattri_on_gpu}" "${WORKERS:=12}"
+: "${OUT:?}" "${BUDGET:=600}" "${PYTHON:=python3}" "${STATE:=$ROOT/.benchmarks/on_gpu}" "${WORKERS:=12}"
 : "${SIZE10:=full}" "${SIZE2:=full}" "${COUNT:=50}" "${MODELS:=10}" "${SHARDS:=3}"
 export PYTHONUNBUFFERED=1 XDG_CACHE_HOME=$STATE/cache MPLCONFIGDIR=$STATE/mpl
 export PYTHONPATH=$ROOT:$ROOT/plugins${PYTHONPATH:+:$PYTHONPATH}

@@ -130,3 +130,18 @@ def test_bad_batches_are_refused(batch, message):
 def test_a_batch_on_meta_is_refused():
     with pytest.raises(InputError, match="on the device 'meta'"):
         move((torch.zeros(3, device="meta"),), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("meta", False)])
+def test_a_copy_to_the_host_is_waited_for(device, waits, monkeypatch):
+    """What does not wait would be read before it has arrived."""
+    asked = []
+    copy = torch.Tensor.to
+
+    def seen(self, *args, non_blocking=False, **kwargs):
+        asked.append(non_blocking)
+        return copy(self, *args, non_blocking=non_blocking, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", seen)
+    move((torch.ones(2),), torch.device(device))
+    assert asked == [not waits]

@@ -392,12 +392,19 @@ def test_a_sure_model_is_taken_in_any_dtype(sure):
         evaluator(net, "cross-entropy", batch)
 
 
-@pytest.mark.parametrize(("module", "left"), [(nn.LSTM(3, 2), False), (nn.Linear(3, 2), True)])
-def test_cudnn_is_left_aside_where_a_module_recurs(module, left):
-    """It has no backward pass of one in eval mode, and is back after the session."""
-    from dattri_core.evaluate import _differentiable
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read, self.head = nn.LSTM(3, 3, batch_first=True), nn.Linear(3, 3)
 
+    def forward(self, x):
+        return self.head(self.read(x.unsqueeze(1))[0][:, 0])
+
+
+@pytest.mark.parametrize(("model", "left"), [(Recurrent().double(), False), (linear(), True)])
+def test_cudnn_is_left_aside_where_a_module_recurs(model, left):
+    """It has no backward pass of one in eval mode, and is back after the session."""
     before = torch.backends.cudnn.enabled
-    with _differentiable(nn.Sequential(module)):
+    with evaluator(model).session():
         assert torch.backends.cudnn.enabled == (before and left)
     assert torch.backends.cudnn.enabled == before
