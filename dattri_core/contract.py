@@ -24,6 +24,8 @@ from dattri_core.errors import SpecError, format_bytes
 Order = Literal["ghost", "form", "gather", "span", "parts", "form-first"]
 DEFAULT_LIMIT = 256 * 2**20
 """Bytes that one contraction may use for its intermediates; larger ones run in slices of rows."""
+DEVICE_LIMIT = 4 * 2**30
+"""The same on an accelerator: it is done with a smaller slice before the next one is begun."""
 WARM = 16 * 2**20
 """Bytes of the sides of a product at once: about what a processor's cache keeps."""
 

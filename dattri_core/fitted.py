@@ -245,7 +245,7 @@ class FittedMethod:
         batch = self._batch(first)
         total = len(self.train) * len(self.checkpoints)
         with (
-            contraction_limit(contractions(self.budget)),
+            contraction_limit(contractions(self.budget, self.task.device)),
             bar("self-influence", total, self.progress) as shown,
         ):
             return self_influence(
@@ -331,7 +331,12 @@ class FittedMethod:
             self._held = None  # the one before goes first: two never live at once
             show = False if self.store is None else self.progress
             read = Passes.over(len(self.train), self.progress)
-            with bar("store", len(self.train), show) as shown, read.until("solve"):
+            limit = contractions(self.budget, self.task.device)
+            with (
+                bar("store", len(self.train), show) as shown,
+                read.until("solve"),
+                contraction_limit(limit),
+            ):
                 self._held = fit_checkpoint(
                     self.method.source,
                     self.method.chain,
@@ -431,7 +436,7 @@ class FittedMethod:
             blocks=request.blocks(first),
             summed=request.group,
         )
-        return Runner(run, request, provenance, self._fit, self.progress)
+        return Runner(run, request, provenance, self._fit, self.progress, self.task.device)
 
     def _plan(
         self,

@@ -17,7 +17,7 @@ from attrs import define, field
 from dattri_core import assemble
 from dattri_core.atomic import discard_leftovers, require_room
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.contract import DEFAULT_LIMIT, contraction_limit
+from dattri_core.contract import DEFAULT_LIMIT, DEVICE_LIMIT, contraction_limit
 from dattri_core.errors import MemoryBudgetError, NumericsError, StoreError, format_bytes
 from dattri_core.ids import id_array
 from dattri_core.locks import sole_writer
@@ -61,6 +61,7 @@ class Runner:
         provenance: Of the whole run, JSON-ready.
         fit: Gives a fitted checkpoint; one is alive at a time.
         progress: Show a bar; None: on a terminal.
+        device: Where rows are multiplied.
     """
 
     run: Run
@@ -68,6 +69,7 @@ class Runner:
     provenance: dict[str, Any]
     fit: Callable[[Checkpoint], Fitted]
     progress: bool | None
+    device: torch.device
     _reports: list[tuple[int, dict[str, Any]]] = field(factory=list)
     _sources: dict[str, dict[str, Any]] = field(factory=dict)
 
@@ -204,7 +206,7 @@ class Runner:
         events, plan = default_registry(), self.run.plan
         total = plan.train_passes * len(self.run.train)
         with (
-            contraction_limit(contractions(plan.budget)),
+            contraction_limit(contractions(plan.budget, self.device)),
             bar("attribute", total, self.progress) as shown,
         ):
 
@@ -267,12 +269,12 @@ def _require_finite(values: torch.Tensor, row: int, column: int) -> None:
         )
 
 
-def contractions(budget: int) -> int:
+def contractions(budget: int, device: torch.device) -> int:
     """Return the bytes that one contraction may use.
 
     Four intermediates of that size may live at once: a quarter of the budget for all of them.
     """
-    return min(DEFAULT_LIMIT, budget // 16)
+    return min(DEFAULT_LIMIT if device.type == "cpu" else DEVICE_LIMIT, budget // 16)
 
 
 def _finished_before(out: Path, facts: Mapping[str, Any]) -> Scores | None:

@@ -88,6 +88,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     Tensor cores multiply half precision exactly and add in float32; no copy in float32 is made.
     """
+    return wide_product(left, right)[..., : left.shape[-2], : right.shape[-1]]
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return `product` as it is computed: with rows and columns of zeros at its end, or none."""
     if not (has_tensor_cores(left) and left.numel() and right.numel()):
         return accumulate(left) @ accumulate(right)
     half = WIDENS and left.dtype == right.dtype and left.dtype in HALF
@@ -95,13 +100,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         left, right = accumulate(left), accumulate(right)
         if left.dtype != torch.float32 or right.dtype != torch.float32 or not _rounds():
             return left @ right
-    rows, columns = left.shape[-2], right.shape[-1]
     left, right = aligned(left, right)
     if not half:
-        return (left @ right)[..., :rows, :columns]
+        return left @ right
     multiply: Any = torch.mm if left.dim() == 2 else torch.bmm
     found: Tensor = multiply(left, right, out_dtype=torch.float32)
-    return found[..., :rows, :columns]
+    return found
 
 
 def has_tensor_cores(values: Tensor) -> bool:

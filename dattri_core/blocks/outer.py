@@ -35,9 +35,11 @@ from dattri_core.blocks.inputs import (
     move_inputs,
     own,
     pad,
+    pad_last,
     pair_input_gram,
     product,
     take_inputs,
+    wide_product,
     width_of,
 )
 from dattri_core.contract import (
@@ -323,14 +325,17 @@ def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
     span = max(1, -(-height // max(1, -(-height // max(1, room // rows)))))  # even tiles
     span -= span % 8 if span > 8 else 0  # a device reads them from whole 16 bytes on
     total = formed.new_zeros(len(left), len(formed))
+    there = formed.reshape(-1, height, width)
     for first in range(0, len(left), rows):
         part = left.take(slice(first, first + rows))
         outputs, vectors, into = part.outputs.mT, part.own_inputs, total[first : first + rows]
         assert isinstance(vectors, Tensor)
         for start in range(0, height, span):
-            tile = product(outputs[:, start : start + span], vectors)  # [b, o, I]
-            there = formed[:, start * width : (start + span) * width]
-            torch.addmm(into, tile.flatten(1), there.T, out=into)
+            tile = wide_product(outputs[:, start : start + span], vectors)  # [b, o, I]
+            # A tile whose lines are cut would be copied: the formed side is widened, once.
+            there = pad_last(there, tile.shape[2] - there.shape[2])
+            met = there[:, start : start + span]
+            torch.addmm(into, tile[:, : met.shape[1]].flatten(1), met.flatten(1).T, out=into)
     return total
 
 

@@ -15,7 +15,7 @@ from dattri_knn.distances import Distance, whole
 WORK = 64
 """Bytes for each train row and column while a column is sorted and its game is solved."""
 PIECE = 2**20
-"""Pairs that are sorted at once where memory allows more: as many as caches hold."""
+"""Pairs that a processor sorts at once where memory allows more: as many as its caches hold."""
 LINE = 16
 """Columns that share a line of the cache: pieces are multiples of it, where they hold as many."""
 SERIAL = 2**18
@@ -108,7 +108,10 @@ def column_parts(pairs: Tensor, workers: int = 1) -> list[slice]:
         workers: Ranges that are at work at a time.
     """
     rows, columns = pairs.shape
-    step = max(1, min(PIECE, limit_now() // WORK // workers) // max(1, rows))
+    pairs_at_once = limit_now() // WORK // workers
+    if pairs.device.type == "cpu":
+        pairs_at_once = min(PIECE, pairs_at_once)
+    step = max(1, pairs_at_once // max(1, rows))
     step = min(step, -(-columns // workers))
     step -= step % LINE if step > LINE else 0
     return [slice(start, start + step) for start in range(0, columns, step)]

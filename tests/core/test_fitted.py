@@ -16,7 +16,9 @@ from oracles.toy_parts import (
 from oracles.toy_tasks import cross_entropies, examples, flat_gradients, mlp, states, world
 
 import dattri_core as dattri
-from dattri_core import InputError, Method, NumericsError, SpecError, Task
+from dattri_core import InputError, Method, NumericsError, SpecError, Task, contract, moments
+from dattri_core.blocks import outer
+from dattri_core.runner import contractions
 
 N, M = 13, 6
 
@@ -320,3 +322,30 @@ def test_it_is_shown_without_its_data():
         "memory 64.0 MiB)"
     )
     assert "tensor(" not in repr(fitted.train)
+
+
+# --- memory of products ---------------------------------------------------------------------------
+def test_products_keep_to_a_share_of_the_budget_in_every_pass(monkeypatch):
+    seen = []
+
+    def noted():
+        seen.append(contract.limit_now())
+        return seen[-1]
+
+    for module in (moments, outer):
+        monkeypatch.setattr(module, "limit_now", noted)
+    task, train, test = world(N, M)
+    fitted = dattri.method("if-ekfac").fit(task, train, memory="64MiB")
+    for run in (lambda: None, lambda: fitted.attribute(test), fitted.self_influence):
+        run()
+        assert seen
+        assert set(seen) == {4 * 2**20}
+        seen.clear()
+    assert contract.limit_now() == contract.DEFAULT_LIMIT
+
+
+def test_products_are_larger_on_an_accelerator():
+    here, there = torch.device("cpu"), torch.device("cuda")
+    assert contractions(2**33, here) == 2**28
+    assert contractions(2**33, there) == 2**29
+    assert contractions(2**40, there) == 2**32

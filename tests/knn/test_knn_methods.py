@@ -159,6 +159,14 @@ def test_columns_are_solved_in_parts_of_the_memory():
     assert torch.equal(solve_columns(game, distances[turned], moved, test, "l1"), want[turned])
 
 
+def test_only_a_processor_keeps_to_what_its_caches_hold():
+    here, elsewhere = (torch.empty(9000, 500, device=device) for device in ("cpu", "meta"))
+    assert [len(range(500)[part]) for part in column_parts(here)] == [112] * 4 + [52]
+    with contraction_limit(9000 * 500 * 64):
+        assert column_parts(elsewhere) == [slice(0, 496), slice(496, 992)]
+        assert len(column_parts(here)) == 5
+
+
 def test_columns_are_the_same_on_several_threads(monkeypatch):
     rows, columns = 9000, 35
     assert rows * columns > SERIAL
