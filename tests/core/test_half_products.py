@@ -37,7 +37,7 @@ def test_rows_of_half_precision_are_summed_in_float32(device, dtype) -> None:
     inputs = drawn(5, 300, 8, seed=1, dtype=dtype, device=device)
     block, wide = OuterBlock(outputs, inputs), OuterBlock(outputs.double(), inputs.double())
     sums, want = factor_sums(block), factor_sums(wide)
-    loose = 2e-6 if device == "cpu" else 3e-5
+    loose = 1e-5 if device == "cpu" else 3e-5  # sums in half precision are off by 1e-3
     for got, exact in (
         (block.dense().values, wide.dense().values),
         (block.inner(block), wide.inner(wide)),
