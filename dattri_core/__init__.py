@@ -49,12 +49,14 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import RootSolver as RootSolver
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
+    from dattri_core.capabilities import SharedProblem as SharedProblem
     from dattri_core.capabilities import SharingInverse as SharingInverse
     from dattri_core.capabilities import SpectralInverse as SpectralInverse
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.capabilities import kept as kept
+    from dattri_core.capabilities import summed as summed
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.checkpoint import TrainingStep as TrainingStep
     from dattri_core.contract import limit_now as limit_now
@@ -101,6 +103,8 @@ if TYPE_CHECKING:
     from dattri_core.plans import Plan as Plan
     from dattri_core.precision import exactly as exactly
     from dattri_core.problem import TrainProblem as TrainProblem
+    from dattri_core.processes import ProcessError as ProcessError
+    from dattri_core.processes import distributed as distributed
     from dattri_core.progress import bar as bar
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
@@ -292,6 +296,10 @@ _EXPORTS = {
     "hookimpl": "hookspecs",
     "is_out_of_memory": "memory",
     "kept": "capabilities",
+    "summed": "capabilities",
+    "SharedProblem": "capabilities",
+    "ProcessError": "processes",
+    "distributed": "processes",
     "labels_of": "losses",
     "inner_work": "blocks",
     "limit_now": "contract",

@@ -351,6 +351,31 @@ def kept(
 
 
 @runtime_checkable
+class SharedProblem(Problem, Protocol):
+    """A problem whose train set several processes may read, each a part of it."""
+
+    def summed(self, read: Callable[[Problem], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the sum over all processes of what ``read`` gives of the part of each."""
+        ...
+
+
+def summed(
+    problem: Problem, read: Callable[[Problem], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Return sums over the train set, which the processes of `distributed` read in parts.
+
+    In one process, and of a problem that is not shared, they are ``read(problem)``.
+
+    Args:
+        problem: That a curvature is fitted on.
+        read: Gives the sums by name over the examples of the problem that it gets, a part of the
+            train set or all of it; of that problem ``n_train`` and the positions are those of all.
+            A name may be left out where nothing was added to it.
+    """
+    return problem.summed(read) if isinstance(problem, SharedProblem) else read(problem)
+
+
+@runtime_checkable
 class EachProblem(Problem, Protocol):
     """A `Problem` that knows products with the curvature of each example."""
 

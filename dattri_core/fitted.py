@@ -24,6 +24,7 @@ from dattri_core.pairing import WHOLE
 from dattri_core.plans import Place, Plan, Work, make_plan
 from dattri_core.precision import exactly, without_autocast
 from dattri_core.problem import collect
+from dattri_core.processes import FIRST, failing_together, processes_now, require_one_process
 from dattri_core.progress import Passes, bar
 from dattri_core.projected import weights_of
 from dattri_core.protocols import Damping, Role, as_damping
@@ -71,6 +72,7 @@ class FittedMethod:
         return f"FittedMethod({parts}; {counts}; memory {format_bytes(self.budget)})"
 
     @staticmethod
+    @failing_together
     @exactly
     def fit(
         method: Any,
@@ -87,11 +89,15 @@ class FittedMethod:
         examples = Examples.of(train, "train")
         method.check_checkpoints(task)
         given = task.reference
+        budget = parse_bytes(memory, task.device)
+        if (processes := processes_now()) is not None:  # one plan, and one bar
+            budget = min(processes.gathered(budget))
+            progress = progress if processes.rank == FIRST else False
         fitted = FittedMethod(
             method=method,
             task=task,
             train=examples,
-            budget=parse_bytes(memory, task.device),
+            budget=budget,
             progress=progress,
             store=Store.of(store),
             fits=None if fits is None else Path(fits),
@@ -151,6 +157,7 @@ class FittedMethod:
         self, test: Any, *, by: By, group: bool = False, out: str | Path | None = None
     ) -> dict[str, Scores]: ...
 
+    @failing_together
     @exactly
     def attribute(
         self,
@@ -182,6 +189,7 @@ class FittedMethod:
         found = self._scores(test, Request((self.method,), by, group), out)
         return found[WHOLE] if by is None else found
 
+    @failing_together
     @exactly
     def sweep(self, test: Any, *, damping: Iterable[Any]) -> dict[Any, Scores]:
         """Return the scores at each of several dampings, from one pass over the train set.
@@ -204,6 +212,7 @@ class FittedMethod:
         found = self._scores(test, Request(methods), None)
         return dict(zip(keys, found.values(), strict=True))
 
+    @failing_together
     @exactly
     def extremes(self, test: Any, k: int, *, group: bool = False) -> Extremes:
         """Return the k most helpful and most harmful train examples of every test example.
@@ -232,6 +241,7 @@ class FittedMethod:
         require_streams(runner.run, self.method.chain)
         return runner.announced(lambda: runner.to_extremes(k), lambda found: found.provenance)
 
+    @failing_together
     @exactly
     def self_influence(self) -> torch.Tensor:
         """Return the score of each train example for its own loss, ``[n_train]``, in O(n).
@@ -392,6 +402,7 @@ class FittedMethod:
         request.check(self.task, out)
         examples = Examples.of(test, "test")
         if out is not None:
+            require_one_process("attribute(out=...)")
             check_replaceable(Path(out), is_scores_folder)
             if self._held is None:  # sums run as they did, so that not a bit differs
                 self.budget = budget_of(run_folder(Path(out)), self.budget)

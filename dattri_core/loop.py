@@ -31,6 +31,7 @@ from dattri_core.measures import (
 )
 from dattri_core.pairing import WHOLE, Paired, pair_batch, require_finite
 from dattri_core.plans import Plan
+from dattri_core.processes import anywhere, processes_now
 from dattri_core.projected import require_complete
 from dattri_core.protocols import Damping, Fold, FoldState, Scored, Scorer, Side, Snapshot
 from dattri_core.queries import Branch, require_finite_queries
@@ -137,7 +138,7 @@ def fold_tiles(
                 if tiles.done(group, first + start) <= done
             ]
             advance(last - first - sum(stop - start for start, stop in waiting))
-            if not waiting:
+            if not anywhere(bool(waiting)):
                 continue
             fitted = fit(checkpoint)
             branches = make_branches(
@@ -178,12 +179,18 @@ def _require_untouched(tiles: Tiles, group: int, start: int, done: int) -> None:
         )
 
 
-def finished(run: Run, tiles: Tiles) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-    """Yield (train range, test range, scores by reading) of each tile, and forget the tile."""
+def finished(
+    run: Run, tiles: Tiles, span: tuple[int, int] | None = None
+) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+    """Yield (train range, test range, scores by reading) of each tile, and forget the tile.
+
+    Train ranges count from the first row of the span, which is that of `fold_tiles`.
+    """
+    first, last = span or (0, len(run.train))
     for group in range(run.plan.groups):
         columns = run.columns(group)
-        for start, stop in shards(len(run.train), run.shard):
-            values = finish_tile(run, tiles, group, start, stop)
+        for start, stop in shards(last - first, run.shard):
+            values = finish_tile(run, tiles, group, first + start, first + stop)
             yield slice(start, stop), slice(columns.start, columns.stop), values
 
 
@@ -326,13 +333,15 @@ def self_influence(
 ) -> Tensor:
     """Return the score of every train example for its own train loss, ``[n_train]``, in O(n)."""
     ordered = checkpoints if fold.order == "forward" else checkpoints[::-1]
+    processes, count = processes_now(), len(train)
+    first, last = (0, count) if processes is None else processes.part(count)
     state: FoldState | None = None
     for checkpoint in ordered:
         fitted = fit(checkpoint)
-        parts = _known_diagonal(fitted, scorer)
+        parts = _known_diagonal(fitted, scorer, first, last)
         if parts:
-            advance(len(train))
-        for index, examples in () if parts else train.batches(batch):
+            advance(last - first)
+        for index, examples in () if parts else train.batches(batch, first, last):
             halving(
                 lambda i, b, fitted=fitted, parts=parts: parts.append(  # type: ignore[misc]
                     _diagonal(fitted, scorer, i, b)
@@ -342,13 +351,16 @@ def self_influence(
                 "self-influence",
             )
             advance(len(index))
-        state = answers.update(fold, state, _join_scored(parts), snapshot_of(checkpoint))
-    assert state is not None
-    return fold.finish(state)[:, 0]
+        if parts:
+            state = answers.update(fold, state, _join_scored(parts), snapshot_of(checkpoint))
+    found = {} if state is None else {WHOLE: fold.finish(state)[:, 0]}
+    if processes is not None:
+        found = processes.joined(found, count, torch.device("cpu"))
+    return found[WHOLE]
 
 
-def _known_diagonal(fitted: Fitted, scorer: Scorer) -> list[Scored]:
-    """Return the scores of all train rows for themselves where no row is read; else nothing.
+def _known_diagonal(fitted: Fitted, scorer: Scorer, first: int, last: int) -> list[Scored]:
+    """Return the scores of train rows ``first:last`` where no row is read; else nothing.
 
     The scorer is to read inner products alone, and the inverse to know those of the rows.
     """
@@ -360,7 +372,7 @@ def _known_diagonal(fitted: Fitted, scorer: Scorer) -> list[Scored]:
         return []
     known = known.to("cpu", fitted.dtype)
     found: list[Scored] = []
-    for rows in torch.split(torch.arange(len(known)), DIAGONAL):
+    for rows in torch.split(torch.arange(first, last), DIAGONAL):
         own = known[rows]
         side = Side(rows, {}, None, own)
         scored = scorer.finish(own.diag(), side, side)

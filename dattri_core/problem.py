@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from dattri_core.batch import Batch, move
@@ -17,9 +17,18 @@ from dattri_core.evaluate import Evaluator, dtype_of
 from dattri_core.halving import halved, halving
 from dattri_core.lift import empty_rows, from_parameters, to_parameters
 from dattri_core.memory import is_out_of_memory
+from dattri_core.processes import processes_now
 from dattri_core.products import WORK_LIMIT, batch_product, plan_slices
 from dattri_core.projected import pass_blocks, require_complete
-from dattri_core.protocols import BoundSource, CurvatureKind, LinearMap, RandomStream, Role, RowKind
+from dattri_core.protocols import (
+    BoundSource,
+    CurvatureKind,
+    LinearMap,
+    Problem,
+    RandomStream,
+    Role,
+    RowKind,
+)
 from dattri_core.recording import Named, Recording, record, recording_bytes
 from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
@@ -44,6 +53,7 @@ class TrainProblem:
         role: Of the rows of kind ``"loss"``.
         reference: The reference examples of the task, as a problem of their own.
         fits: Where what a fit computes is kept, `KeptFits.get`.
+        span: The examples that this process reads where all in order are asked for, as a range.
     """
 
     source: BoundSource
@@ -56,6 +66,7 @@ class TrainProblem:
     role: Role = "train"
     reference: TrainProblem | None = None
     fits: Callable[..., Mapping[str, Tensor]] | None = None
+    span: tuple[int, int] | None = None
     _recordings: dict[CurvatureKind, tuple[Recording, ...]] = field(init=False, factory=dict)
 
     @property
@@ -104,7 +115,25 @@ class TrainProblem:
         self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """Return what a part computes, from disk where it is kept; see `capabilities.kept`."""
-        return make() if self.fits is None else self.fits(name, part, make, self.device)
+
+        def found(make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+            return make() if self.fits is None else self.fits(name, part, make, self.device)
+
+        processes = processes_now()
+        return found(make) if processes is None else processes.made(found, make, self.device)
+
+    def summed(self, read: Callable[[Problem], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the sum over all processes of what each reads; see `capabilities.summed`."""
+        processes = processes_now()
+        if processes is None or self.span is not None:
+            return read(self)
+        part = evolve(self, span=processes.part(self.n_train), advance=self._of_all(processes.size))
+        return processes.total(read(part), self.device)
+
+    def _of_all(self, size: int) -> Callable[[int], None] | None:
+        """Return what counts the examples of all processes by those of one."""
+        advance = self.advance
+        return None if advance is None else lambda count: advance(count * size)
 
     def batches(self) -> Iterator[Batch]:
         """Read the whole train set in order; no stage applies.
@@ -230,7 +259,7 @@ class TrainProblem:
         self, size: int, index: Tensor | None, examples: Examples | None = None
     ) -> Iterator[tuple[Tensor, Batch]]:
         read = examples or self.examples
-        pieces: Iterator[tuple[Tensor, Batch]] = read.batches(size)
+        pieces: Iterator[tuple[Tensor, Batch]] = read.batches(size, *(self.span or ()))
         if index is not None:
             split = torch.split(index.cpu(), size)
             pieces = ((piece, read.take(piece)) for piece in split if len(piece))

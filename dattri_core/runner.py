@@ -23,6 +23,7 @@ from dattri_core.ids import id_array
 from dattri_core.locks import sole_writer
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
 from dattri_core.pairing import WHOLE
+from dattri_core.processes import Processes, processes_now
 from dattri_core.progress import bar
 from dattri_core.protocols import Projector
 from dattri_core.queries import Branch
@@ -89,10 +90,11 @@ class Runner:
     def to_memory(self, names: Sequence[str]) -> dict[str, Scores]:
         """Return the scores of each reading, by its name."""
         run, tiles = self.run, MemoryTiles()
-        self._fold(tiles)
-        shape = (len(run.train), run.plan.n_test)
+        first, last = span = self._span()
+        self._fold(tiles, (span,))
+        shape = (last - first, run.plan.n_test)
         whole: list[torch.Tensor] = []
-        for rows, columns, values in finished(run, tiles):
+        for rows, columns, values in finished(run, tiles, span):
             if values[0].shape == shape:
                 whole = values
                 break
@@ -100,11 +102,30 @@ class Runner:
                 whole = [torch.empty(shape, dtype=tile.dtype) for tile in values]
             for held, tile in zip(whole, values, strict=True):
                 held[rows, columns] = tile
+        whole = self._of_all(whole)
         train_ids, test_ids = run.train.ids, self.request.test_ids(run.test)
         return {
             name: Scores(values, train_ids, test_ids, self._facts(at, name))
             for at, (name, values) in enumerate(zip(names, whole, strict=True))
         }
+
+    @property
+    def _processes(self) -> Processes | None:
+        """Return the processes that score a part of the train rows each."""
+        return None if self.run.scorer.locality == "column" else processes_now()
+
+    def _span(self) -> tuple[int, int]:
+        """Return which train rows this process scores."""
+        count = len(self.run.train)
+        return (0, count) if self._processes is None else self._processes.part(count)
+
+    def _of_all(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return values of this process's train rows with those of the others."""
+        if self._processes is None:
+            return values
+        named = {f"{at:06}": value for at, value in enumerate(values)}
+        joined = self._processes.joined(named, len(self.run.train), torch.device("cpu"))
+        return [joined[name] for name in sorted(joined)]
 
     def to_folder(self, out: Path, first: Fitted) -> Scores:
         """Return the scores on disk; a run of the same facts that was stopped goes on.
@@ -172,8 +193,9 @@ class Runner:
         A tile is finished once it holds every checkpoint. With one, that is as soon as its batch is
         scored; with several, tiles of as many train rows wait as the plan has room for.
         """
-        run, tiles, n_train = self.run, MemoryTiles(), len(self.run.train)
-        span = run.plan.shard if len(run.checkpoints) > 1 else n_train
+        run, tiles = self.run, MemoryTiles()
+        first, last = self._span()
+        at_once = run.plan.shard if len(run.checkpoints) > 1 else max(1, last - first)
         batch = min(run.plan.shard, run.plan.train_batch)
         self.run = run = attrs.evolve(run, plan=attrs.evolve(run.plan, shard=batch))
         kept = [
@@ -187,7 +209,17 @@ class Runner:
             for side in kept[group]:
                 side.add(start, values)
 
-        self._fold(tiles, shards(n_train, max(span, run.shard)), whole)
+        parts = [(first + a, first + b) for a, b in shards(last - first, max(at_once, run.shard))]
+        if self._processes is not None:  # as many for each, since they exchange words for each
+            most = max(self._processes.gathered(len(parts)))
+            parts += [(last, last)] * (most - len(parts))
+        self._fold(tiles, parts, whole)
+        if self._processes is not None:
+            of_groups = zip(*self._processes.gathered(kept), strict=True)
+            kept = [
+                (ExtremeRows.joined(best), ExtremeRows.joined(worst))
+                for best, worst in (zip(*sides, strict=True) for sides in of_groups)
+            ]
         top, bottom = (
             Extreme(
                 id_array(run.train.ids, torch.cat([side.positions for side in sides], 1)),

@@ -21,6 +21,7 @@ from dattri_core.halving import halved
 from dattri_core.locks import sole_writer
 from dattri_core.plans import MAXIMUM_BATCH
 from dattri_core.problem import collect
+from dattri_core.processes import processes_now
 from dattri_core.projected import Projected, weights_of
 from dattri_core.protocols import BoundSource, LinearMap, Role, Sink
 from dattri_core.rows import Rows
@@ -37,6 +38,8 @@ from dattri_core.store import (
 )
 from dattri_core.stream import Examples
 
+VALUES = ""
+"""Name of the rows themselves beside their auxiliary numbers."""
 PROBE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By how much rows may differ from those on disk, relative to the largest number, by dtype."""
 
@@ -278,22 +281,24 @@ def compute_shard(
 
 
 def hold(projected: Projected, examples: Examples, batch: int, device: torch.device) -> HeldRows:
-    """Compute all train rows and keep them where they are computed."""
-    values: Tensor | None = None
-    aux: dict[str, Tensor] = {}
-    for index, part in examples.batches(batch):
+    """Compute all train rows and keep them where they are computed.
+
+    Of several processes each computes its part, and gets those of the others.
+    """
+    processes, count = processes_now(), len(examples)
+    first, last = (0, count) if processes is None else processes.part(count)
+    held: dict[str, Tensor] = {}
+    for index, part in examples.batches(batch, first, last):
         for rows in halved(
             lambda i, b: collect(projected, b, i, "train", device), index, part, "train rows"
         ):
-            flat = rows.flat()
-            if values is None:
-                values = flat.new_empty(len(examples), flat.shape[1])
-            place = slice(int(rows.index[0]), int(rows.index[-1]) + 1)
-            values[place] = flat
-            for name, numbers in rows.aux.items():
-                aux.setdefault(name, numbers.new_empty(len(examples)))[place] = numbers
-    assert values is not None
-    return HeldRows(values, aux)
+            place = slice(int(rows.index[0]) - first, int(rows.index[-1]) + 1 - first)
+            for name, numbers in {VALUES: rows.flat(), **rows.aux}.items():
+                shape = (last - first, *numbers.shape[1:])
+                held.setdefault(name, numbers.new_empty(shape))[place] = numbers
+    if processes is not None:
+        held = processes.joined(held, count, device)
+    return HeldRows(held.pop(VALUES), held)
 
 
 def require_same_rows(rows: StoredCheckpoint, some: Rows) -> None:

@@ -51,7 +51,18 @@ class ExtremeRows:
     def add(self, start: int, piece: Tensor) -> None:
         """Take further rows in, values ``[B, m]`` of the rows from ``start`` on, in order."""
         found = _best_of(piece, self.k, largest=self.largest)
-        positions, values = found + start, piece.gather(0, found)
+        self._keep(found + start, piece.gather(0, found))
+
+    @staticmethod
+    def joined(parts: Sequence[ExtremeRows]) -> ExtremeRows:
+        """Return the extremes of the rows that several have seen, part after part."""
+        whole = ExtremeRows(parts[0].k, parts[0].largest)
+        for part in parts:
+            if len(part.positions):
+                whole._keep(part.positions, part.values)
+        return whole
+
+    def _keep(self, positions: Tensor, values: Tensor) -> None:
         if len(self.positions):
             positions = torch.cat([self.positions, positions])
             values = torch.cat([self.values, values])

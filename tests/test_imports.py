@@ -20,6 +20,7 @@ LONGEST = 500
 # From the bottom to the top: a module imports those above it in this list, never one below.
 ORDER = [
     "errors",
+    "processes",
     "toml",
     "atomic",
     "locks",

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dattri_core import Block, MemoryBudgetError, Problem, RowKind, Space, format_bytes
+from dattri_core import (
+    Block,
+    MemoryBudgetError,
+    Problem,
+    RowKind,
+    Space,
+    format_bytes,
+    summed,
+)
 from dattri_parts.curvatures.eigenbasis import BlockBasis
 
 FEW = 4
@@ -93,23 +102,39 @@ def squares(
         moments: With the weight of each in the sum.
         held: Takes the rows of other blocks, times the root of their weight, in the same pass.
     """
-    device = moments[0][0].problem.device
+    total: dict[str, Tensor] = {}
+    for moment, share in moments:
+        read = partial(_sums, space, moment, share * moment.weight, held or {})
+        # Rows that are held are no sums: every process reads all of them.
+        sums = read(moment.problem) if held else summed(moment.problem, read)
+        for name, matrix in sums.items():
+            total[name] = total[name].add_(matrix) if name in total else matrix
+    return total
+
+
+def _sums(
+    space: Space,
+    moment: Moment,
+    weight: float,
+    held: Mapping[str, list[Tensor]],
+    problem: Problem,
+) -> dict[str, Tensor]:
+    """Return the diagonal blocks of one second moment over the examples of a problem."""
+    device = problem.device
     total = {
         spec.name: torch.zeros(spec.size, spec.size, dtype=torch.float64, device=device)
         for spec in space
     }
-    for moment, share in moments:
-        weight = share * moment.weight
 
-        def add(name: str, block: Block, _: Tensor, weight: float = weight) -> None:
-            flat = block.flat().double()
-            if name in total:
-                total[name].addmm_(flat.mT, flat, alpha=weight)
-            elif held is not None:
-                held[name].append(flat.mul(weight**0.5))
+    def add(name: str, block: Block, _: Tensor) -> None:
+        flat = block.flat().double()
+        if name in total:
+            total[name].addmm_(flat.mT, flat, alpha=weight)
+        elif name in held:
+            held[name].append(flat.mul(weight**0.5))
 
-        for draw in range(moment.draws):
-            moment.problem.stream(add, kind=moment.kind, draw=draw)
+    for draw in range(moment.draws):
+        problem.stream(add, kind=moment.kind, draw=draw)
     return total
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from dattri_core import Operator, Outlook, Problem, Space, kept
+from dattri_core import Operator, Outlook, Problem, Space, kept, summed
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.spectrum import KroneckerBasis, KroneckerSpectrum
 from dattri_parts.curvatures.squares import Squares
@@ -60,7 +61,10 @@ class Diagonal:
             problem.memory,
         )
 
-    def _squares(self, problem: Problem) -> dict[str, Tensor]:
+    def _squares(self, problem: Problem) -> Mapping[str, Tensor]:
+        return summed(problem, self._squares_of)
+
+    def _squares_of(self, problem: Problem) -> dict[str, Tensor]:
         squares = Squares(frozenset(problem.space.names))
         read_blocks(problem, self.fisher, self.draws, squares.add)
         return squares.times(1 / (problem.n_train * self.draws))

@@ -9,8 +9,8 @@ import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from dattri_core import Operator, Outlook, Problem, Space, kept
-from dattri_parts.curvatures.factors import FactorReader
+from dattri_core import Operator, Outlook, Problem, Space, kept, summed
+from dattri_parts.curvatures.factors import FactorReader, decompose_all
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.kfac import APPROXIMATIONS, Approximation
 from dattri_parts.curvatures.sides import (
@@ -102,16 +102,25 @@ class EKFAC:
 
     def _vectors(self, problem: Problem, cover: Cover) -> dict[str, Tensor]:
         average = self.approximation == "reduce"
-        factors = FactorReader(frozenset(cover.factored), average, "ekfac", problem.memory)
-        read_blocks(problem, self.fisher, self.draws, factors.add)
-        return tensors_of({name: each.sides for name, each in factors.decompose().items()})
+
+        def read(part: Problem) -> dict[str, Tensor]:
+            factors = FactorReader(frozenset(cover.factored), average, "ekfac", problem.memory)
+            read_blocks(part, self.fisher, self.draws, factors.add)
+            return factors.sums()
+
+        found = decompose_all(cover.factored, dict(summed(problem, read)))
+        return tensors_of({name: each.sides for name, each in found.items()})
 
     def _values(
         self, problem: Problem, cover: Cover, sides: Mapping[str, Kronecker]
     ) -> dict[str, Tensor]:
         rest = cover.rest if self.uncovered == "diagonal" else ()
-        squares = Squares(frozenset((*cover.factored, *rest)), sides)
-        read_blocks(problem, self.fisher, self.draws, squares.add)
-        values = squares.times(1 / (problem.n_train * self.draws))
+
+        def read(part: Problem) -> dict[str, Tensor]:
+            squares = Squares(frozenset((*cover.factored, *rest)), sides)
+            read_blocks(part, self.fisher, self.draws, squares.add)
+            return squares.times(1 / (problem.n_train * self.draws))
+
+        values = dict(summed(problem, read))
         values |= uncovered_eigenvalues(problem, cover, self.uncovered, values)
         return named_eigenvalues(values)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from attrs import define, field, frozen
+from attrs import define, field, fields, frozen
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, SpecError, factor_entries, factor_sums
@@ -22,6 +24,9 @@ class Factors:
     outputs: Tensor
     inputs: Tensor
     positions: int | Tensor
+
+
+SUMS = tuple(entry.name for entry in fields(Factors))
 
 
 @frozen(eq=False)
@@ -90,13 +95,31 @@ class FactorReader:
         factors.inputs.add_(sums.inputs)
         factors.positions = factors.positions + sums.positions
 
-    def decompose(self) -> dict[str, EigenFactors]:
-        """Return the eigenvectors of all factors; the factors are let go one after another.
+    def sums(self) -> dict[str, Tensor]:
+        """Return the factors as sums by name, those of another part of the train set add to."""
+        found = {}
+        for name, each in self.found.items():
+            for what in SUMS:
+                sums = getattr(each, what)
+                found[f"{what} of {name}"] = torch.as_tensor(sums, device=each.outputs.device)
+        return found
 
-        Raises:
-            NumericsError: A factor cannot be decomposed; its block is named.
-        """
-        return {name: decompose(self.found.pop(name), name) for name in list(self.found)}
+
+def decompose_all(names: Sequence[str], sums: dict[str, Tensor]) -> dict[str, EigenFactors]:
+    """Return the eigenvectors of the factors of some blocks; each is let go of when it is read.
+
+    Args:
+        names: Of the blocks, in order.
+        sums: What `FactorReader.sums` names, over the whole train set.
+
+    Raises:
+        NumericsError: A factor cannot be decomposed; its block is named.
+    """
+    return {
+        name: decompose(Factors(*(sums.pop(f"{what} of {name}") for what in SUMS)), name)
+        for name in names
+        if f"{SUMS[0]} of {name}" in sums
+    }
 
 
 def decompose(factors: Factors, name: str) -> EigenFactors:

@@ -8,8 +8,8 @@ import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from dattri_core import Block, Operator, Outlook, Problem, Space, kept
-from dattri_parts.curvatures.factors import FactorReader
+from dattri_core import Block, Operator, Outlook, Problem, Space, kept, summed
+from dattri_parts.curvatures.factors import FactorReader, decompose_all
 from dattri_parts.curvatures.fisher import FISHERS, NEEDS, Fisher, check_draws, read_blocks
 from dattri_parts.curvatures.sides import (
     eigenvalues_of,
@@ -103,18 +103,23 @@ class KFAC:
 
     def _decompose(self, problem: Problem, cover: Cover) -> dict[str, Tensor]:
         average = self.approximation == "reduce"
-        factors = FactorReader(frozenset(cover.factored), average, "kfac", problem.memory)
-        squares = Squares(frozenset(cover.rest if self.uncovered == "diagonal" else ()))
-
-        def add(name: str, block: Block) -> None:
-            factors.add(name, block)
-            squares.add(name, block)
-
-        read_blocks(problem, self.fisher, self.draws, add)
         weight = 1 / (problem.n_train * self.draws)
+
+        def read(part: Problem) -> dict[str, Tensor]:
+            factors = FactorReader(frozenset(cover.factored), average, "kfac", problem.memory)
+            squares = Squares(frozenset(cover.rest if self.uncovered == "diagonal" else ()))
+
+            def add(name: str, block: Block) -> None:
+                factors.add(name, block)
+                squares.add(name, block)
+
+            read_blocks(part, self.fisher, self.draws, add)
+            return factors.sums() | squares.times(weight)
+
+        sums = dict(summed(problem, read))
         dtype = torch.promote_types(problem.dtype, torch.float32)
-        eigen = factors.decompose()
+        eigen = decompose_all(cover.factored, sums)
         values = {name: each.product(weight).to(dtype) for name, each in eigen.items()}
-        values |= uncovered_eigenvalues(problem, cover, self.uncovered, squares.times(weight))
+        values |= uncovered_eigenvalues(problem, cover, self.uncovered, sums)
         sides = {name: each.sides for name, each in eigen.items()}
         return tensors_of(sides) | named_eigenvalues(values)

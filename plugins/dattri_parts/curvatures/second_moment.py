@@ -20,6 +20,7 @@ from dattri_core import (
     Rows,
     Space,
     kept,
+    summed,
 )
 from dattri_parts.curvatures.block_spectrum import (
     count_rows,
@@ -160,17 +161,22 @@ class SecondMoment:
         """
         size, device = self.space.dim, self.problem.device
         require_room(self.space, 8 * size**2, f"a {size} x {size} matrix", self.memory)
-        matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
         if self.blockwise:
+            matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
             for name, moment in squares(self.space, [(self, 1.0)]).items():
                 start = self.space.offsets[name]
                 where = slice(start, start + len(moment))
                 matrix[where, where] = moment
             return matrix
-        for part in self.rows():
-            flat = part.flat().double()
-            matrix.addmm_(flat.T, flat, alpha=self.weight)
-        return matrix
+
+        def read(problem: Problem) -> dict[str, Tensor]:
+            total = torch.zeros(size, size, dtype=torch.float64, device=device)
+            for part in evolve(self, problem=problem).rows():
+                flat = part.flat().double()
+                total.addmm_(flat.T, flat, alpha=self.weight)
+            return {"H": total}
+
+        return summed(self.problem, read)["H"]
 
     # --- eigenvectors, where blocks are small ---------------------------------------------------
     @property

@@ -16,6 +16,7 @@ from dattri_core import (
     RandomStream,
     Space,
     SpecError,
+    kept,
 )
 from dattri_parts.projectors.entries import Distribution, random_matrix
 from dattri_parts.projectors.principal import principal_directions
@@ -131,7 +132,15 @@ class Kronecker:
         wanted = {
             (spec.name, side): rank for spec, side, rank, _ in self.ranks.sides(problem.space)
         }
-        return self._map(problem.space, principal_directions(problem, wanted))
+        places = {f"{side} of {name}": (name, side) for name, side in wanted}
+        ranks = {place: wanted[key] for place, key in places.items()}
+
+        def make() -> dict[str, Tensor]:
+            found = principal_directions(problem, wanted)
+            return {place: found[key] for place, key in places.items()}
+
+        directions = kept(problem, "principal-directions", ranks, make)
+        return self._map(problem.space, {key: directions[place] for place, key in places.items()})
 
     def _random(self, stream: RandomStream, name: str, side: str, rank: int, size: int) -> Tensor:
         key = stream.key("kronecker", VERSION, self.distribution, name, side)
