@@ -21,6 +21,7 @@ from dattri_core.laws.law import (
     require_identical,
     require_same_aux,
 )
+from dattri_core.laws.parted import PartedProblem
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.problems import DenseProblem, curvature_worlds, problem_of
 from dattri_core.laws.spaces import block_diagonal, flat_rows, formed, labelled
@@ -194,6 +195,14 @@ def operator_ignores_batches(bench: CurvatureBench) -> None:
         for size in (1, 2, N_TRAIN):
             got = bench.matrix(evolve(problem, batch=size))
             require_close(got, want, f"H in batches of {size} in {world.name}")
+
+
+@law("curvature")
+def parts_add_up(bench: CurvatureBench) -> None:
+    """H fitted on a train set that is read in parts and summed, one part empty, = H."""
+    for world, problem in bench.places():
+        parted = cast("DenseProblem", PartedProblem(problem))
+        require_close(bench.matrix(parted), bench.matrix(problem), f"H of parts in {world.name}")
 
 
 @law("curvature", _gives("apply"))

@@ -21,7 +21,7 @@ GROUPS = {
         "What a user of a method calls.",
         (
             "methods task losses shipped_losses checkpoint adam_state fitted scores top plans "
-            "store scores_writer"
+            "store scores_writer processes"
         ),
     ),
     "protocols": ("What parts are and what they answer.", "protocols stages"),

@@ -38,6 +38,11 @@ PAGES = [
     ),
 ]
 
+MODULES = {
+    "pytest": ("pytest", "-p", "no:cacheprovider"),
+    "torchrun": ("torch.distributed.run",),
+}
+"""Commands that are modules: what runs them."""
 RUN = ("python", "toml", "console", "sh")
 SHOWN = ("text", "mermaid")
 SKIPPED_COMMANDS = ("git clone", "cd ", "python -m venv", ". .venv", "pip install .")
@@ -226,8 +231,9 @@ class Reader:
                 assert status == 0, f"{block}: {command!r} ended with {status}: {printed}"
                 if shown.strip():
                     assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
-            elif command.startswith("pytest "):
-                printed = self.pytest(shlex.split(command)[1:])
+            elif command.startswith(tuple(MODULES)):
+                name, *arguments = shlex.split(command)
+                printed = self.run_module(MODULES[name], arguments)
                 assert alike(shown, printed), f"{block} shows\n{shown}\nand printed\n{printed}"
             elif command.startswith("make "):
                 target = command.split()[1]
@@ -245,10 +251,10 @@ class Reader:
             status = main(arguments)
         return status, output.getvalue()
 
-    def pytest(self, arguments: list[str]) -> str:
-        """Run tests of the page in a process of their own and return what it printed."""
+    def run_module(self, words: tuple[str, ...], arguments: list[str]) -> str:
+        """Run a module in a process of its own and return what it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            [sys.executable, "-m", *words, *arguments],
             capture_output=True,
             text=True,
             check=False,

@@ -3,7 +3,7 @@
 import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
-from toy_moment_parts import ToyMoment
+from toy_moment_parts import ToyMoment, ToySummed
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
@@ -67,6 +67,7 @@ GOOD = {
         ToySpectrum(),
         ToyMoment(),
         ToyMoment(blockwise=True),
+        ToySummed(),
     ],
     "solver": [
         ToySolver(),
@@ -163,6 +164,7 @@ BROKEN = {
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
         "kept-fit-is-the-fit": ToyFisher("kept"),
+        "parts-add-up": ToySummed("means"),
     },
     "solver": {
         "part-is-frozen": loose(ToySolver),

@@ -1,11 +1,36 @@
-"""A toy curvature that is read as rows: right without a fault, broken with one."""
+"""Toy second moments, read as rows or summed by parts: right without a fault, broken with one."""
 
 from __future__ import annotations
 
 import torch
 from attrs import define, field, frozen
+from toy_world_parts import ToyMatrix
 
-from dattri_core import Rows
+from dattri_core import Rows, summed
+
+
+@frozen
+class ToySummed:
+    """The mean of g g^T, which several processes may read in parts."""
+
+    fault: str = ""
+    needs = frozenset({"rows"})
+    exact = False
+
+    def gives(self, space):
+        return frozenset({"apply", "dense"})
+
+    def fit(self, problem):
+        def read(part):
+            size, count = problem.space.dim, 0
+            total = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
+            for rows in part.rows():
+                flat = rows.flat().double()
+                total, count = total + flat.T @ flat, count + len(rows)
+            # Broken: a sum of means, each over its own part.
+            return {"moment": total / max(1, count if self.fault else problem.n_train)}
+
+        return ToyMatrix("", problem.space, summed(problem, read)["moment"])
 
 
 @frozen
