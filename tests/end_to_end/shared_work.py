@@ -40,6 +40,7 @@ COUNTED: dict[str, dict[str, Any]] = {
     "logra": {"solver": "cholesky"},
 }
 TRAIN, TEST = 47, 5
+EIGH = torch.linalg.eigh
 
 
 class Network(nn.Module):
@@ -181,8 +182,16 @@ def said(call: Any) -> str:
     return "nothing"
 
 
+def backwards(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return another decomposition of the same matrix, as another machine may find one."""
+    values, vectors = EIGH(matrix)
+    return values.flip(-1), vectors.flip(-1)
+
+
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    if rank:
+        torch.linalg.eigh = backwards
     where = f"file://{folder / 'meeting'}"
     distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
     with dattri.distributed():
