@@ -103,6 +103,7 @@ ORDER = [
     "store",
     "stored",
     "snapshot",
+    "pool",
     "shelf",
     "queries",
     "pairing",
