@@ -8,8 +8,10 @@ import attrs
 import torch
 
 from dattri_core import assemble
+from dattri_core.activations import measured_bytes
 from dattri_core.capabilities import Outlook, TermScorer
 from dattri_core.errors import SpecError
+from dattri_core.evaluate import Evaluator
 from dattri_core.projected import Projected
 from dattri_core.protocols import BoundSource
 from dattri_core.routes import gradient_work
@@ -47,7 +49,9 @@ def of_pool(fitted: Fitted, pool: Examples, device: torch.device) -> Fitted:
     source = source.projected if isinstance(source, Stored) else source
     bound = source.source if isinstance(source, Projected) else source
     sample, raw = sampled_rows(bound, pool, device)
-    rows, activations = passing(source, raw, sample)
+    evaluator = getattr(bound, "evaluator", None)
+    kept = measured_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
+    rows, activations = passing(source, raw, kept)
     outline = fitted.outline
     told = f"pool              {len(pool)} examples in place of the train set, rows computed"
     return attrs.evolve(

@@ -204,6 +204,7 @@ def fit_checkpoint(
         bound = source.bind(task, checkpoint, wide)
     check_stages(stages, bound.space, bound)
     evaluator = getattr(bound, "evaluator", None)
+    activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
     raw = _first_rows(bound, sample, index, task.device)
     if isinstance(evaluator, Evaluator):
         require_unpadded(evaluator, examples, index, sample, "train", (bound, raw))
@@ -229,10 +230,10 @@ def fit_checkpoint(
     held = 0
     own = bound.held if isinstance(bound, HoldingSource) else 0
     if not front:
-        rows, activations = passing(bound, raw, sample)
+        rows, activations = passing(bound, raw, activations)
     else:
         given = projected = Projected(bound, front)
-        rows, activations = passing(projected, raw, sample)
+        rows, activations = passing(projected, raw, activations)
         if keeping is not None:
             given, data, said = keep_rows(
                 keeping, projected, examples, rows, activations, memory, try_test, plan_only
@@ -338,18 +339,16 @@ def sampled_rows(
     return sample, rows
 
 
-def passing(source: BoundSource, raw: Rows, sample: Batch) -> tuple[Rows, int]:
-    """Return the rows of a sample as they leave a source, and what a pass takes for an example.
+def passing(source: BoundSource, raw: Rows, activations: int) -> tuple[Rows, int]:
+    """Return rows of a few examples as they leave a source, and what a pass takes for one.
 
     Args:
         source: At a checkpoint, with the projectors that it takes by itself.
-        raw: Rows of the sample before those.
-        sample: The examples.
+        raw: Rows before those.
+        activations: Bytes that the model keeps for an example.
     """
     projected = source if isinstance(source, Projected) else None
     bound = source if projected is None else projected.source
-    evaluator = getattr(bound, "evaluator", None)
-    activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
     if isinstance(bound, HoldingSource):
         activations += bound.beside * _largest(raw, formed=True)
     if projected is None:
