@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import SpectralInverse as SpectralInverse
     from dattri_core.capabilities import SpectralOperator as SpectralOperator
     from dattri_core.capabilities import SplitInverse as SplitInverse
+    from dattri_core.capabilities import TermScorer as TermScorer
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.capabilities import kept as kept
     from dattri_core.capabilities import summed as summed
@@ -270,6 +271,7 @@ _EXPORTS = {
     "SumBlock": "blocks",
     "Target": "losses",
     "Task": "task",
+    "TermScorer": "capabilities",
     "TrainProblem": "problem",
     "TrainingStep": "checkpoint",
     "WeighingScorer": "capabilities",

@@ -21,8 +21,13 @@ def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
     Measured once for a checkpoint, on the first example of the batch.
     """
     known = _known.get(evaluator)
-    if known is not None:
-        return known
+    if known is None:
+        known = _known[evaluator] = measured_bytes(evaluator, batch)
+    return known
+
+
+def measured_bytes(evaluator: Evaluator, batch: Batch) -> int:
+    """Return the same for the first example of this batch."""
     single = take(batch, slice(0, 1))
     apart: dict[int, int] = {}
     for given in (*tensors_of(single), *evaluator.state.values()):
@@ -42,8 +47,7 @@ def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
 
     with evaluator.session(), torch.enable_grad():
         evaluator.call(run, variables)
-    _known[evaluator] = max(LEAST, sum(kept.values()))
-    return _known[evaluator]
+    return max(LEAST, sum(kept.values()))
 
 
 def _storages(tensor: Tensor) -> dict[int, int]:

@@ -298,6 +298,16 @@ class BilinearScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class TermScorer(Scorer, Protocol):
+    """A scorer of terms: what each train example adds to a number that they all add up to."""
+
+    @property
+    def terms(self) -> bool:
+        """Return whether no example but those of the train set of the fit has a score."""
+        ...
+
+
+@runtime_checkable
 class ModelProblem(Problem, Protocol):
     """A problem that shows its model and its data, for adapters to libraries of curvature.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from dattri_core import assemble
 from dattri_core.errors import SpecError
 from dattri_core.protocols import Damping
 from dattri_core.stages import Stage
@@ -43,6 +44,21 @@ def redamped(stages: Sequence[Stage], damping: Damping) -> tuple[Stage, ...]:
         stage if path is None else _replaced(stage, path, damping)
         for stage, path in zip(stages, paths, strict=True)
     )
+
+
+def method_at(method: Any, damping: Damping) -> Any:
+    """Return a method at another damping.
+
+    Raises:
+        SpecError: It has none, or several.
+    """
+    slots = assemble.slots_of(method)
+    stages = redamped(method.chain, damping)
+    if slots["stages"] is None:
+        slots["projector"], slots["inverse_hessian"] = stages
+    else:
+        slots["stages"] = stages
+    return type(method)(**slots)
 
 
 def dampings_between(

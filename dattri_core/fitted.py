@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import attrs
 import torch
-from attrs import define
+from attrs import define, field
 
 from dattri_core import assemble
 from dattri_core.atomic import check_replaceable
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.contract import contraction_limit
-from dattri_core.dampings import dampings_between, redamped
-from dattri_core.errors import InputError, SpecError, format_bytes
+from dattri_core.dampings import dampings_between, method_at
+from dattri_core.errors import SpecError, format_bytes
 from dattri_core.kept_fits import KeptFits
 from dattri_core.loop import By, Run, self_influence
 from dattri_core.members import expand_checkpoints
-from dattri_core.memory import free_bytes, parse_bytes
+from dattri_core.memory import parse_bytes
 from dattri_core.pairing import WHOLE
-from dattri_core.plans import Place, Plan, Work, make_plan
+from dattri_core.plans import Plan
+from dattri_core.pool import of_pool, require_poolable
 from dattri_core.precision import exactly, without_autocast
 from dattri_core.problem import collect
 from dattri_core.processes import FIRST, failing_together, processes_now, require_one_process
 from dattri_core.progress import Passes, bar
-from dattri_core.projected import weights_of
-from dattri_core.protocols import Damping, Role, as_damping
+from dattri_core.protocols import Role, as_damping
 from dattri_core.provenance import facts_of_fits, facts_of_rows, provenance_of
 from dattri_core.requests import Request
 from dattri_core.rows import Rows
+from dattri_core.run_plan import plan_run
 from dattri_core.runner import Runner, contractions, require_streams, run_folder
 from dattri_core.scores import Scores, parts_of
 from dattri_core.scores_file import is_scores_folder
-from dattri_core.shelf import free_on_disk
 from dattri_core.snapshot import Fitted, fit_checkpoint
 from dattri_core.stages import Chain
 from dattri_core.store import Store
@@ -45,7 +45,6 @@ from dattri_core.tiles import budget_of
 from dattri_core.top import Extremes, checked_count
 
 FIT_SHARE = 2  # a fit may use one part in two of the budget; the rest holds queries and batches
-SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
 
 
 @define(eq=False)
@@ -53,11 +52,14 @@ class FittedMethod:
     """A `Method` with its task and train set; made by `Method.fit`.
 
     With several checkpoints one is fitted at a time and the last stays; with one, it stays fitted.
+    ``train`` are the examples that are scored, ``fitted_on`` those of the fit; they are the same
+    but for what `over` gives.
     """
 
     method: Any
     task: Task
     train: Examples
+    fitted_on: Examples
     budget: int
     progress: bool | None
     checkpoints: tuple[Checkpoint, ...]
@@ -65,10 +67,12 @@ class FittedMethod:
     fits: Path | None = None
     reference: Examples | None = None
     _held: Fitted | None = None
+    _of_pool: Fitted | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         parts = ", ".join(parts_of(self.method.to_spec()))
-        counts = f"{len(self.train)} train examples, checkpoints: {len(self.checkpoints)}"
+        by = "" if self._pool is None else f" by a fit on {len(self.fitted_on)}"
+        counts = f"{len(self.train)} train examples{by}, checkpoints: {len(self.checkpoints)}"
         return f"FittedMethod({parts}; {counts}; memory {format_bytes(self.budget)})"
 
     @staticmethod
@@ -97,6 +101,7 @@ class FittedMethod:
             method=method,
             task=task,
             train=examples,
+            fitted_on=examples,
             budget=budget,
             progress=progress,
             store=Store.of(store),
@@ -208,7 +213,9 @@ class FittedMethod:
         keys = [as_damping(d) if isinstance(d, Mapping) else d for d in damping]
         if not keys or len(set(keys)) < len(keys):
             raise SpecError(f"sweep: damping got {keys!r}; give one or more, each once")
-        methods = tuple(self._at_damping(as_damping(key)) for key in keys)
+        methods = tuple(method_at(self.method, as_damping(key)) for key in keys)
+        for method in methods:
+            method.check(task=self.task)
         found = self._scores(test, Request(methods), None)
         return dict(zip(keys, found.values(), strict=True))
 
@@ -251,8 +258,8 @@ class FittedMethod:
         """
         self.method.check_self_influence()
         first = self._fit(self._first())
-        self._require_same_weights(first)
-        batch = self._batch(first)
+        first.require_same_weights()
+        batch = first.batch(self.budget)
         total = len(self.train) * len(self.checkpoints)
         with (
             contraction_limit(contractions(self.budget, self.task.device)),
@@ -289,13 +296,36 @@ class FittedMethod:
                 "do not meet those of another; give a task with one checkpoint"
             )
         fitted = self._fit(self._first())
-        self._require_same_weights(fitted)
+        fitted.require_same_weights()
         given = fitted.train if examples is None else examples
-        for index, batch in given.batches(self._batch(fitted)):
+        for index, batch in given.batches(fitted.batch(self.budget)):
             with without_autocast():
                 rows = collect(fitted.chain.source, batch, index, role, fitted.device)
                 passed = pass_(fitted.chain, rows)
             yield passed
+
+    @exactly
+    def over(self, train: Any) -> FittedMethod:
+        """Return the method with other examples to be scored; what was fitted is used again.
+
+        The scores are S_ij = <A g_i, B h_j> for every example i of ``train``, A and B being those
+        of the fit: curvature, projectors and damping know ``fitted_on`` alone, and so do further
+        fits, of the next checkpoint or after `with_`. A scorer of whole columns, such as
+        KNN-Shapley, sees these examples alone. Their rows are computed in each pass: a ``store``
+        holds those of the train set of the fit, and another one is not needed.
+
+        Args:
+            train: A Dataset, a DataLoader in a fixed order, or a nest of tensors.
+
+        Raises:
+            SpecError: The scores are terms of a sum over the train set, as representer values are.
+            InputError: The examples do not fit the task.
+        """
+        require_poolable(self.method)
+        pooled = attrs.evolve(self, train=Examples.of(train, "pool"))
+        if pooled._held is not None:
+            pooled._scored(pooled._held)
+        return pooled
 
     def with_(self, **overrides: Any) -> FittedMethod:
         """Return the method with some parts or fields replaced; what was fitted is used again.
@@ -308,42 +338,32 @@ class FittedMethod:
         """
         changed = type(self.method)(**assemble.override(assemble.slots_of(self.method), overrides))
         changed.check(task=self.task)
+        if self._pool is not None:
+            require_poolable(changed)
         checkpoints = self.checkpoints  # the same objects, so that what is held is known again
         if changed.source != self.method.source:
             checkpoints = expand_checkpoints(changed.source, self.task.checkpoints)
         held = self._reusable(changed)
         return attrs.evolve(self, method=changed, checkpoints=checkpoints, held=held)
 
-    def _at_damping(self, damping: Damping) -> Any:
-        """Return the method at another damping."""
-        slots = assemble.slots_of(self.method)
-        stages = redamped(self.method.chain, damping)
-        if slots["stages"] is None:
-            slots["projector"], slots["inverse_hessian"] = stages
-        else:
-            slots["stages"] = stages
-        changed = type(self.method)(**slots)
-        changed.check(task=self.task)
-        return changed
-
     # --- fitting --------------------------------------------------------------------------------
     def _first(self) -> Checkpoint:
         return self.checkpoints[0 if self.method.fold.order == "forward" else -1]
 
-    def _batch(self, fitted: Fitted) -> int:
-        """Return how many rows may pass both sides of the stages at once."""
-        costs = fitted.outline.costs(measured=True)
-        per_row = costs.activations + costs.routes[0].train_row
-        return max(1, min(len(self.train), 1024, self.budget // 2 // max(1, per_row)))
+    @property
+    def _pool(self) -> Examples | None:
+        """Return the examples that are scored, where they are not those of the fit."""
+        return None if self.train is self.fitted_on else self.train
 
     def _fit(self, checkpoint: Checkpoint, test: Examples | None = None) -> Fitted:
+        """Return a checkpoint that is fitted, with the examples that are scored."""
         if self._held is None or self._held.checkpoint is not checkpoint:
-            self._held = None  # the one before goes first: two never live at once
+            self._held = self._of_pool = None  # the one before goes first: two never live at once
             show = False if self.store is None else self.progress
-            read = Passes.over(len(self.train), self.progress)
+            read = Passes.over(len(self.fitted_on), self.progress)
             limit = contractions(self.budget, self.task.device)
             with (
-                bar("store", len(self.train), show) as shown,
+                bar("store", len(self.fitted_on), show) as shown,
                 read.until("solve"),
                 contraction_limit(limit),
             ):
@@ -353,15 +373,24 @@ class FittedMethod:
                     self.method.seed,
                     self.task,
                     checkpoint,
-                    self.train,
+                    self.fitted_on,
                     self.budget // FIT_SHARE,
                     test,
                     read.advance,
                     keeping=self._keeping(checkpoint, shown.advance),
                     reference=self.reference,
                     fits=self._kept(),
+                    pool=self._pool,
                 )
-        return self._held
+        return self._scored(self._held)
+
+    def _scored(self, held: Fitted) -> Fitted:
+        """Return what is fitted, with the pool in place of its train set where there is one."""
+        if self._pool is None:
+            return held
+        if self._of_pool is None:
+            self._of_pool = of_pool(held, self._pool, self.task.device)
+        return self._of_pool
 
     def _keeping(
         self, checkpoint: Checkpoint, advance: Callable[[int], None] = lambda count: None
@@ -369,14 +398,14 @@ class FittedMethod:
         """Return the store with what decides the numbers in it."""
         if self.store is None:
             return None
-        facts = facts_of_rows(self.method, self.task, self.train)
+        facts = facts_of_rows(self.method, self.task, self.fitted_on)
         return Keeping(self.store, checkpoint, facts, advance)
 
     def _kept(self) -> KeptFits | None:
         """Return where fits are kept, with what decides the numbers in it."""
         if self.fits is None:
             return None
-        given = (self.method, self.task, self.train, self.reference, self.store)
+        given = (self.method, self.task, self.fitted_on, self.reference, self.store)
         return KeptFits(self.fits, facts_of_fits(*given))
 
     def _reusable(self, changed: Any) -> Fitted | None:
@@ -385,16 +414,7 @@ class FittedMethod:
         if held is None or (mine.source, mine.seed) != (changed.source, changed.seed):
             return None
         dampings = dampings_between(mine.chain, changed.chain)
-        return None if dampings is None else _at_dampings(held, dampings)
-
-    def _require_same_weights(self, fitted: Fitted) -> None:
-        if fitted.checkpoint.source is not None or fitted.weights is None:
-            return
-        if weights_of(fitted.chain.source) != fitted.weights:
-            raise InputError(
-                "attribute: the model's weights changed since the method was fitted on them; fit "
-                "again, or give checkpoints=model.state_dict() to keep a copy"
-            )
+        return None if dampings is None else held.at_dampings(dampings)
 
     # --- running --------------------------------------------------------------------------------
     def _scores(self, test: Any, request: Request, out: str | Path | None) -> dict[str, Scores]:
@@ -421,7 +441,7 @@ class FittedMethod:
     ) -> Runner:
         """Return what computes the scores, or the ``k`` extremes of each query; fits if needed."""
         first = self._fit(self._first(), test)
-        self._require_same_weights(first)
+        first.require_same_weights()
         plan = self._plan(first, test, request, out, k)
         provenance = provenance_of(
             self.method,
@@ -433,6 +453,7 @@ class FittedMethod:
             self.reference,
             request,
             self.store,
+            self.fitted_on,
         )
         dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
         run = Run(
@@ -447,7 +468,15 @@ class FittedMethod:
             blocks=request.blocks(first),
             summed=request.group,
         )
-        return Runner(run, request, provenance, self._fit, self.progress, self.task.device)
+        return Runner(
+            run,
+            request,
+            provenance,
+            self._fit,
+            self.progress,
+            self.task.device,
+            self.fitted_on,
+        )
 
     def _plan(
         self,
@@ -457,43 +486,15 @@ class FittedMethod:
         out: str | Path | None,
         k: int | None = None,
     ) -> Plan:
-        n_train, n_test = len(self.train), 1 if request.group else len(test)
-        variants, readings = request.counts(fitted, self.checkpoints)
-        # The tiles, and the matrices that they are put together into.
-        result = 2 * readings * n_train * n_test * fitted.dtype.itemsize
-        if k is not None:  # values and positions at both ends, with those of the next batch
-            result = 4 * min(k, n_train) * n_test * (fitted.dtype.itemsize + 8)
-        work = Work(
-            n_train=n_train,
-            n_test=n_test,
-            checkpoints=len(self.checkpoints),
-            result_bytes=0 if out is not None else result,
-            variants=variants,
-            readings=readings,
-            summed=len(test) if request.group else 0,
-            held=fitted.outline.kept,
-            column=self.method.scorer.locality == "column",
-        )
-        measured = fitted.outline.measures(self.method.scorer)
-        plan = make_plan(
+        return plan_run(
+            fitted,
+            self.method.scorer,
+            request,
+            test,
+            self.checkpoints,
             self.budget,
-            fitted.outline.costs(variants=variants > 1, measured=measured),
-            work,
-            away=self._away(out),
-            notes=fitted.outline.notes,
+            self.task.device,
+            len(self.train),
+            out,
+            k,
         )
-        if out is None:
-            return plan
-        return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
-
-    def _away(self, out: str | Path | None) -> dict[Place, int]:
-        """Return the bytes free where queries may wait: beside a GPU, or on the disk of ``out``."""
-        if self.task.device.type != "cpu":
-            return {"host": free_bytes(torch.device("cpu"))}
-        return {} if out is None else {"disk": free_on_disk(run_folder(Path(out)))}
-
-
-def _at_dampings(fitted: Fitted, dampings: Sequence[Damping | None]) -> Fitted:
-    if not any(dampings):
-        return fitted
-    return attrs.evolve(fitted, chain=fitted.chain.with_damping(dampings))

@@ -28,6 +28,7 @@ def provenance_of(
     reference: Examples | None,
     request: Request,
     store: Store | None,
+    fitted_on: Examples,
 ) -> dict[str, Any]:
     """Return what scores are made of: method, task, weights, data and versions.
 
@@ -36,11 +37,12 @@ def provenance_of(
         task: Its task.
         checkpoints: Those of the task, each network that a source makes of one by itself.
         fitted: The first of them.
-        train: The train set.
+        train: The examples that are scored.
         test: The test set.
         reference: The reference examples of the task.
         request: What was asked.
         store: Where train rows are read.
+        fitted_on: The train set of the fit, which may be another one.
     """
     asked = task_of(fitted.chain.source, task)
     target = asked.target
@@ -61,11 +63,16 @@ def provenance_of(
         "space": fitted.chain.source.space.fingerprint,
         "train": train.fingerprint,
         "test": test.fingerprint,
+        "fitted_on": None if fitted_on is train else _fitted_on(fitted_on),
         "reference": None if reference is None else reference.content,
         "group": "sum" if request.group else None,
         "store": None if store is None else {"dtype": store.dtype},
         "versions": {**_versions(), **origins_of((method, task.loss, task.target))},
     }
+
+
+def _fitted_on(train: Examples) -> dict[str, Any]:
+    return {"n_train": len(train), "train": train.fingerprint}
 
 
 def facts_of_rows(method: Any, task: Task, train: Examples) -> dict[str, Any]:

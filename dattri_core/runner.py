@@ -35,6 +35,7 @@ from dattri_core.scores_writer import ScoresWriter
 from dattri_core.shelf import Shelf
 from dattri_core.snapshot import Fitted
 from dattri_core.stages import Stage, needs_data
+from dattri_core.stream import Examples
 from dattri_core.tiles import MemoryTiles, Tiles, open_tiles, shards
 from dattri_core.top import Extreme, ExtremeRows, Extremes
 
@@ -63,6 +64,7 @@ class Runner:
         fit: Gives a fitted checkpoint; one is alive at a time.
         progress: Show a bar; None: on a terminal.
         device: Where rows are multiplied.
+        fitted_on: The train set of the fit.
     """
 
     run: Run
@@ -71,6 +73,7 @@ class Runner:
     fit: Callable[[Checkpoint], Fitted]
     progress: bool | None
     device: torch.device
+    fitted_on: Examples
     _reports: list[tuple[int, dict[str, Any]]] = field(factory=list)
     _sources: dict[str, dict[str, Any]] = field(factory=dict)
 
@@ -143,7 +146,12 @@ class Runner:
             return self._to_folder(out, first)
 
     def _know_contents(self) -> None:
-        contents = {"train": self.run.train.content, "test": self.run.test.content}
+        contents: dict[str, Any] = {
+            "train": self.run.train.content,
+            "test": self.run.test.content,
+        }
+        if (own := self.provenance["fitted_on"]) is not None:
+            contents["fitted_on"] = {**own, "train": self.fitted_on.content}
         self.provenance = {**self.provenance, **contents}
 
     def _to_folder(self, out: Path, first: Fitted) -> Scores:

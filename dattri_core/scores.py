@@ -97,7 +97,8 @@ class Scores:
         test_ids: The same for test examples.
         provenance: Where the numbers come from, JSON-ready: ``method`` (its spec), ``n_train``,
             ``target`` (``{"name": ..., "higher_is_better": ...}``), dampings, solver statistics,
-            fingerprints, versions. ``n_train`` is filled in when it is absent.
+            fingerprints, versions, and ``fitted_on``, the ``n_train`` of the fit where other
+            examples are scored (`FittedMethod.over`). ``n_train`` is filled in when it is absent.
         known_finite: Skip the check that every value is finite, for values that passed it before.
 
     Raises:
@@ -196,7 +197,8 @@ class Scores:
         size is meaningful for scores that estimate influence (an inner product through an inverse
         Hessian; Koh and Liang 2017, arXiv 1703.04730, section 2.1); of cosines or random scores
         only the order is. n is ``provenance["n_train"]``, the size of the whole train set, also
-        after slicing.
+        after slicing; of scores of a pool (`FittedMethod.over`) that of the train set of the fit,
+        and an example that is not in there would, added to it, change the target by the negative.
 
         Returns:
             ``[n_train, n_test]`` in memory; of scores on disk take a slice first.
@@ -211,7 +213,8 @@ class Scores:
                 'make Scores with provenance={"target": {"name": ..., "higher_is_better": ...}}'
             )
         sign = -1.0 if target["higher_is_better"] else 1.0
-        scale: float = sign / self.provenance["n_train"]
+        own = self.provenance.get("fitted_on") or self.provenance
+        scale: float = sign / own["n_train"]
         return _tensor_of(self.values).mul(scale)
 
     # --- parts ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dattri_core.activations import activation_bytes
 from dattri_core.batch import Batch, move, take
 from dattri_core.capabilities import Outlook, is_additive
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import SpecError, format_bytes
+from dattri_core.errors import DattriError, InputError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.kept_fits import KeptFits
 from dattri_core.measures import needs_inverse, needs_leverages
@@ -24,6 +24,7 @@ from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
 from dattri_core.protocols import (
     BoundSource,
+    Damping,
     Inverse,
     LinearMap,
     Projector,
@@ -144,6 +145,28 @@ class Fitted:
         evaluator = getattr(self.chain.source, "evaluator", None)
         return evaluator.device if isinstance(evaluator, Evaluator) else torch.device("cpu")
 
+    def batch(self, budget: int) -> int:
+        """Return how many train rows may pass both sides of the stages at once."""
+        costs = self.outline.costs(measured=True)
+        per_row = costs.activations + costs.routes[0].train_row
+        return max(1, min(len(self.train), 1024, budget // 2 // max(1, per_row)))
+
+    def at_dampings(self, dampings: Sequence[Damping | None]) -> Fitted:
+        """Return the same with some stages at another damping, None where it stays."""
+        if not any(dampings):
+            return self
+        return attrs.evolve(self, chain=self.chain.with_damping(dampings))
+
+    def require_same_weights(self) -> None:
+        """Raise unless the model of the user has the weights that were fitted."""
+        if self.checkpoint.source is not None or self.weights is None:
+            return
+        if weights_of(self.chain.source) != self.weights:
+            raise InputError(
+                "attribute: the model's weights changed since the method was fitted on them; fit "
+                "again, or give checkpoints=model.state_dict() to keep a copy"
+            )
+
 
 def fit_checkpoint(
     source: Source,
@@ -159,10 +182,12 @@ def fit_checkpoint(
     keeping: Keeping | None = None,
     reference: Examples | None = None,
     fits: KeptFits | None = None,
+    pool: Examples | None = None,
 ) -> Fitted:
     """Bind the source at a checkpoint, then build and fit each stage on the train set in order.
 
-    A test example, where one is given, is tried before anything long: a fit, or rows to be kept.
+    A test example, where one is given, and a few of a pool that is to be scored in place of the
+    train set are tried before anything long: a fit, or rows to be kept.
     With ``plan_only`` the costs are those of all stages, but no inverse Hessian is fitted or in the
     chain, and projectors are fitted on a few examples. Where rows are kept in a store they are
     computed first, so far as they are not there, and read by all that needs no more than train
@@ -185,6 +210,8 @@ def fit_checkpoint(
         require_unpadded(evaluator, examples, index, sample, "train", (bound, raw))
 
     def try_test() -> None:
+        if pool is not None:
+            sampled_rows(bound, pool, task.device)
         if test is None:
             return
         collect(bound, test.sample(1), torch.arange(1), "test", task.device)
@@ -198,18 +225,15 @@ def fit_checkpoint(
     front = _front(stages, bound.space, streams, task.device, stored=keeping is not None)
     work = gradient_work(raw)
     given: BoundSource = bound
-    data, rows = examples, raw
+    data = examples
     said: tuple[str, ...] = ()
-    held = own = 0
-    if isinstance(bound, HoldingSource):
-        own = bound.held
-        activations += bound.beside * _largest(raw, formed=True)
-    if front:
+    held = 0
+    own = bound.held if isinstance(bound, HoldingSource) else 0
+    if not front:
+        rows, activations = passing(bound, raw, activations)
+    else:
         given = projected = Projected(bound, front)
-        rows = projected.mapped(raw)
-        # While blocks pass the maps, one is alive beside what has been added up, or all are.
-        parts = all(step.blockwise or is_additive(step) for step in front)
-        activations += _largest(raw, formed=True) if parts else _whole(raw)
+        rows, activations = passing(projected, raw, activations)
         if keeping is not None:
             given, data, said = keep_rows(
                 keeping, projected, examples, rows, activations, memory, try_test, plan_only
@@ -284,6 +308,55 @@ def fit_checkpoint(
     outline = Outline(tuple(outlooks), row, activations, work, mixed, said, held + own)
     reported = dict(bound.stats) if isinstance(bound, ReportingSource) else {}
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
+
+
+def sampled_rows(
+    source: BoundSource, examples: Examples, device: torch.device
+) -> tuple[Batch, Rows]:
+    """Return a few train examples and their rows, once padding was seen to change neither.
+
+    Raises:
+        InputError: The source or the loss does not take them, or they depend on padding.
+        NumericsError: A number is not finite.
+    """
+    index, sample = examples.sampled(SAMPLE)
+    sample = move(sample, device)
+    try:
+        rows = collect(source, sample, index, "train", device)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except DattriError as error:
+        raise type(error)(f"{examples.name} data: {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"{examples.name} data: the model or the loss does not take them: "
+            f"{type(error).__name__}: {error}; give examples of the form of those that the method "
+            "was fitted on"
+        ) from error
+    evaluator = getattr(source, "evaluator", None)
+    if isinstance(evaluator, Evaluator):
+        require_unpadded(evaluator, examples, index, sample, "train", (source, rows))
+    return sample, rows
+
+
+def passing(source: BoundSource, raw: Rows, activations: int) -> tuple[Rows, int]:
+    """Return rows of a few examples as they leave a source, and what a pass takes for one.
+
+    Args:
+        source: At a checkpoint, with the projectors that it takes by itself.
+        raw: Rows before those.
+        activations: Bytes that the model keeps for an example.
+    """
+    projected = source if isinstance(source, Projected) else None
+    bound = source if projected is None else projected.source
+    if isinstance(bound, HoldingSource):
+        activations += bound.beside * _largest(raw, formed=True)
+    if projected is None:
+        return raw, activations
+    # While blocks pass the maps, one is alive beside what has been added up, or all are.
+    parts = all(step.blockwise or is_additive(step) for step in projected.maps)
+    activations += _largest(raw, formed=True) if parts else _whole(raw)
+    return projected.mapped(raw), activations
 
 
 def _first_rows(source: BoundSource, sample: Batch, index: Tensor, device: torch.device) -> Rows:

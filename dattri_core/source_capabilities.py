@@ -50,7 +50,7 @@ class DataSource(Source, Protocol):
     """
 
     def fit(self, task: Any, checkpoint: Any, examples: Any, memory: int) -> BoundSource:
-        """Fix the source to one checkpoint and the whole train set.
+        """Fix the source to one checkpoint and the whole train set; rows are asked of any examples.
 
         For a plan ``examples`` are a few of the train set: the space is the same.
         """

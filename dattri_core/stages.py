@@ -266,12 +266,14 @@ class Chain:
         steps: In the order in which rows pass them.
         split: Whether the last step, a `SplitInverse`, is carried by both sides.
         absorbed: How many stages before those of the steps the source takes by itself.
+        own: Whether the train rows that pass are those that the steps were fitted on.
     """
 
     source: BoundSource
     steps: tuple[Step, ...] = ()
     split: bool = False
     absorbed: int = 0
+    own: bool = True
 
     @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
@@ -312,11 +314,9 @@ class Chain:
         return maps[-1].out_space if maps else self.source.space
 
     def self_influence(self) -> Tensor | None:
-        """Return <A g, B g> of every train row g, ``[n_train]``, where the inverse knows it.
-
-        It does at the end of a chain of maps, for rows as they come to it.
-        """
-        last = self.steps[-1] if self.steps else None
+        """Return <A g, B g>, ``[n_train]``, of the rows g of the fit, where an inverse knows it."""
+        # One at the end, after maps alone: it knows rows as they came to it, by their positions.
+        last = self.steps[-1] if self.steps and self.own else None
         if not isinstance(last, LeverageInverse) or not last.leverages:
             return None
         return None if any(map(is_inverse, self.steps[:-1])) else last.self_influence()
@@ -361,8 +361,7 @@ class Chain:
     def with_damping(self, dampings: Sequence[Damping | None]) -> Chain:
         """Return the chain with some steps at another damping, without a new fit.
 
-        Args:
-            dampings: One entry a stage; None leaves it as it is.
+        ``dampings`` has an entry for each stage; None leaves it as it is.
         """
         steps: list[Any] = list(self.steps)
         for at, damping in enumerate(dampings[self.absorbed :]):

@@ -19,6 +19,7 @@ from dattri_core.laws import (
     keeping,
     methods,
     metrics,
+    pools,
     projectors,
     scorers,
     settings,
@@ -33,7 +34,7 @@ from dattri_core.laws.report import Finding, Report
 from dattri_core.methods import method
 from dattri_core.registry import Registry, default_registry, using
 
-_MORE = (inverse_numbers, keeping, source_sides)  # laws of kinds whose bench is elsewhere
+_MORE = (inverse_numbers, keeping, pools, source_sides)  # laws of kinds whose bench is elsewhere
 BENCHES: dict[str, Callable[[Any], Any]] = {
     "source": sources.SourceBench,
     "projector": projectors.ProjectorBench,

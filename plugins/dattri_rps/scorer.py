@@ -21,6 +21,7 @@ class Representer:
 
     needs: ClassVar[frozenset[str]] = frozenset({"scale"})
     locality: ClassVar[Literal["tile", "column"]] = "tile"
+    terms: ClassVar[bool] = True
 
     def pair(self, train: Block, test: Block) -> Tensor:
         """Return the inner products ``[B, C]`` of one block."""

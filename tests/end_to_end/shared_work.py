@@ -117,6 +117,11 @@ def of_requests(folder: Path) -> dict[str, Any]:
         found[f"at {damping}"] = scores.values
     for name, part in fitted.attribute(test, by="block").items():
         found[f"through {name}"] = part.values
+    pool = drawn(20, 4)
+    for name in ("if-ekfac", "trak"):
+        pooled = dattri.method(name).fit(one, train).over(pool)
+        found[f"pool {name}"] = pooled.attribute(test).values
+        found[f"pool {name} self-influence"] = pooled.self_influence()
     found["group"] = fitted.attribute(test, group=True).values
     found["few"] = dattri.attribute(one, drawn(2, 1), test, method="if-diagonal").values
     found["few self"] = dattri.method("grad-dot").fit(one, drawn(2, 1)).self_influence()

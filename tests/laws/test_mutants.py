@@ -264,6 +264,7 @@ BROKEN = {
         "target-has-a-direction": ToyAttributor(PLAIN, "sign"),
         "an-example-helps-itself": ToyAttributor(PLAIN, "negative"),
         "self-influence-is-the-diagonal": ToyFitting(PLAIN, "own"),
+        "a-pool-is-scored-by-the-fit": ToyFitting(PLAIN, "pool"),
         "damping-can-change": lambda: dattri.Method(scorer=ToyScorer(), **inverting(fault="keep")),
         "removal-is-predicted": lambda: dattri.Method(scorer=ToyScorer("double"), **inverting()),
         "model-is-untouched": ToyAttributor(PLAIN, "eval"),

@@ -326,7 +326,7 @@ class ToyAttributor:
 
 @frozen
 class ToyFitting(ToyAttributor):
-    """An attributor that can be fitted, and gives twice the self-influence when at fault."""
+    """An attributor that can be fitted; at fault, twice the self-influence, or scores of a pool."""
 
     scorer: Any = field(factory=ToyScorer)
 
@@ -335,4 +335,13 @@ class ToyFitting(ToyAttributor):
         own = fitted.self_influence()
         return SimpleNamespace(
             self_influence=lambda: 2 * own if self.fault == "own" else own,
+            attribute=fitted.attribute,
+            over=lambda pool: self.pooled(fitted.over(pool), len(pool[0]) < len(own)),
+        )
+
+    def pooled(self, fitted, fewer):
+        if self.fault != "pool" or not fewer:
+            return fitted
+        return SimpleNamespace(
+            attribute=lambda test: SimpleNamespace(values=2 * fitted.attribute(test).values)
         )
