@@ -17,7 +17,7 @@ from oracles.toy_tasks import examples, mlp, states
 
 import dattri_core as dattri
 from dattri_core import Scores, Task
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 TRAIN = examples(14, dtype=torch.float32)

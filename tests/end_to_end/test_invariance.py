@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dattri_core as dattri
 from dattri_core import Method, Task
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 
 N, M = 17, 7
 RATES = [0.5, 0.25]

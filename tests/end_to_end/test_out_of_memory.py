@@ -129,7 +129,7 @@ def test_rows_of_one_layer_are_alive_at_a_time():
     """With the same batches, eight times the layers add activations and queries, never rows."""
     import attrs
 
-    from dattri_core import fitted as engine
+    from dattri_core import run_plan as engine
 
     def run(layers):
         with pytest.MonkeyPatch.context() as patch:

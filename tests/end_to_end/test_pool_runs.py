@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import dattri_core as dattri
 from dattri_core import InputError, NumericsError, SpecError, StoreError, Task, TermScorer
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 
 POOL = POOLS["more"]
 

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import dattri_core as dattri
 from dattri_core import Task
-from dattri_core import fitted as engine
+from dattri_core import fitted as fitted_module
+from dattri_core import run_plan as engine
 
 BY_NAME = pytest.mark.parametrize("name", PARTS)
 BY_POOL = pytest.mark.parametrize("pool", POOLS)
@@ -149,13 +150,13 @@ def test_the_fit_is_not_made_again_and_the_train_set_is_not_read(name):
 
 
 def test_several_checkpoints_are_fitted_on_their_train_set_each_once(monkeypatch):
-    sizes, original = [], engine.fit_checkpoint
+    sizes, original = [], fitted_module.fit_checkpoint
 
     def noted(*arguments, **named):
         sizes.append(len(arguments[5]))
         return original(*arguments, **named)
 
-    monkeypatch.setattr(engine, "fit_checkpoint", noted)
+    monkeypatch.setattr(fitted_module, "fit_checkpoint", noted)
     pooled = fit("if-ekfac", 2).over(POOLS["more"])
     pooled.attribute(TEST)
     assert sizes == [N, N]

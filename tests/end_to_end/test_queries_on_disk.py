@@ -8,8 +8,8 @@ from oracles.routes import SMALL, taking
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import Task
-from dattri_core import fitted as engine
+from dattri_core import Task, runner
+from dattri_core import run_plan as engine
 from dattri_core.laws.law import NotApplicable
 from dattri_core.laws.pretended import accelerator
 
@@ -75,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on_though_the_disk_has_become_small(
     """Its layout is that of its first plan, slabs included, so that not a bit differs."""
     out = tmp_path / "scores"
     want = METHOD.attribute(task, TRAIN, TEST, memory="16MiB", out=tmp_path / "whole")
-    original, calls, plans = engine.Runner._report, [], []
+    original, calls, plans = runner.Runner._report, [], []
 
     def stopped(self, *arguments):
         original(self, *arguments)
@@ -83,7 +83,7 @@ def test_a_run_that_was_stopped_goes_on_though_the_disk_has_become_small(
         if len(plans) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Runner, "_report", stopped)
+    monkeypatch.setattr(runner.Runner, "_report", stopped)
     with pytest.raises(KeyboardInterrupt):
         METHOD.attribute(task, TRAIN, TEST, memory="16MiB", out=out)
     assert [p.name for p in (tmp_path / "scores.run").iterdir()] == ["run.json"]

@@ -15,7 +15,7 @@ from oracles.toy_tasks import examples, mlp, states
 
 import dattri_core as dattri
 from dattri_core import Method, Scores, StoreError, Task
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 
 HERE = Path(__file__).parent
 N, M = 14, 5

@@ -14,7 +14,7 @@ from oracles.toy_tasks import examples, mlp, states
 
 import dattri_core as dattri
 from dattri_core import StoreError, Task, loop
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 from dattri_core.tiles import FolderTiles
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from oracles.toy_tasks import examples, mlp, states
 
 import dattri_core as dattri
 from dattri_core import Task, loop, stored
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 
 TRAIN, TEST = examples(60), examples(3, seed=300)
 SLOW = 0.05

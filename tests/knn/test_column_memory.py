@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import dattri_core as dattri
-from dattri_core import Task, fitted
+from dattri_core import Task, run_plan
 
 N, M, DIM = 20_000, 40, 16
 BUDGET = 6 * 2**20
@@ -48,9 +48,9 @@ def test_columns_keep_to_the_budget(name, tmp_path):
 
 
 def test_columns_that_are_not_planned_do_not(tmp_path, monkeypatch):
-    original = fitted.make_plan
+    original = run_plan.make_plan
     monkeypatch.setattr(
-        fitted,
+        run_plan,
         "make_plan",
         lambda budget, costs, work, **more: original(
             budget, costs, attrs.evolve(work, column=False), **more

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import attrs
 import pytest
 
-from dattri_core import fitted as engine
+from dattri_core import run_plan as engine
 from dattri_core.plans import Costs, Route
 
 SMALL = {"query_group": 2, "groups": 3, "train_batch": 4, "test_batch": 1, "shard": 4}
