@@ -84,7 +84,7 @@ GOOD = {
         ToyInverseHessian(exact=True),
     ],
     "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
-    "fold": [ToyFold(), ToyFold(weighted=True)],
+    "fold": [ToyFold(), ToyFold(weighted=True), ToyFold(rated=True)],
     "method": [
         PLAIN,
         ToyAttributor(PLAIN),
@@ -237,6 +237,9 @@ BROKEN = {
     "fold": {
         "part-is-frozen": loose(ToyFold),
         "facts-are-declared": ToyFold("order"),
+        "needs-are-all-it-reads": ToyFold("asks late"),
+        "learning-rates-are-read": ToyFold("unread", rated=True),
+        "names-do-not-show": ToyFold("name"),
         "counts-are-alike": ToyFold("three"),
         "one-checkpoint-is-itself": ToyFold("double"),
         "tiles-are-their-own": ToyFold("rows"),

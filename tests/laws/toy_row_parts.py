@@ -237,14 +237,16 @@ class ForgetfulScorer:
 # --- folds ----------------------------------------------------------------------------------
 @frozen
 class ToyFold:
-    """The mean, of scores times weights where it is weighted."""
+    """The mean, of scores times weights where it is weighted, times learning rates where rated."""
 
     fault: str = ""
     weighted: bool = False
+    rated: bool = False
 
     @property
     def needs(self):
-        return frozenset({"weight"} if self.weighted else ())
+        words = {"weight": self.weighted, "learning-rate": self.rated}
+        return frozenset(word for word, needed in words.items() if needed)
 
     @property
     def order(self):
@@ -255,6 +257,20 @@ class ToyFold:
         if self.weighted:
             weight = scored.weight.unsqueeze(1)
             values = values * (weight.sqrt() if self.fault == "root" else weight)
+        if self.rated and self.fault != "unread":
+            values = values * snapshot.learning_rate
+        if self.fault == "asks late":
+            values = values * (snapshot.learning_rate or 1.0)
+        if self.fault == "weighs" and scored.weight is not None:
+            values = values * scored.weight.unsqueeze(1)
+        if self.fault == "name" and "step" in snapshot.name:
+            values = 2 * values
+        if self.fault == "columns":
+            values = values * len(values.T) / 3
+        if self.fault == "zero":
+            values = values * (values / values)
+        if self.fault == "floor":
+            values = values * (values.abs() > 1e-4)
         if self.fault == "device" and values.device.type != "cpu":
             values = 1.001 * values
         if self.fault == "clamp":

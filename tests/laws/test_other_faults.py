@@ -1,0 +1,21 @@
+"""Faults that a law with a mutant of its own has to find as well."""
+
+import pytest
+from toy_row_parts import ToyFold
+
+from dattri_core.laws import check
+
+FAULTS = [
+    ("fold", ToyFold("weighs"), "needs-are-all-it-reads"),
+    ("fold", ToyFold("columns"), "tiles-are-their-own"),
+    ("fold", ToyFold("zero"), "fold-is-homogeneous"),
+    ("fold", ToyFold("floor"), "fold-is-homogeneous"),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "law"), FAULTS)
+def test_a_fault_breaks_one_law(kind, part, law):
+    report = check(kind, part)
+    assert {finding.law for finding in report.failures} == {law}, str(report)
+    (finding,) = report.failures
+    assert "Error:" not in finding.detail.split(":")[0]
