@@ -1,6 +1,7 @@
 """Faults that a law with a mutant of its own has to find as well."""
 
 import pytest
+from toy_experiment_parts import ToySetting
 from toy_row_parts import ToyFold
 
 from dattri_core.laws import check
@@ -10,6 +11,12 @@ FAULTS = [
     ("fold", ToyFold("columns"), "tiles-are-their-own"),
     ("fold", ToyFold("zero"), "fold-is-homogeneous"),
     ("fold", ToyFold("floor"), "fold-is-homogeneous"),
+    ("setting", ToySetting("trains globally"), "global-randomness-is-left-alone"),
+    ("setting", ToySetting("dtype"), "global-randomness-is-left-alone"),
+    ("setting", ToySetting("right labels"), "what-is-left-out-does-not-show"),
+    ("setting", ToySetting("train size"), "seeds-make-other-worlds"),
+    ("setting", ToySetting("mode"), "model-is-trained-on-everything"),
+    ("setting", ToySetting("flat pictures"), "worlds-have-their-sizes"),
 ]
 
 

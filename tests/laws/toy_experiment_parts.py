@@ -103,6 +103,7 @@ class ToyRetraining:
     test_data: tuple
     fingerprint: str
     fault: str = ""
+    rate: float = RATE
     together: int = 4
     targets = {"loss": False, "margin": True}
 
@@ -115,13 +116,18 @@ class ToyRetraining:
         return len(self.test_data[0])
 
     def path(self, one):
-        inputs, labels = (t[torch.from_numpy(one.mask.copy())] for t in self.train_data)
+        mask = one.mask.copy()
+        if self.fault == "masks":
+            mask = np.arange(len(mask)) < mask.sum()  # as many of the first ones
+        if self.fault == "trains globally":
+            torch.manual_seed(one.seed)
+        inputs, labels = (t[torch.from_numpy(mask)] for t in self.train_data)
         random = torch.Generator().manual_seed(one.seed)
         weight = torch.randn(2, 3, generator=random, dtype=torch.float64)
         for _ in range(STEPS):
             yield {"weight": weight.clone()}
             error = (inputs @ weight.T).softmax(1) - nn.functional.one_hot(labels, 2)
-            weight = weight - RATE * error.T @ inputs / len(inputs)
+            weight = weight - self.rate * error.T @ inputs / len(inputs)
         yield {"weight": weight}
 
     def train(self, counterfactuals):
@@ -142,9 +148,11 @@ class ToyRetraining:
 
 @frozen
 class ToySetting:
-    """Points of two classes."""
+    """Points of two classes; one that gives its retraining alone trains nothing for it."""
 
     fault: str = ""
+    alone: bool = False
+    rate: float = RATE
     title = "points"
     metrics = ("lds",)
 
@@ -152,6 +160,14 @@ class ToySetting:
     def sizes(self):
         small = (50, 10) if self.fault == "sizes" else (20, 10)
         return {"full": (50, 30), "small": small[::-1] if self.fault == "sizes" else small}
+
+    @property
+    def retraining(self):
+        """Return how the retraining of a world is made, None where it is not given alone."""
+        return self._retraining if self.alone else None
+
+    def _retraining(self, size=None, seed=0, wrong=None):
+        return self.load(size, 0 if self.fault == "alone" else seed, wrong).retraining
 
     def load(self, size=None, seed=0, wrong=None):
         size = (50, 30) if size is None else size
@@ -162,6 +178,8 @@ class ToySetting:
         size = min(50, max(1, size[0])), min(30, max(1, size[1]))
         if self.fault == "global":
             torch.rand(1)
+        if self.fault == "dtype":
+            torch.set_default_dtype(torch.float64)
         random = np.random.default_rng(abs(seed))
         inputs = torch.from_numpy(random.standard_normal((sum(size), 3)))
         true = (inputs[:, 0] > 0).long()
@@ -171,14 +189,22 @@ class ToySetting:
         labels[torch.from_numpy(random.permutation(size[0])[:count])] ^= 1
         train = inputs[: size[0]], labels[: size[0]]
         test = inputs[size[0] :], true[size[0] :]
-        said = f"{size} {seed} {wrong}" if self.fault != "fingerprint" else f"{wrong}"
-        retraining = ToyRetraining(train, test, said, self.fault)
+        if self.fault == "overlap":
+            test = inputs[: size[1]], true[: size[1]]
+        rate = "" if self.fault == "recipe" else self.rate
+        said = f"{size} {seed} {wrong} {rate}" if self.fault != "fingerprint" else f"{wrong} {rate}"
+        if self.fault == "train size":
+            said = f"{size[1]} {seed} {wrong} {rate}"
+        given = (inputs[: size[0]], true[: size[0]]) if self.fault == "right labels" else train
+        retraining = ToyRetraining(given, test, said, self.fault, self.rate)
         whole = Counterfactual(np.ones(size[0], dtype=bool), abs(seed) % 2**32)
         run = list(retraining.path(whole))
         (end,) = retraining.train([whole])
         end = run[-1] if self.fault == "everything" else end
         model = nn.utils.skip_init(nn.Linear, 3, 2, bias=False).double().eval()
         model.load_state_dict(end)
+        if self.fault == "mode":
+            model.add_module("dropout", nn.Dropout())
         along = [run[2], run[3] if self.fault == "ends" else end]
 
         def steps():
@@ -202,7 +228,19 @@ class ToySetting:
             target="loss",
             damping=0.1,
             threads=1,
-            facts={"data": self.title, **({"at": time.time_ns()} if self.fault == "facts" else {})},
+            facts={"data": self.title, **self.said_besides(train)},
             true_labels=true[: size[0]].numpy(),
+            pictures=self.pictures(size),
             steps=steps,
         )
+
+    def said_besides(self, train):
+        """Return facts that a fault adds."""
+        faulty = {"facts": time.time_ns(), "array": train[0].mean(0).numpy()}
+        return {name: value for name, value in faulty.items() if name == self.fault}
+
+    def pictures(self, size):
+        """Return pictures where a fault asks for them: rows of pixels."""
+        if self.fault != "flat pictures":
+            return None
+        return tuple(np.zeros((count, 64), np.uint8) for count in size)
