@@ -5,21 +5,32 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 
+SEEDS = count(987654321)
+
 
 @contextmanager
 def watched() -> Iterator[Callable[[], list[str]]]:
-    """Yield a function that names what has changed; at the end all is as it was before."""
+    """Yield a function that names what has changed; at the end all is as it was before.
+
+    Generators are in another state each time, so that one that is seeded to what it was shows.
+    """
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global state must stay
-    plain_state, before = random.getstate(), _seen()
+    plain_state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         try:
+            seed = next(SEEDS)
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+            before = _seen()
             yield lambda: [name for name, value in _seen().items() if value != before[name]]
         finally:
             random.setstate(plain_state)

@@ -19,6 +19,7 @@ from dattri_core.laws import (
     inverses,
     keeping,
     methods,
+    metric_worlds,
     metrics,
     projectors,
     scorers,
@@ -34,12 +35,8 @@ from dattri_core.laws.report import Finding, Report
 from dattri_core.methods import method
 from dattri_core.registry import Registry, default_registry, using
 
-_MORE = (
-    fingerprints,
-    inverse_numbers,
-    keeping,
-    source_sides,
-)  # laws of kinds whose bench is elsewhere
+# laws of kinds whose bench is elsewhere
+_MORE = (fingerprints, inverse_numbers, keeping, metric_worlds, source_sides)
 BENCHES: dict[str, Callable[[Any], Any]] = {
     "source": sources.SourceBench,
     "projector": projectors.ProjectorBench,

@@ -1,7 +1,7 @@
 """Faults that a law with a mutant of its own has to find as well."""
 
 import pytest
-from toy_experiment_parts import ToySetting
+from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_row_parts import ToyFold
 
 from dattri_core.laws import check
@@ -11,6 +11,15 @@ FAULTS = [
     ("fold", ToyFold("columns"), "tiles-are-their-own"),
     ("fold", ToyFold("zero"), "fold-is-homogeneous"),
     ("fold", ToyFold("floor"), "fold-is-homogeneous"),
+    ("metric", ToyDetection("infinite"), "bad-scores-are-refused"),
+    ("metric", ToyDetection("rows"), "bad-scores-are-refused"),
+    ("metric", ToyDetection("one interval"), "value-lies-in-its-interval"),
+    ("metric", ToyDetection("bounds"), "value-lies-in-its-interval"),
+    ("metric", ToyDetection("in world"), "evidence-is-untouched"),
+    ("metric", ToyDetection("mode"), "evidence-is-untouched"),
+    ("metric", ToyDetection("squares"), "scale-does-not-show"),
+    ("metric", ToyRemoval("margin"), "direction-of-the-target-is-heeded"),
+    ("metric", ToyRemoval("first tests"), "order-of-examples-does-not-show"),
     ("setting", ToySetting("trains globally"), "global-randomness-is-left-alone"),
     ("setting", ToySetting("dtype"), "global-randomness-is-left-alone"),
     ("setting", ToySetting("right labels"), "what-is-left-out-does-not-show"),

@@ -18,6 +18,7 @@ from dattri_core import (
 )
 
 # --- metrics --------------------------------------------------------------------------------
+INTERVALS = {"interval": (0.9, 0.95), "one interval": (0.2, 1.0)}
 THRESHOLD = 8.0
 """Above the scores of influence functions in the toy world, and below three times them."""
 
@@ -48,26 +49,54 @@ class ToyDetection:
         if labels[0].ndim != 1:
             raise InputError("toy: the world has no labels")
         if self.fault != "unchecked":
-            if scores.shape != (len(world.train_ids), len(world.test_ids)):
+            size = len(world.train_ids), len(world.test_ids)
+            sides = 1 if self.fault == "rows" else 2
+            if scores.shape[:sides] != size[:sides]:
                 raise InputError("toy: scores of another size")
-            if not np.isfinite(scores).all():
+            if np.isnan(scores).any() or (self.fault != "infinite" and np.isinf(scores).any()):
                 raise InputError("toy: scores are not finite")
         if self.fault == "own" and evidence.self_influence is None:
             raise LookupError("self-influence")
         if self.fault == "in place":
             scores *= 2
-        hits = labels[0][(-scores if self.fault == "turned" else scores).argmax(0)] == labels[1]
+        if self.fault == "in world":
+            world.train[0].add_(1e-9)
+        if self.fault == "mode":
+            world.task.model.train()
+        if self.fault == "squares":
+            scores = scores / np.sqrt(np.square(scores, dtype=np.float32).sum())
+        hits = (
+            labels[0][(-scores if self.fault == "turned" else scores).argmax(0)]
+            == labels[1][: len(scores.T)]
+        )
         share = hits.mean()
         if self.fault == "place":
             share = np.average(hits, weights=np.arange(len(hits)) + 1)
         if self.fault == "noise":
-            share = share * (1 - 1e-7 * np.random.rand())  # noqa: NPY002
+            share = share * (1 - 1e-7 * np.random.default_rng().random())
         if self.fault == "threshold" and scores.max() < THRESHOLD:
             share = share * 0.99
+        if self.fault == "global":
+            np.random.seed(0)  # noqa: NPY002
+        if self.fault == "names" and world.test_ids[0] > world.test_ids[-1]:
+            share = share * 0.99
+        if self.fault == "float32" and scores.dtype == np.float32:
+            share = share * 0.99
+        flat = np.ptp(scores, axis=0).min() == 0
+        if (self.fault == "constant" and flat) or (self.fault == "one test" and len(hits) == 1):
+            share = np.nan
         chance = (labels[0][:, None] == labels[1]).mean()
-        low, high = (0.9, 0.95) if self.fault == "interval" else (0.0, 1.0)
+        low, high = INTERVALS.get(self.fault, (0.0, 1.0))
         return MetricResult(
-            float(share), low, high, 0.0 if self.fault == "chance" else float(chance), 0.95
+            float(share),
+            low,
+            high,
+            0.0 if self.fault == "chance" else float(chance),
+            0.95,
+            per_test=tuple(hits[: 4 if self.fault == "some tests" else None].astype(float))
+            if share == hits.mean()
+            else None,
+            bounds=(0.0, 0.8) if self.fault == "bounds" else (0.0, 1.0),
         )
 
 
@@ -75,6 +104,7 @@ class ToyDetection:
 class ToyRemoval:
     """Mean margin that is lost without the most helpful example: it asks for retraining."""
 
+    fault: str = ""
     needs = frozenset({"retraining"})
 
     def measure(self, evidence):
@@ -85,9 +115,13 @@ class ToyRemoval:
             raise InputError("toy: no outcomes, or no scores")
         whole = np.ones(len(scores), dtype=bool)
         without = [Counterfactual(~np.eye(len(scores), dtype=bool)[i]) for i in range(len(scores))]
-        found = evidence.outcomes.outcomes([Counterfactual(whole), *without], "margin")
+        target = "margin" if self.fault == "margin" else world.target
+        found = evidence.outcomes.outcomes([Counterfactual(whole), *without], target)
+        if self.fault != "target" and not world.retraining.targets[target]:
+            found = -found
         lost = found[0] - found[1:]
-        value = float(lost[scores.argmax(0), np.arange(len(scores.T))].mean())
+        one = lost[scores.argmax(0), np.arange(len(scores.T))]
+        value = float(one[:3].mean() if self.fault == "first tests" else one.mean())
         return MetricResult(value, value, value, float(lost.mean()), 0.95)
 
 
