@@ -83,7 +83,12 @@ GOOD = {
         ToyInverseHessian(knowing=True),
         ToyInverseHessian(exact=True),
     ],
-    "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
+    "scorer": [
+        ToyScorer(),
+        ToyScorer(form="self-influence"),
+        ToyScorer(form="inverse-norm"),
+        ToyScorer(weighs=True),
+    ],
     "fold": [ToyFold(), ToyFold(weighted=True), ToyFold(rated=True)],
     "method": [
         PLAIN,
@@ -222,6 +227,7 @@ BROKEN = {
         "inputs-are-untouched": ToyScorer("in place", "self-influence"),
         "needs-are-all-it-reads": ToyScorer("reads"),
         "what-is-measured-is-read": ToyScorer("idle", "self-influence"),
+        "needed-aux-is-read": ToyScorer("unread", weighs=True),
         "pair-adds-up-over-blocks": ToyScorer("bend"),
         "parts-are-inner-products": ToyScorer("thrice"),
         "scores-are-of-the-rows": ToyScorer("formed"),

@@ -2,11 +2,16 @@
 
 import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
-from toy_row_parts import ToyFold
+from toy_row_parts import ToyFold, ToyScorer
 
 from dattri_core.laws import check
 
 FAULTS = [
+    ("scorer", ToyScorer("itself"), "positions-do-not-show"),
+    ("scorer", ToyScorer("floor"), "scale-keeps-order-and-sign"),
+    ("scorer", ToyScorer("tile weight", weighs=True), "tiles-are-their-own"),
+    ("scorer", ToyScorer("test weight", weighs=True), "queries-are-their-own"),
+    ("scorer", ToyScorer("negative weight", weighs=True), "an-example-helps-itself"),
     ("fold", ToyFold("weighs"), "needs-are-all-it-reads"),
     ("fold", ToyFold("columns"), "tiles-are-their-own"),
     ("fold", ToyFold("zero"), "fold-is-homogeneous"),
