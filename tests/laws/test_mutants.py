@@ -4,6 +4,7 @@ import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
 from toy_moment_parts import ToyMoment
+from toy_retrained import ToyDrawn
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
@@ -93,6 +94,7 @@ GOOD = {
     "method": [
         PLAIN,
         ToyAttributor(PLAIN),
+        ToyDrawn(),
         ToyFitting(PLAIN),
         lambda: dattri.Method(scorer=ToyScorer(), **inverting()),
     ],
@@ -260,6 +262,7 @@ BROKEN = {
     },
     "method": {
         "part-is-frozen": loose(ToyAttributor, PLAIN),
+        "scores-follow-the-models": ToyDrawn(negative=True),
         "scores-are-a-matrix": ToyAttributor(PLAIN, "ids"),
         "permuted-train-rows-permute-scores": ToyAttributor(PLAIN, "train place"),
         "permuted-test-rows-permute-scores": ToyAttributor(PLAIN, "test place"),
