@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import attrs
@@ -83,9 +83,17 @@ def _said(value: Any, deep: int = 4) -> Any:
     if not deep:
         return contents(value)
     if isinstance(value, FunctionType):
-        held = [_said(cell.cell_contents, deep - 1) for cell in value.__closure__ or ()]
+        held = [_said(_inside(cell), deep - 1) for cell in value.__closure__ or ()]
         return (value.__code__, contents(value.__defaults__), held)
     if attrs.has(type(value)):
         given = [one.name for one in attrs.fields(type(value)) if one.init]
         return (type(value), [(n, _said(getattr(value, n), deep - 1)) for n in given])
     return contents(value)
+
+
+def _inside(cell: CellType) -> Any:
+    """Return what a cell of a closure holds, None before it holds anything."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

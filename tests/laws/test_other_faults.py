@@ -27,6 +27,7 @@ FAULTS = [
     ("metric", ToyRemoval("first tests"), "order-of-examples-does-not-show"),
     ("setting", ToySetting("trains globally"), "global-randomness-is-left-alone"),
     ("setting", ToySetting("dtype"), "global-randomness-is-left-alone"),
+    ("setting", ToySetting("by mask"), "training-is-of-one-counterfactual"),
     ("setting", ToySetting("right labels"), "what-is-left-out-does-not-show"),
     ("setting", ToySetting("train size"), "seeds-make-other-worlds"),
     ("setting", ToySetting("mode"), "model-is-trained-on-everything"),

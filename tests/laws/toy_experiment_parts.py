@@ -64,7 +64,8 @@ class ToyDetection:
         if self.fault == "mode":
             world.task.model.train()
         if self.fault == "squares":
-            scores = scores / np.sqrt(np.square(scores, dtype=np.float32).sum())
+            with np.errstate(all="ignore"):
+                scores = scores / np.sqrt(np.square(scores, dtype=np.float32).sum())
         hits = (
             labels[0][(-scores if self.fault == "turned" else scores).argmax(0)]
             == labels[1][: len(scores.T)]
@@ -165,8 +166,11 @@ class ToyRetraining:
         yield {"weight": weight}
 
     def train(self, counterfactuals):
+        of_mask = {}
         for place, one in enumerate(counterfactuals):
             state = list(self.path(one))[-1]
+            if self.fault == "by mask":
+                state = of_mask.setdefault(one.mask.tobytes(), state)
             if self.fault == "company":
                 state = {"weight": state["weight"] * (1 + place)}
             if self.fault == "everything" and one.mask.all():
