@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dattri_core.errors import DattriError
 from dattri_core.laws.law import law, require, require_close, require_equal, require_identical
 from dattri_core.laws.pretended import accelerator
 from dattri_core.laws.untouched import require_frozen
@@ -19,6 +20,8 @@ from dattri_core.protocols import Fold, FoldState, Scored, Snapshot
 
 TILE = (4, 3)
 COUNT = 3
+RATES = [1.0, 0.5, 0.25]
+RATE = "learning-rate"
 
 
 @frozen(eq=False)
@@ -29,17 +32,21 @@ class FoldBench:
 
     def snapshot(self, position: int, count: int, rate: float = 1.0) -> Snapshot:
         """Return a snapshot with a learning rate, where the fold needs one."""
-        weight = rate if "learning-rate" in self.part.needs else None
+        weight = rate if RATE in self.part.needs else None
         return Snapshot(position, count, f"checkpoint {position}", weight)
 
     def run(self, tiles: Iterable[Scored], rates: Iterable[float] = ()) -> Tensor:
         """Return the fold of tiles of consecutive checkpoints."""
         tiles = list(tiles)
         rates = list(rates) or [0.5**position for position in range(len(tiles))]
+        snapshots = [self.snapshot(k, len(tiles), rate) for k, rate in enumerate(rates)]
+        return self.folded(tiles, snapshots)
+
+    def folded(self, tiles: Sequence[Scored], snapshots: Sequence[Snapshot]) -> Tensor:
+        """Return the fold of tiles, each at its snapshot."""
         state: FoldState | None = None
         for position in self.order(len(tiles)):
-            snapshot = self.snapshot(position, len(tiles), rates[position])
-            state = self.part.update(state, tiles[position], snapshot)
+            state = self.part.update(state, tiles[position], snapshots[position])
         assert state is not None
         return self.part.finish(state)
 
@@ -59,9 +66,10 @@ def tiles(count: int, dtype: torch.dtype = torch.float64) -> list[Scored]:
     ]
 
 
-def part(scored: Scored, rows: slice) -> Scored:
-    """Return some rows of a tile."""
-    return Scored(scored.values[rows], None if scored.weight is None else scored.weight[rows])
+def part(scored: Scored, rows: slice, columns: slice = slice(None)) -> Scored:
+    """Return some rows and columns of a tile."""
+    weight = None if scored.weight is None else scored.weight[rows]
+    return Scored(scored.values[rows, columns], weight)
 
 
 @law("fold")
@@ -78,8 +86,67 @@ def part_is_frozen(bench: FoldBench) -> None:
 def facts_are_declared(bench: FoldBench) -> None:
     """Order is "forward" or "reverse"; needs name nothing but learning rates and weights."""
     require(bench.part.order in ("forward", "reverse"), f"order is {bench.part.order!r}")
-    unknown = bench.part.needs - {"learning-rate", "weight"}
+    unknown = bench.part.needs - {RATE, "weight"}
     require(not unknown, f"needs name {sorted(unknown)}")
+
+
+@law("fold")
+def needs_are_all_it_reads(bench: FoldBench) -> None:
+    """The fold is the same with and without learning rates and weights that it does not need."""
+    needs = bench.part.needs
+    told = [Snapshot(k, COUNT, f"checkpoint {k}", 0.5**k) for k in range(COUNT)]
+    want = bench.folded(tiles(COUNT), told)
+    if RATE not in needs:
+        untold = [evolve(snapshot, learning_rate=None) for snapshot in told]
+        _require_unread(bench, tiles(COUNT), untold, want, "learning rates", RATE)
+    if "weight" not in needs:
+        bare = [Scored(tile.values) for tile in tiles(COUNT)]
+        snapshots = [bench.snapshot(k, COUNT, 0.5**k) for k in range(COUNT)]
+        _require_unread(bench, bare, snapshots, want, "weights", "weight")
+
+
+def _require_unread(
+    bench: FoldBench,
+    given: Sequence[Scored],
+    snapshots: Sequence[Snapshot],
+    want: Tensor,
+    what: str,
+    word: str,
+) -> None:
+    fix = f"it reads what it does not ask for: add {word!r} to needs"
+    try:
+        got = bench.folded(given, snapshots)
+    except (TypeError, AttributeError, ValueError, DattriError) as error:
+        require(False, f"without {what} it raises {error!r}; {fix}")
+    gap = float((got - want).abs().max())
+    require(gap < 1e-9, f"without {what} the fold differs by {gap:.3e}, expected 0; {fix}")
+
+
+def _rated(bench: FoldBench) -> str | None:
+    return None if RATE in bench.part.needs else "it needs no learning rate"
+
+
+@law("fold", _rated)
+def learning_rates_are_read(bench: FoldBench) -> None:
+    """The fold at learning rates 1, 1/2, 1/4 is another than at 1/4, 1, 1/2, where it needs them.
+
+    Users have to give rates to a fold that needs them.
+    """
+    first, second = (bench.run(tiles(COUNT), rates) for rates in (RATES, RATES[-1:] + RATES[:-1]))
+    require(
+        not torch.equal(first, second),
+        f"the fold at learning rates {RATES} is that at {RATES[-1:] + RATES[:-1]}, expected "
+        f"another; read snapshot.learning_rate in update, or take {RATE!r} out of needs",
+    )
+
+
+@law("fold")
+def names_do_not_show(bench: FoldBench) -> None:
+    """The fold is the same when checkpoints have other names: their place is their position."""
+    named = [bench.snapshot(k, COUNT, 0.5**k) for k in range(COUNT)]
+    other = [evolve(one, name=f"runs/b/step_{90 - 10 * k}.pt") for k, one in enumerate(named)]
+    got, want = (bench.folded(tiles(COUNT), snapshots) for snapshots in (other, named))
+    require_close(got, want, "the fold of checkpoints of other names")
 
 
 @law("fold")
@@ -92,11 +159,17 @@ def one_checkpoint_is_itself(bench: FoldBench) -> None:
 
 @law("fold")
 def tiles_are_their_own(bench: FoldBench) -> None:
-    """The fold of a part of the train rows = that part of the fold."""
-    whole = bench.run(tiles(COUNT))
-    for rows in (slice(0, 1), slice(1, 4)):
-        got = bench.run(part(tile, rows) for tile in tiles(COUNT))
-        require_close(got, whole[rows], "the fold of a smaller tile")
+    """The fold of some train rows, or of some test columns, = that part of the fold."""
+    whole, all_rows = bench.run(tiles(COUNT)), slice(0, TILE[0])
+    for rows, columns in (
+        (slice(0, 1), slice(None)),
+        (slice(1, 4), slice(None)),
+        (all_rows, slice(0, 1)),
+        (all_rows, slice(1, 3)),
+    ):
+        got = bench.run(part(tile, rows, columns) for tile in tiles(COUNT))
+        which = "train rows" if rows != all_rows else "test columns"
+        require_close(got, whole[rows, columns], f"the fold of a tile of fewer {which}")
 
 
 @law("fold")
@@ -123,9 +196,9 @@ def _stored(state: FoldState) -> Mapping[str, Tensor]:
 
 @law("fold")
 def fold_is_homogeneous(bench: FoldBench) -> None:
-    """fold of 3 S = 3 fold of S, at the same weights; so units and signs survive."""
+    """fold of a S = a fold of S for a = 3, -3, 1e-6 and 0; so units and signs survive."""
     want = bench.run(tiles(COUNT))
-    for factor in (3.0, -3.0):
+    for factor in (3.0, -3.0, 1e-6, 0.0):
         got = bench.run(Scored(factor * t.values, t.weight) for t in tiles(COUNT))
         require_close(got, factor * want, f"the fold of {factor:g} times the scores")
 
@@ -136,10 +209,10 @@ def _weighted(bench: FoldBench) -> str | None:
 
 @law("fold", _weighted)
 def equal_weights_scale_the_rows(bench: FoldBench) -> None:
-    """The fold at weights w_i, equal at all checkpoints, is w_i times that at weights 1."""
+    """The fold at weights w_i >= 0, equal at all checkpoints, is w_i times that at weights 1."""
     made = tiles(COUNT)
-    weight = made[0].weight
-    assert weight is not None
+    weight = random(TILE[0], seed=50).abs() + 0.5
+    weight[1] = 0.0  # as that of an example that the model is sure of
     got = bench.run(Scored(tile.values, weight) for tile in made)
     plain = bench.run(Scored(tile.values, torch.ones_like(weight)) for tile in made)
     require_close(got, weight.unsqueeze(1) * plain, "the fold at equal weights")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,13 +15,15 @@ from attrs import evolve, frozen
 from dattri_core.errors import InputError
 from dattri_core.experiment import Evidence, Metric, MetricResult
 from dattri_core.laws.evaluated import N_TEST, N_TRAIN, Array, Evaluated
+from dattri_core.laws.global_state import unchanged, watched
 from dattri_core.laws.law import law, require, require_equal
-from dattri_core.laws.untouched import require_frozen
+from dattri_core.laws.untouched import contents, require_frozen
 from dattri_core.task import Task
 
 WORDS = frozenset({"mislabelled", "retraining", "labels", "self-influence", "attribute"})
 """What a metric may need, besides facts."""
 FACT = "fact:"
+Factor = float | Array
 DRAWS = 20
 """Random scores of which the mean is compared with chance."""
 DEVIATIONS = 5.0
@@ -44,27 +48,30 @@ class MetricBench:
         """Return the toy world."""
         return Evaluated.made(self.facts)
 
-    def informed(self, factor: float = 1.0, evaluated: Evaluated | None = None) -> Evidence:
-        """Return evidence of influence functions, times a factor."""
+    def informed(
+        self, factor: Factor = 1.0, evaluated: Evaluated | None = None, seed: int = 0
+    ) -> Evidence:
+        """Return evidence of influence functions, times a factor, or one for each test."""
         at = self.evaluated if evaluated is None else evaluated
         return Evidence(
             scores=factor * at.attribute(at.world.task),
-            self_influence=factor * at.self_influence,
+            self_influence=np.mean(factor) * at.self_influence,
             world=at.world,
             outcomes=at.outcomes,
             attribute=lambda task: factor * at.attribute(task),
+            seed=seed,
         )
 
     def uninformed(self, seed: int) -> Evidence:
         """Return evidence of a method that knows nothing."""
-        random, at = np.random.default_rng(seed), self.evaluated
+        draw, at = np.random.default_rng(seed), self.evaluated
 
         def attribute(task: Task) -> Array:
             del task
-            return random.standard_normal((N_TRAIN, N_TEST))
+            return draw.standard_normal((N_TRAIN, N_TEST))
 
-        own = random.standard_normal(N_TRAIN)
-        scores = random.standard_normal((N_TRAIN, N_TEST))
+        own = draw.standard_normal(N_TRAIN)
+        scores = draw.standard_normal((N_TRAIN, N_TEST))
         return Evidence(scores, own, at.world, at.outcomes, attribute, seed)
 
     @cached_property
@@ -72,8 +79,21 @@ class MetricBench:
         """Return what it says of influence functions."""
         return self.part.measure(self.informed())
 
+    @cached_property
+    def results(self) -> Mapping[str, MetricResult]:
+        """Return what it says of several scores, by what these are."""
+        return {
+            "influence": self.result,
+            "minus influence": self.part.measure(self.informed(-1.0)),
+            "random scores": self.part.measure(self.uninformed(0)),
+            "other random scores": self.part.measure(self.uninformed(1)),
+        }
 
-def _same(got: MetricResult, want: MetricResult, what: str, tolerance: float = TOLERANCE) -> None:
+
+def same_result(
+    got: MetricResult, want: MetricResult, what: str, tolerance: float = TOLERANCE
+) -> None:
+    """Raise `LawBroken` unless two results have the same numbers."""
     for name in ("value", "low", "high", "chance", "ceiling"):
         one, two = getattr(got, name), getattr(want, name)
         agree = one == two or (
@@ -105,76 +125,110 @@ def facts_are_declared(bench: MetricBench) -> None:
 
 @law("metric")
 def value_lies_in_its_interval(bench: MetricBench) -> None:
-    """low <= value <= high, finite, at a confidence in (0, 1); the mean of per_test is value."""
-    found = bench.result
-    require(isinstance(found, MetricResult), f"it gives a {type(found).__name__}")
-    numbers = {"value": found.value, "low": found.low, "high": found.high, "chance": found.chance}
-    for name, number in numbers.items():
-        require(math.isfinite(number), f"{name} is {number}")
-    require(
-        found.low <= found.value <= found.high, f"the value is outside of its interval: {found}"
-    )
-    require(0 < found.confidence < 1, f"confidence is {found.confidence}")
-    require(
-        found.ceiling is None or math.isfinite(found.ceiling), f"the ceiling is {found.ceiling}"
-    )
-    if found.per_test is not None:
-        mean = sum(found.per_test) / len(found.per_test)
+    """low <= value <= high, finite, at a confidence in (0, 1) and in its bounds, for any scores."""
+    for what, found in bench.results.items():
+        require(isinstance(found, MetricResult), f"of {what} it gives a {type(found).__name__}")
+        fields = ("value", "low", "high", "chance", "ceiling")
+        numbers = {name: getattr(found, name) for name in fields}
+        for name, number in numbers.items():
+            if name == "ceiling" and number is None:
+                continue
+            kind = type(number).__name__
+            plain = isinstance(number, float | int)
+            require(plain, f"{name} of {what} is a {kind}, expected a float: float({name})")
+            require(
+                math.isfinite(number), f"{name} of {what} is {number}, expected a finite number"
+            )
+        within = found.low <= found.value <= found.high
+        require(within, f"the value of {what} is outside of its interval: {found}")
+        require(0 < found.confidence < 1, f"confidence is {found.confidence}, expected 0.95, say")
+        if found.bounds is None:
+            continue
+        least, most = found.bounds
+        beyond = {k: n for k, n in numbers.items() if n is not None and not least <= n <= most}
+        require(
+            not beyond, f"of {what}, {beyond} lie outside of the bounds {found.bounds} that it says"
+        )
+
+
+def _says_nothing_of_tests(bench: MetricBench) -> str | None:
+    return "it gives no numbers of single tests" if bench.result.per_test is None else None
+
+
+@law("metric", _says_nothing_of_tests)
+def tests_average_to_the_value(bench: MetricBench) -> None:
+    """The mean of per_test is the value, over the same tests for all scores of a world."""
+    counts = {what: len(found.per_test or ()) for what, found in bench.results.items()}
+    for what, found in bench.results.items():
+        mean = sum(found.per_test or ()) / max(1, counts[what])
         require(
             math.isclose(mean, found.value, rel_tol=1e-6, abs_tol=1e-9),
-            f"the mean of per_test is {mean}, the value {found.value}",
+            f"the mean of per_test is {mean} for {what}, the value {found.value}",
         )
+    alike = len(set(counts.values())) == 1 and max(counts.values()) <= N_TEST
+    require(
+        alike,
+        f"per_test has so many numbers: {counts}; expected the same tests of {N_TEST} for all "
+        "scores, so that methods can be compared test by test",
+    )
 
 
 @law("metric")
 def metric_is_repeatable(bench: MetricBench) -> None:
     """The same evidence gives the same bits, whatever the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        state = np.random.get_state()  # noqa: NPY002 - the global state is what must not matter
-        try:
-            found = []
-            for seed in (1, 2):
-                torch.manual_seed(seed)
-                np.random.seed(seed)  # noqa: NPY002
-                found.append(bench.part.measure(bench.informed()))
-        finally:
-            np.random.set_state(state)  # noqa: NPY002
-    _same(found[1], found[0], "measured again", 0.0)
+    found = []
+    with watched():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+            found.append(bench.part.measure(bench.informed()))
+    same_result(found[1], found[0], "measured again", 0.0)
+
+
+@law("metric")
+def global_randomness_is_left_alone(bench: MetricBench) -> None:
+    """Measuring leaves global random generators and settings as they are."""
+    evidence = bench.informed()
+    with watched() as changed:
+        bench.part.measure(evidence)
+        found = changed()
+    require(*unchanged(found, "measure"))
 
 
 @law("metric")
 def evidence_is_untouched(bench: MetricBench) -> None:
-    """Measuring leaves scores and self-influence as they are."""
-    evidence = bench.informed()
-    assert evidence.self_influence is not None
-    scores, own = evidence.scores.copy(), evidence.self_influence.copy()
+    """Measuring leaves scores, self-influence, data, facts and the model as they are."""
+    fresh = Evaluated.made(bench.facts)
+    evidence = bench.informed(evaluated=fresh)
+    before = _held(evidence)
     bench.part.measure(evidence)
-    require(np.array_equal(evidence.scores, scores), "the scores were changed")
-    require(np.array_equal(evidence.self_influence, own), "the self-influence was changed")
+    changed = [name for name, held in _held(evidence).items() if held != before[name]]
+    require(not changed, f"measure changed {', '.join(changed)}; work on a copy")
+
+
+def _held(evidence: Evidence) -> dict[str, Any]:
+    """Return what evidence holds, by name, to be compared with the same later."""
+    world = evidence.world
+    modes = [module.training for module in world.task.model.modules()]
+    return {
+        "the scores": contents(evidence.scores),
+        "the self-influence": contents(evidence.self_influence),
+        "world.train": contents(world.train),
+        "world.test": contents(world.test),
+        "world.true_labels": contents(world.true_labels),
+        "world.facts": contents(world.facts),
+        "the model's weights": contents(world.task.model.state_dict()),
+        "the model's mode": modes,
+    }
 
 
 @law("metric")
 def scale_does_not_show(bench: MetricBench) -> None:
-    """The metric of 3 S = that of S: what methods differ in by convention is not judged."""
-    _same(bench.part.measure(bench.informed(3.0)), bench.result, "the metric of 3 S", 1e-6)
-
-
-def _draws_no_sets(bench: MetricBench) -> str | None:
-    return "it draws train sets by position" if "retraining" in bench.part.needs else None
-
-
-@law("metric", _draws_no_sets)
-def order_of_examples_does_not_show(bench: MetricBench) -> None:
-    """The value for the same examples in another order is the same."""
-    random = np.random.default_rng(0)
-    turned = bench.evaluated.ordered(random.permutation(N_TRAIN), random.permutation(N_TEST))
-    found = bench.part.measure(bench.informed(evaluated=turned))
-    for name in ("value", "chance"):
-        got, want = getattr(found, name), getattr(bench.result, name)
-        require(
-            math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9),
-            f"{name} for examples in another order: got {got}, expected {want}",
-        )
+    """The metric of a S = that of S for a = 3, 1e-15, 1e20: conventions are not judged."""
+    for factor in (3.0, 1e-15, 1e20):
+        found = bench.part.measure(bench.informed(factor))
+        same_result(found, bench.result, f"the metric of {factor:g} S", 1e-6)
 
 
 @law("metric")
@@ -234,25 +288,35 @@ def bad_scores_are_refused(bench: MetricBench) -> None:
     """Scores that are not finite, or not of the world's size, are an `InputError`."""
     good = bench.informed()
     assert good.self_influence is not None
-    holed, own = good.scores.copy(), good.self_influence.copy()
-    holed[3, 1] = own[3] = np.nan
-
-    def holes(task: Task) -> Array:
-        del task
-        return holed
-
-    for what, scores, influence, attribute in (
-        ("NaN", holed, own, holes),
-        ("too few rows", good.scores[1:], good.self_influence[1:], good.attribute),
+    scores, own = good.scores, good.self_influence
+    turned = bench.part.measure(evolve(good, scores=-scores))
+    judges = turned.value != bench.result.value  # scores, not the self-influence alone
+    for number in (np.nan, np.inf, -np.inf):
+        holed, other = scores.copy(), own.copy()
+        holed[3, 1] = other[3] = number
+        _require_refused(bench, f"{number}", evolve(good, scores=holed, self_influence=other))
+    for what, wrong, influence in (
+        ("too few rows", scores[1:], own[1:]),
+        ("too many rows", np.vstack([scores, scores[:1]]), np.append(own, own[0])),
+        ("too few columns", scores[:, 1:], own),
+        ("too many columns", np.hstack([scores, scores[:, :1]]), own),
     ):
-        bad = evolve(good, scores=scores, self_influence=influence, attribute=attribute)
-        try:
-            found = bench.part.measure(bad)
-        except InputError:
-            continue
-        except Exception as error:
-            require(False, f"{what}: it raises {error!r}, expected an InputError")
-        require(False, f"{what} in scores and self-influence: it gives {found.value}")
+        if judges or len(wrong) != len(scores):
+            _require_refused(bench, what, evolve(good, scores=wrong, self_influence=influence))
+
+
+def _require_refused(bench: MetricBench, what: str, evidence: Evidence) -> None:
+    """Raise `LawBroken` unless scores, from evidence and for any model, are an `InputError`."""
+    size = bench.informed().scores.shape
+    got = f"{what} in scores of {evidence.scores.shape} and in the self-influence"
+    fix = f"raise an InputError unless scores are finite and of the world's size {size}"
+    try:
+        found = bench.part.measure(evolve(evidence, attribute=lambda task: evidence.scores))
+    except InputError:
+        return
+    except Exception as error:
+        require(False, f"{got}: it raises {error!r}, expected an InputError; {fix}")
+    require(False, f"{got}: it gives {found.value}, expected an InputError; {fix}")
 
 
 @law("metric")

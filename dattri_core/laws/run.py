@@ -13,11 +13,13 @@ from dattri_core.entries import Entry, Recipe
 from dattri_core.errors import PluginError, SpecError, nearest
 from dattri_core.laws import (
     curvatures,
+    fingerprints,
     folds,
     inverse_numbers,
     inverses,
     keeping,
     methods,
+    metric_worlds,
     metrics,
     pools,
     projectors,
@@ -34,7 +36,8 @@ from dattri_core.laws.report import Finding, Report
 from dattri_core.methods import method
 from dattri_core.registry import Registry, default_registry, using
 
-_MORE = (inverse_numbers, keeping, pools, source_sides)  # laws of kinds whose bench is elsewhere
+# laws of kinds whose bench is elsewhere
+_MORE = (fingerprints, inverse_numbers, keeping, metric_worlds, pools, source_sides)
 BENCHES: dict[str, Callable[[Any], Any]] = {
     "source": sources.SourceBench,
     "projector": projectors.ProjectorBench,

@@ -146,6 +146,45 @@ def what_is_measured_is_read(bench: ScorerBench) -> None:
         require(not torch.equal(after, before), f"{name!r} is needed, which costs, but not read")
 
 
+def _reads_aux(bench: ScorerBench) -> str | None:
+    return None if bench.part.needs - MEASURED else "it needs no auxiliary number"
+
+
+@law("scorer", _reads_aux)
+def needed_aux_is_read(bench: ScorerBench) -> None:
+    """Finish reads each auxiliary number that `needs` names, of train or of test rows.
+
+    A source that does not attach it is refused.
+    """
+    train, test = toy_rows(4), toy_rows(3, seed=9)
+    sides = [
+        evolve(bench.side(rows, seed), aux=_Reading(bench.side(rows, seed).aux))
+        for rows, seed in ((train, 1), (test, 2))
+    ]
+    bench.part.finish(bench.total(train, test), *sides)
+    read = {name for side in sides if isinstance(side.aux, _Reading) for name in side.aux.read}
+    unread = sorted(bench.part.needs - MEASURED - read)
+    require(not unread, f"needs name {unread}, which finish does not read; take them out of needs")
+
+
+class _Reading(Mapping[str, Tensor]):
+    """Numbers by name that remember which were read."""
+
+    def __init__(self, held: Mapping[str, Tensor]) -> None:
+        self.read: set[str] = set()
+        self._held = held
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.read.add(key)
+        return self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
 @law("scorer")
 def pair_adds_up_over_blocks(bench: ScorerBench) -> None:
     """Pair of a block = the sum of pair over the pieces that it is cut into."""
@@ -196,28 +235,34 @@ def scores_follow_the_rows(bench: ScorerBench) -> None:
 
 @law("scorer", _tile)
 def tiles_are_their_own(bench: ScorerBench) -> None:
-    """The scores of a part of the train rows = that part of the scores."""
+    """The scores and weights of a part of the train rows = that part of those of all."""
     train, test = toy_rows(5), toy_rows(3, seed=9)
-    want = bench.scored(train, test).values
-    got = bench.scored(train.take(slice(1, 3)), test).values
-    require_close(got, want[1:3], "scores of a smaller tile")
+    want, got = bench.scored(train, test), bench.scored(train.take(slice(1, 3)), test)
+    require_close(got.values, want.values[1:3], "scores of a smaller tile")
+    if want.weight is not None and got.weight is not None:
+        require_close(got.weight, want.weight[1:3], "weights of a smaller tile")
 
 
 @law("scorer")
 def queries_are_their_own(bench: ScorerBench) -> None:
-    """The scores for a part of the test rows = those columns of the scores."""
+    """The scores for a part of the test rows = those columns; a weight is of the train row."""
     train, test = toy_rows(5), toy_rows(4, seed=9)
-    want = bench.scored(train, test).values
-    got = bench.scored(train, test.take(slice(1, 2))).values
-    require_close(got, want[:, 1:2], "scores of one test row")
+    want, got = bench.scored(train, test), bench.scored(train, test.take(slice(1, 2)))
+    require_close(got.values, want.values[:, 1:2], "scores of one test row")
+    if want.weight is not None and got.weight is not None:
+        require_close(got.weight, want.weight, "weights beside one test row")
 
 
 @law("scorer")
 def an_example_helps_itself(bench: ScorerBench) -> None:
-    """score(g, g) >= 0, and -g never helps g more than g does: score(-g, g) <= score(g, g)."""
+    """score(g, g) >= 0, and -g never helps g more than g does; no weight is below 0."""
     rows = toy_rows(4)
-    own = bench.scored(rows, rows).values.diagonal()
+    scored = bench.scored(rows, rows)
+    own = scored.values.diagonal()
     require(bool((own >= 0).all()), f"scores of rows for themselves: {own.tolist()}")
+    if scored.weight is not None:
+        turns = bool((scored.weight < 0).any())
+        require(not turns, f"weights {scored.weight.tolist()}, expected none below 0")
     against = bench.scored(rows.scale(torch.full((4,), -1.0)), rows).values.diagonal()
     require(bool((against <= own).all()), f"-g helps g more than g: {against.tolist()}")
 
@@ -243,11 +288,14 @@ def positions_do_not_show(bench: ScorerBench) -> None:
     """Scores are of the rows, not of their positions: other indices, the same scores."""
     train, test = toy_rows(4), toy_rows(3, seed=9)
     total = bench.total(train, test)
-    want = bench.part.finish(total, bench.side(train, 1), bench.side(test, 2)).values
-    sides = (bench.side(train, 1), bench.side(test, 2))
-    moved = [evolve(side, index=(7 * side.index) % 1009) for side in sides]
-    got = bench.part.finish(total, *moved).values
-    require_close(got, want, "scores of the same rows at other positions")
+    want = bench.part.finish(total, bench.side(train, 1), bench.side(test, 2))
+    for by in ((7, 7), (7, 11)):  # where positions of both sides agree, and where they do not
+        sides = (bench.side(train, 1), bench.side(test, 2))
+        moved = [evolve(one, index=k * one.index % 1009) for one, k in zip(sides, by, strict=True)]
+        got = bench.part.finish(total, *moved)
+        require_close(got.values, want.values, "scores of the same rows at other positions")
+        if want.weight is not None and got.weight is not None:
+            require_close(got.weight, want.weight, "weights of the same rows at other positions")
 
 
 @law("scorer")
@@ -266,13 +314,15 @@ def inputs_are_untouched(bench: ScorerBench) -> None:
 
 @law("scorer")
 def scale_keeps_order_and_sign(bench: ScorerBench) -> None:
-    """All rows times 3 leaves signs, and the order of train rows for each test row."""
+    """All rows times 3, or 2^-20, leaves signs, and the order of train rows for each test row."""
     train, test = toy_rows(6), toy_rows(4, seed=9)
     before = bench.scored(train, test).values
-    three = torch.full((6,), 3.0)
-    after = bench.scored(train.scale(three), test.scale(three[:4])).values
-    require_identical(after.sign(), before.sign(), "signs of scores of scaled rows")
-    require_identical(after.argsort(0), before.argsort(0), "order of scores of scaled rows")
+    for factor in (3.0, 2.0**-20):  # a floor that is larger than small rows shows
+        scale = torch.full((6,), factor)
+        after = bench.scored(train.scale(scale), test.scale(scale[:4])).values
+        what = f"scores of rows times {factor:g}"
+        require_identical(after.sign(), before.sign(), f"signs of {what}")
+        require_identical(after.argsort(0), before.argsort(0), f"order of {what}")
 
 
 @law("scorer")
@@ -290,10 +340,13 @@ def scores_are_repeatable(bench: ScorerBench) -> None:
 
 @law("scorer")
 def float32_scores_are_close(bench: ScorerBench) -> None:
-    """Scores in float32 = scores in float64, to the tolerance of float32."""
+    """Scores and weights in float32 = those in float64, to the tolerance of float32."""
     train, test = toy_rows(4), toy_rows(3, seed=9)
-    low = bench.scored(train.to(dtype=torch.float32), test.to(dtype=torch.float32)).values.double()
-    require_close(low, bench.scored(train, test).values, "float32 scores", 2e-5)
+    low = bench.scored(train.to(dtype=torch.float32), test.to(dtype=torch.float32))
+    want = bench.scored(train, test)
+    require_close(low.values.double(), want.values, "float32 scores", 2e-5)
+    if want.weight is not None and low.weight is not None:
+        require_close(low.weight.double(), want.weight, "float32 weights", 2e-5)
 
 
 @law("scorer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +17,7 @@ from torch import Tensor
 from dattri_core.batch import Batch
 from dattri_core.errors import InputError
 from dattri_core.experiment import Counterfactual, Retraining, Setting, World
+from dattri_core.laws.global_state import unchanged, watched
 from dattri_core.laws.law import NotApplicable, law, require, require_equal
 from dattri_core.laws.untouched import contents, require_fixed
 from dattri_core.task import Task
@@ -38,6 +41,8 @@ class SettingBench:
 
     part: Setting
     _worlds: dict[Any, World] = field(factory=dict, init=False)
+    changed: list[str] = field(factory=list, init=False)
+    """What loading changed of the process; it is put back each time."""
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -68,11 +73,44 @@ class SettingBench:
             NotApplicable: Its data are not here.
         """
         try:
-            return self.part.load(self.size if size is None else size, seed, wrong)
+            with watched() as changed:
+                world = self.part.load(self.size if size is None else size, seed, wrong)
+                self.changed[:] = changed()
+            return world
         except InputError as error:
             if "not downloaded" in str(error):
                 raise NotApplicable(str(error)) from None
             raise
+
+    def retraining(
+        self, size: tuple[int, int] | None = None, wrong: float | None = None
+    ) -> Retraining:
+        """Return that of a world, alone where the setting gives it so, which trains nothing."""
+        make = getattr(self.part, "retraining", None)
+        if make is None:
+            return self.loaded(size, wrong=wrong).retraining
+        found: Retraining = make(self.size if size is None else size, seed=SEED, wrong=wrong)
+        return found
+
+    @cached_property
+    def pair(self) -> tuple[Mapping[str, Tensor], ...]:
+        """Return models of the whole train set and of half of it, trained side by side.
+
+        Between them is one of that half at another seed.
+        """
+        half = half_of(self.world)
+        other = Counterfactual(half.mask, SEED + 1)
+        found = list(self.world.retraining.train([_whole(self.world), other, half]))
+        require_equal(len(found), 3, "number of models for three train sets")
+        return found[0], found[2]
+
+    @cached_property
+    def alone(self) -> tuple[Mapping[str, Tensor], list[str]]:
+        """Return that of half of the train set, trained alone, and the global state it changed."""
+        world = self.world
+        with watched() as changed:
+            (half,) = world.retraining.train([half_of(world)])
+            return half, changed()
 
 
 def _tensors(data: Batch) -> Iterator[Tensor]:
@@ -92,7 +130,7 @@ def _states(task: Task) -> list[dict[str, Tensor]]:
     return [checkpoint.load(task.model) for checkpoint in task.checkpoints]
 
 
-def _gap(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+def gap_of(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Return the largest difference of weights that both have; a tied one may have one name."""
     names = left.keys() & right.keys()
     return max(float((left[n].double() - right[n].double()).abs().max()) for n in names)
@@ -102,7 +140,8 @@ def _whole(world: World) -> Counterfactual:
     return Counterfactual(np.ones(len(world.train_ids), dtype=bool), SEED)
 
 
-def _half(world: World) -> Counterfactual:
+def half_of(world: World) -> Counterfactual:
+    """Return every other train example as a train set."""
     return Counterfactual(np.arange(len(world.train_ids)) % 2 == 0, SEED)
 
 
@@ -143,10 +182,62 @@ def worlds_have_their_sizes(bench: SettingBench) -> None:
     require(isinstance(world.retraining, Retraining), "retraining is no Retraining")
     sizes = world.retraining.n_train, world.retraining.n_test
     require_equal(sizes, bench.size, "sizes of the retraining")
-    for count, pictures in zip(bench.size, world.pictures or (), strict=False):
-        require_equal(len(pictures), count, "number of pictures")
-        require_equal(str(pictures.dtype), "uint8", "dtype of pictures")
-    require(world.damping > 0, f"damping is {world.damping}")
+    together = world.retraining.together
+    require(
+        isinstance(together, int) and together >= 1, f"together is {together}, expected 1 or more"
+    )
+    if world.pictures is not None:
+        require_equal(len(world.pictures), 2, "number of sides with pictures")
+        for count, pictures in zip(bench.size, world.pictures, strict=True):
+            require_equal(len(pictures), count, "number of pictures")
+            require_equal(str(pictures.dtype), "uint8", "dtype of pictures")
+            fits = pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[3] == 3)
+            require(
+                fits, f"pictures are {pictures.shape}, expected [n, height, width] or 3 colours"
+            )
+    require(0 < world.damping < math.inf, f"damping is {world.damping}, expected above 0, finite")
+
+
+@law("setting")
+def facts_are_plain(bench: SettingBench) -> None:
+    """The facts of a world can be written as JSON: results keep them."""
+    for name, value in bench.world.facts.items():
+        reason = _no_json(value)
+        require(
+            reason is None,
+            f"facts[{name!r}] is a {type(value).__name__} that JSON cannot hold ({reason}); give "
+            "numbers, strings, lists and mappings, such as float(x) or x.tolist()",
+        )
+
+
+def _no_json(value: Any) -> str | None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _rows(data: Batch) -> list[bytes]:
+    """Return the inputs of each example; those of a nest without an order are all it has."""
+    tensors = list(_tensors(data))
+    inputs = tensors if isinstance(data, Mapping) or len(tensors) == 1 else tensors[:-1]
+    return [
+        b"|".join(t[i].detach().cpu().double().numpy().tobytes() for t in inputs)
+        for i in range(len(inputs[0]))
+    ]
+
+
+@law("setting")
+def tests_are_not_trained_on(bench: SettingBench) -> None:
+    """Fewer than half of the test examples have inputs that a train example has too."""
+    known, tests = set(_rows(bench.world.train)), _rows(bench.world.test)
+    count = sum(row in known for row in tests)
+    require(
+        2 * count < len(tests),
+        f"{count} of {len(tests)} test examples have the inputs of a train example, expected fewer "
+        "than half; split the data before either side is drawn",
+    )
 
 
 @law("setting")
@@ -157,41 +248,42 @@ def worlds_are_repeatable(bench: SettingBench) -> None:
     require(_same(first.test, second.test), "the test sets differ")
     ids = (first.train_ids, first.test_ids), (second.train_ids, second.test_ids)
     require_equal(ids[1], ids[0], "ids")
-    require_equal(dict(second.facts), dict(first.facts), "facts")
+    require_equal(set(second.facts), set(first.facts), "names of facts")
+    other = [n for n, fact in first.facts.items() if contents(fact) != contents(second.facts[n])]
+    require(not other, f"the facts {other} differ, expected the same for the same arguments")
     prints = first.retraining.fingerprint, second.retraining.fingerprint
     require_equal(prints[1], prints[0], "fingerprint")
     for left, right in zip(_states(first.trajectory), _states(second.trajectory), strict=True):
-        require_equal(_gap(left, right), 0.0, "difference of the weights")
-
-
-def _numpy_state() -> list[int]:
-    state: Any = np.random.get_state()  # noqa: NPY002 - the global state is what must stay
-    return [*state[1].tolist(), state[2]]
+        require_equal(gap_of(left, right), 0.0, "difference of the weights")
 
 
 @law("setting")
 def global_randomness_is_left_alone(bench: SettingBench) -> None:
-    """Loading takes no number from the global generators of torch and NumPy, nor seeds them."""
-    with torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state(), _numpy_state()
-        bench.fresh()
-        after = torch.get_rng_state(), _numpy_state()
-    require(torch.equal(before[0], after[0]), "the state of torch's generator is another")
-    require(before[1] == after[1], "the state of NumPy's generator is another")
+    """Loading and training leave global random generators and settings as they are."""
+    bench.fresh()
+    require(*unchanged(bench.changed, "load"))
+    require(*unchanged(bench.alone[1], "retraining.train"))
 
 
 @law("setting")
 def seeds_make_other_worlds(bench: SettingBench) -> None:
     """Another seed gives other weights and another fingerprint; another size the latter."""
     world, other = bench.world, bench.loaded(seed=SEED + 1)
-    gap = _gap(_states(world.task)[0], _states(other.task)[0])
+    gap = gap_of(_states(world.task)[0], _states(other.task)[0])
     require(gap > MOVED, f"weights of two seeds differ by {gap:.1e}, expected over {MOVED:g}")
     prints = {world.retraining.fingerprint, other.retraining.fingerprint}
     require(len(prints) == 2, "the fingerprint of two seeds is the same")
-    if bench.part.sizes["full"][1] > bench.size[1]:
-        larger = bench.loaded(size=(bench.size[0], bench.size[1] + 1))
-        same = larger.retraining.fingerprint == world.retraining.fingerprint
-        require(not same, "the fingerprint for another test set is the same")
+    train, test = bench.size
+    others = {"test": (train, test + 1), "train": (train - 1, test)}
+    if bench.part.sizes["full"][1] == test:
+        others["test"] = (train, test - 1)
+    for side, size in others.items():
+        try:
+            other_print = bench.retraining(size).fingerprint
+        except InputError:
+            continue  # too few for this setting
+        same = other_print == world.retraining.fingerprint
+        require(not same, f"the fingerprint for another {side} set is the same")
 
 
 def _classes(bench: SettingBench) -> str | None:
@@ -213,6 +305,30 @@ def wrong_labels_are_counted(bench: SettingBench) -> None:
     require(_same(world.test, clean.test), "the test set changed")
     same = clean.retraining.fingerprint == world.retraining.fingerprint
     require(not same, "the fingerprint with wrong labels is the same")
+
+
+@law("setting", _classes)
+def what_is_left_out_does_not_show(bench: SettingBench) -> None:
+    """Without the examples whose labels are wrong, training gives the model of right labels.
+
+    With them it gives another. So masks are heeded, example by example, and labels are those of
+    the world.
+    """
+    clean, world = bench.loaded(wrong=0.0), bench.loaded(wrong=WRONG)
+    gap = gap_of(_states(clean.task)[0], _states(world.task)[0])
+    require(
+        gap > MOVED,
+        f"wrong labels move the weights by {gap:.1e}, expected over {MOVED:g}: train on the labels "
+        "of world.train",
+    )
+    right = Counterfactual(~world.flipped, SEED)
+    one, two = (next(iter(side.retraining.train([right]))) for side in (clean, world))
+    gap = gap_of(one, two)
+    require(
+        gap <= TOLERANCE,
+        f"labels of examples that the mask leaves out move the weights by {gap:.1e}, expected "
+        f"{TOLERANCE:g} at most: train on the examples where the mask is true, and no other",
+    )
 
 
 @law("setting")
@@ -241,24 +357,20 @@ def model_is_trained_on_everything(bench: SettingBench) -> None:
     """The model is what retraining on the whole train set gives at the seed; on half, another."""
     world = bench.world
     (task,) = _states(world.task)
-    whole, half = world.retraining.train([_whole(world), _half(world)])
-    gap = _gap(task, whole)
+    whole, half = bench.pair
+    gap = gap_of(task, whole)
     require(gap <= TOLERANCE, f"the model and retraining on everything differ by {gap:.1e}")
-    gap = _gap(task, half)
+    gap = gap_of(task, half)
     require(gap > MOVED, f"retraining on half of the train set moves weights by {gap:.1e} only")
-    require(not world.task.model.training, "the model is in training mode")
+    for what, at in (("task", world.task), ("trajectory", world.trajectory)):
+        modes = [name or "itself" for name, m in at.model.named_modules() if m.training]
+        require(not modes, f"the model of {what} is in training mode ({modes[:3]}): call eval()")
 
 
 @law("setting")
 def training_is_of_one_counterfactual(bench: SettingBench) -> None:
     """A model trained again is the same whatever other train sets are asked for beside it."""
-    world = bench.world
-    half = _half(world)
-    (alone,) = world.retraining.train([half])
-    other = Counterfactual(half.mask, SEED + 1)
-    together = list(world.retraining.train([_whole(world), other, half]))
-    require_equal(len(together), 3, "number of models for three train sets")
-    gap = _gap(alone, together[2])
+    gap = gap_of(bench.alone[0], bench.pair[1])
     require(gap <= TOLERANCE, f"trained beside others the weights differ by {gap:.1e}")
 
 
@@ -267,10 +379,10 @@ def trajectory_ends_at_the_model(bench: SettingBench) -> None:
     """The last checkpoint of the trajectory is the model; each has a positive learning rate."""
     world = bench.world
     run = _states(world.trajectory)
-    require_equal(_gap(run[-1], _states(world.task)[0]), 0.0, "difference of the last checkpoint")
+    require_equal(gap_of(run[-1], _states(world.task)[0]), 0.0, "difference of the last checkpoint")
     rates = [checkpoint.learning_rate for checkpoint in world.trajectory.checkpoints]
     require(all(rate is not None and rate > 0 for rate in rates), f"learning rates are {rates}")
-    moves = [_gap(a, b) for a, b in pairwise(run)]
+    moves = [gap_of(a, b) for a, b in pairwise(run)]
     require(all(move > 0 for move in moves), "two checkpoints of the trajectory are the same")
 
 
@@ -288,9 +400,9 @@ def steps_pass_through_the_trajectory(bench: SettingBench) -> None:
     for checkpoint, state in zip(
         world.trajectory.checkpoints, _states(world.trajectory), strict=True
     ):
-        nearest = min(_gap(state, step) for step in run)
+        nearest = min(gap_of(state, step) for step in run)
         require_equal(nearest, 0.0, f"difference of {checkpoint.name!r} from the nearest step")
-    require_equal(_gap(run[-1], _states(world.task)[0]), 0.0, "difference of the last step")
+    require_equal(gap_of(run[-1], _states(world.task)[0]), 0.0, "difference of the last step")
     missing = [c.name for c in task.checkpoints[:-1] if c.step is None or not c.learning_rate]
     require(not missing, f"no step is said of {missing[:3]}")
 
@@ -313,7 +425,7 @@ def outcomes_are_of_the_model(bench: SettingBench) -> None:
     require(targets["loss"] is False, "more of the loss counts as better")
     if callable(world.task.loss):
         with torch.no_grad():
-            loss = world.task.loss(world.task.model, world.test).numpy()
+            loss = world.task.loss(world.task.model, world.test).double().cpu().numpy()
         gap = float(np.abs(first["loss"] - loss).max())
         scale = max(1.0, float(np.abs(loss).max()))
         require(gap <= DIGITS * scale, f"the measured loss and the task's differ by {gap:.1e}")

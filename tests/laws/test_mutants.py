@@ -4,6 +4,7 @@ import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
 from toy_moment_parts import ToyMoment, ToySummed
+from toy_retrained import ToyDrawn
 from toy_row_parts import (
     ForgetfulScorer,
     ToyAttributor,
@@ -84,15 +85,21 @@ GOOD = {
         ToyInverseHessian(knowing=True),
         ToyInverseHessian(exact=True),
     ],
-    "scorer": [ToyScorer(), ToyScorer(form="self-influence"), ToyScorer(form="inverse-norm")],
-    "fold": [ToyFold(), ToyFold(weighted=True)],
+    "scorer": [
+        ToyScorer(),
+        ToyScorer(form="self-influence"),
+        ToyScorer(form="inverse-norm"),
+        ToyScorer(weighs=True),
+    ],
+    "fold": [ToyFold(), ToyFold(weighted=True), ToyFold(rated=True)],
     "method": [
         PLAIN,
         ToyAttributor(PLAIN),
+        ToyDrawn(),
         ToyFitting(PLAIN),
         lambda: dattri.Method(scorer=ToyScorer(), **inverting()),
     ],
-    "setting": [ToySetting()],
+    "setting": [ToySetting(), ToySetting(alone=True)],
     "metric": [ToyDetection(), ToyDetection(fact=True), ToyRemoval()],
 }
 
@@ -224,6 +231,7 @@ BROKEN = {
         "inputs-are-untouched": ToyScorer("in place", "self-influence"),
         "needs-are-all-it-reads": ToyScorer("reads"),
         "what-is-measured-is-read": ToyScorer("idle", "self-influence"),
+        "needed-aux-is-read": ToyScorer("unread", weighs=True),
         "pair-adds-up-over-blocks": ToyScorer("bend"),
         "parts-are-inner-products": ToyScorer("thrice"),
         "scores-are-of-the-rows": ToyScorer("formed"),
@@ -239,6 +247,9 @@ BROKEN = {
     "fold": {
         "part-is-frozen": loose(ToyFold),
         "facts-are-declared": ToyFold("order"),
+        "needs-are-all-it-reads": ToyFold("asks late"),
+        "learning-rates-are-read": ToyFold("unread", rated=True),
+        "names-do-not-show": ToyFold("name"),
         "counts-are-alike": ToyFold("three"),
         "one-checkpoint-is-itself": ToyFold("double"),
         "tiles-are-their-own": ToyFold("rows"),
@@ -253,6 +264,7 @@ BROKEN = {
     },
     "method": {
         "part-is-frozen": loose(ToyAttributor, PLAIN),
+        "scores-follow-the-models": ToyDrawn(negative=True),
         "scores-are-a-matrix": ToyAttributor(PLAIN, "ids"),
         "permuted-train-rows-permute-scores": ToyAttributor(PLAIN, "train place"),
         "permuted-test-rows-permute-scores": ToyAttributor(PLAIN, "test place"),
@@ -276,10 +288,15 @@ BROKEN = {
         "part-is-frozen": loose(ToySetting),
         "facts-are-declared": ToySetting("sizes"),
         "worlds-have-their-sizes": ToySetting("count"),
+        "facts-are-plain": ToySetting("array"),
+        "tests-are-not-trained-on": ToySetting("overlap"),
         "worlds-are-repeatable": ToySetting("facts"),
         "global-randomness-is-left-alone": ToySetting("global"),
         "seeds-make-other-worlds": ToySetting("fingerprint"),
+        "retraining-alone-is-that-of-the-world": ToySetting("alone", alone=True),
+        "fields-are-in-the-fingerprint": ToySetting("recipe"),
         "wrong-labels-are-counted": ToySetting("miscounts"),
+        "what-is-left-out-does-not-show": ToySetting("masks"),
         "bad-arguments-are-refused": ToySetting("takes"),
         "model-is-trained-on-everything": ToySetting("everything"),
         "training-is-of-one-counterfactual": ToySetting("company"),
@@ -291,6 +308,13 @@ BROKEN = {
         "part-is-frozen": loose(ToyDetection),
         "facts-are-declared": ToyDetection("words"),
         "value-lies-in-its-interval": ToyDetection("interval"),
+        "tests-average-to-the-value": ToyDetection("some tests"),
+        "global-randomness-is-left-alone": ToyDetection("global"),
+        "names-do-not-show": ToyDetection("names"),
+        "float32-scores-are-judged-alike": ToyDetection("float32"),
+        "constant-scores-are-judged": ToyDetection("constant"),
+        "few-tests-are-judged-or-refused": ToyDetection("one test"),
+        "direction-of-the-target-is-heeded": ToyRemoval("target"),
         "metric-is-repeatable": ToyDetection("noise"),
         "evidence-is-untouched": ToyDetection("in place"),
         "scale-does-not-show": ToyDetection("threshold"),

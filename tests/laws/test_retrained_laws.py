@@ -1,9 +1,9 @@
 """Attributors that ask for models of other train sets: a good one meets the laws, others not."""
 
-import attrs
 import numpy as np
 import pytest
 import torch
+from toy_retrained import ToyDrawn, ToyLeaveOneOut
 
 import dattri_core as dattri
 from dattri_core.laws import check
@@ -11,36 +11,32 @@ from dattri_core.laws.retrained import RATE, Refitted
 from dattri_core.laws.worlds import regression
 
 
-@attrs.frozen
-class ToyLeaveOneOut:
-    """n (U(all) - U(all but i)), or something like it."""
-
-    ground_truth: object = None
-    signed: bool = True
-    rolled: int = 0
-    noisy: bool = False
-
-    def attribute(self, task, train, test, *, progress=None, **settings):
-        sides = dattri.Examples.of(train, "train"), dattri.Examples.of(test, "test")
-        n = len(sides[0])
-        masks = [np.ones(n, bool), *~np.eye(n, dtype=bool)]
-        plan = [dattri.Counterfactual(mask) for mask in masks]
-        found = np.asarray(self.ground_truth.outcomes(plan, "target"))
-        utilities = -task.sign * found if self.signed else -found
-        effects = n * (utilities[:1] - utilities[1:])
-        if self.noisy:
-            effects = effects + torch.randn(effects.shape).double().numpy()
-        values = torch.from_numpy(np.roll(effects, self.rolled, axis=0).copy())
-        return dattri.Scores(values, list(sides[0].ids), list(sides[1].ids), {"n_train": n})
-
-
 def failed(part):
     report = check("method", part)
     return {f.law for f in report.findings if f.status == "failed"}
 
 
-def test_a_good_one_meets_every_law():
-    assert failed(ToyLeaveOneOut()) == set()
+@pytest.mark.parametrize("part", [ToyLeaveOneOut(), ToyDrawn()])
+def test_a_good_one_meets_every_law(part):
+    assert failed(part) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "law"),
+    [
+        ({"rolled": 1}, "scores-follow-the-models"),
+        ({"negative": True}, "scores-follow-the-models"),
+        ({"noisy": True}, "scores-are-repeatable"),
+    ],
+)
+def test_scores_that_are_drawn_follow_the_models_too(changes, law):
+    assert law in failed(ToyDrawn(**changes))
+
+
+def test_another_target_than_that_of_the_task_is_refused():
+    report = check("method", ToyLeaveOneOut(target="margin"))
+    details = {finding.law: finding.detail for finding in report.failures}
+    assert "asked for the target 'margin', that of the task" in details["target-has-a-direction"]
 
 
 @pytest.mark.parametrize(

@@ -160,14 +160,15 @@ class ToyMap:
 # --- scorers --------------------------------------------------------------------------------
 @frozen
 class ToyScorer:
-    """Inner products; relative ones with a form."""
+    """Inner products; relative ones with a form; where weighted, by the label of the train row."""
 
     fault: str = ""
     form: str = ""
+    weighs: bool = False
 
     @property
     def needs(self):
-        return frozenset({self.form} - {""})
+        return frozenset({self.form, "label" if self.weighs else ""} - {""})
 
     @property
     def locality(self):
@@ -217,7 +218,25 @@ class ToyScorer:
             values = values.bfloat16().float()
         if self.fault == "double":
             values = 2 * values
-        return Scored(values)
+        if self.fault == "itself":
+            same = train.index.unsqueeze(1) == test.index
+            values = values.masked_fill(same.to(values.device), 0.0)
+        if self.fault == "floor":
+            values = values * (values.abs() > 1e-4)
+        return Scored(values, self.weight(values, train) if self.weighs else None)
+
+    def weight(self, values, train):
+        """Return one plus the label, or what a fault makes of it."""
+        if self.fault == "unread":
+            return torch.ones_like(values[:, 0])
+        weight = (1 + train.aux["label"]).to(values)
+        if self.fault == "tile weight":
+            weight = weight * len(values)
+        if self.fault == "test weight":
+            weight = weight * len(values.T)
+        if self.fault == "negative weight":
+            weight = -weight
+        return weight
 
 
 @frozen(eq=False)
@@ -237,14 +256,16 @@ class ForgetfulScorer:
 # --- folds ----------------------------------------------------------------------------------
 @frozen
 class ToyFold:
-    """The mean, of scores times weights where it is weighted."""
+    """The mean, of scores times weights where it is weighted, times learning rates where rated."""
 
     fault: str = ""
     weighted: bool = False
+    rated: bool = False
 
     @property
     def needs(self):
-        return frozenset({"weight"} if self.weighted else ())
+        words = {"weight": self.weighted, "learning-rate": self.rated}
+        return frozenset(word for word, needed in words.items() if needed)
 
     @property
     def order(self):
@@ -255,6 +276,20 @@ class ToyFold:
         if self.weighted:
             weight = scored.weight.unsqueeze(1)
             values = values * (weight.sqrt() if self.fault == "root" else weight)
+        if self.rated and self.fault != "unread":
+            values = values * snapshot.learning_rate
+        if self.fault == "asks late":
+            values = values * (snapshot.learning_rate or 1.0)
+        if self.fault == "weighs" and scored.weight is not None:
+            values = values * scored.weight.unsqueeze(1)
+        if self.fault == "name" and "step" in snapshot.name:
+            values = 2 * values
+        if self.fault == "columns":
+            values = values * len(values.T) / 3
+        if self.fault == "zero":
+            values = values * (values / values)
+        if self.fault == "floor":
+            values = values * (values.abs() > 1e-4)
         if self.fault == "device" and values.device.type != "cpu":
             values = 1.001 * values
         if self.fault == "clamp":
