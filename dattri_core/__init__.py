@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import LeverageInverse as LeverageInverse
     from dattri_core.capabilities import ModelProblem as ModelProblem
     from dattri_core.capabilities import Outlook as Outlook
+    from dattri_core.capabilities import PartedRows as PartedRows
     from dattri_core.capabilities import PreconditionedSolver as PreconditionedSolver
     from dattri_core.capabilities import ReducedInverse as ReducedInverse
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
@@ -105,7 +106,9 @@ if TYPE_CHECKING:
     from dattri_core.precision import exactly as exactly
     from dattri_core.problem import TrainProblem as TrainProblem
     from dattri_core.processes import ProcessError as ProcessError
+    from dattri_core.processes import Processes as Processes
     from dattri_core.processes import distributed as distributed
+    from dattri_core.processes import processes_now as processes_now
     from dattri_core.progress import bar as bar
     from dattri_core.protocols import Attributor as Attributor
     from dattri_core.protocols import BoundSource as BoundSource
@@ -302,6 +305,9 @@ _EXPORTS = {
     "SharedProblem": "capabilities",
     "ProcessError": "processes",
     "distributed": "processes",
+    "Processes": "processes",
+    "processes_now": "processes",
+    "PartedRows": "capabilities",
     "labels_of": "losses",
     "inner_work": "blocks",
     "limit_now": "contract",

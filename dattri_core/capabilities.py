@@ -278,6 +278,18 @@ class IndexedRows(RowsOperator, Protocol):
 
 
 @runtime_checkable
+class PartedRows(RowsOperator, Protocol):
+    """A `RowsOperator` whose rows several processes may read, each a part of the train set.
+
+    A solver that holds rows then reads its part alone and gets the rest from the others.
+    """
+
+    def own_part(self) -> RowsOperator:
+        """Return the operator whose `rows` are those of this process's part; itself for all."""
+        ...
+
+
+@runtime_checkable
 class WeighingScorer(Scorer, Protocol):
     """A scorer that also gives a weight per train row, for a fold that reduces both apart."""
 
@@ -366,6 +378,10 @@ class SharedProblem(Problem, Protocol):
 
     def summed(self, read: Callable[[Problem], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """Return the sum over all processes of what ``read`` gives of the part of each."""
+        ...
+
+    def own_part(self) -> Problem:
+        """Return the problem that reads this process's part; itself where it reads all."""
         ...
 
 

@@ -124,11 +124,18 @@ class TrainProblem:
 
     def summed(self, read: Callable[[Problem], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """Return the sum over all processes of what each reads; see `capabilities.summed`."""
+        processes, part = processes_now(), self.own_part()
+        if processes is None or part is self:
+            return read(self)
+        return processes.total(read(part), self.device)
+
+    def own_part(self) -> TrainProblem:
+        """Return the problem that reads this process's part; itself where it reads all."""
         processes = processes_now()
         if processes is None or self.span is not None:
-            return read(self)
-        part = evolve(self, span=processes.part(self.n_train), advance=self._of_all(processes.size))
-        return processes.total(read(part), self.device)
+            return self
+        span = processes.part(self.n_train)
+        return evolve(self, span=span, advance=self._of_all(processes.size))
 
     def _of_all(self, size: int) -> Callable[[int], None] | None:
         """Return what counts the examples of all processes by those of one."""

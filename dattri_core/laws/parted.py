@@ -46,6 +46,10 @@ class PartedProblem:
                 total[name] = total[name] + values if name in total else values
         return total
 
+    def own_part(self) -> PartedProblem:
+        """Return itself: one process reads all parts."""
+        return self
+
     def rows(
         self, index: Tensor | None = None, *, kind: RowKind = "loss", draw: int = 0
     ) -> Iterator[Rows]:

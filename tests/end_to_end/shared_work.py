@@ -37,7 +37,11 @@ COUNTED: dict[str, dict[str, Any]] = {
     "if-ekfac": {},
     "if-diagonal": {},
     "trak": {},
-    "logra": {"solver": "cholesky"},
+    "logra": {},
+    "grass": {"solver": "cholesky"},
+    "factgrass": {},
+    "if-woodbury": {},
+    "if-datainf": {},
 }
 TRAIN, TEST = 47, 5
 EIGH = torch.linalg.eigh

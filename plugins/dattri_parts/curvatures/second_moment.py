@@ -18,6 +18,7 @@ from dattri_core import (
     RandomStream,
     RowKind,
     Rows,
+    SharedProblem,
     Space,
     kept,
     summed,
@@ -102,6 +103,13 @@ class SecondMoment:
     def _read(self, index: Tensor | None) -> Iterator[Rows]:
         for draw in range(self.draws):
             yield from self.problem.rows(index, kind=self.kind, draw=draw)
+
+    def own_part(self) -> SecondMoment:
+        """Return the rows of the examples that this process reads; itself where it reads all."""
+        if not isinstance(self.problem, SharedProblem):
+            return self
+        problem = self.problem.own_part()
+        return self if problem is self.problem else evolve(self, problem=problem)
 
     def apply(self, rows: Rows) -> Rows:
         """Return H g for every row g by one pass; of some blocks alone where H is blockwise."""

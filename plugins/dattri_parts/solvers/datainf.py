@@ -33,6 +33,7 @@ from dattri_parts.solvers.held import (
     kept,
     squares_of,
 )
+from dattri_parts.solvers.together import joined, own_part
 
 HELD_SHARE = 4
 """Rows are held, not read again for each group of queries, up to one part in so many of memory."""
@@ -85,7 +86,7 @@ class DataInf:
         Raises:
             NumericsError: A block has neither damping nor curvature.
         """
-        return _inverse(_Lengths.of(operator), self.damping)
+        return _inverse(_Lengths.of(operator, device), self.damping)
 
 
 @define(eq=False)
@@ -98,13 +99,14 @@ class _Lengths:
     squares: Mapping[str, Tensor]  # by group, [N] in float64
 
     @staticmethod
-    def of(operator: RowsOperator) -> _Lengths:
+    def of(operator: RowsOperator, device: torch.device) -> _Lengths:
         """Read all rows: their lengths, and the rows themselves while they are small."""
         groups = groups_of(operator)
         found: dict[str, list[Tensor]] = {group: [] for group in groups}
         held: list[Rows] | None = []
         size = 0
-        for rows in operator.rows():
+        own, processes = own_part(operator)
+        for rows in own.rows():
             part = kept(rows)
             for group, names in groups.items():
                 found[group].append(squares_of([part.blocks[name] for name in names]))
@@ -112,6 +114,12 @@ class _Lengths:
                 held.append(part)
                 size += part.nbytes
                 held = held if size <= operator.memory // HELD_SHARE else None
+        if processes is not None:
+            found = {group: joined(processes, parts, device) for group, parts in found.items()}
+            whole = sum(processes.gathered(size))
+            small = all(processes.gathered(held is not None))
+            small = small and whole <= operator.memory // HELD_SHARE
+            held = joined(processes, held or [], device) if small else None
         nothing = torch.zeros(1, dtype=torch.float64)  # so that a curvature without rows is zero
         squares = {group: torch.cat(parts or [nothing]) for group, parts in found.items()}
         return _Lengths(operator, groups, Rows.concatenate(held) if held else None, squares)

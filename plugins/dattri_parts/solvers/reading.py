@@ -8,11 +8,12 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from dattri_core import Block, Rows, RowsOperator, concatenate, format_bytes
+from dattri_core import Block, Processes, Rows, RowsOperator, concatenate, format_bytes
 from dattri_parts.solvers.dual import Dual
 from dattri_parts.solvers.forecast import PRIMAL
 from dattri_parts.solvers.held import groups_of, kept
 from dattri_parts.solvers.primal import Primal
+from dattri_parts.solvers.together import joined, own_part
 
 
 @define(eq=False)
@@ -31,11 +32,35 @@ class Reading:
     def of(operator: RowsOperator, device: torch.device) -> Reading:
         """Read all rows, or those that fit the memory: then ``lacking`` says what they take."""
         reading = Reading(operator, device, groups_of(operator))
-        for rows in operator.rows():
+        own, processes = own_part(operator)
+        for rows in own.rows():
             reading._add(rows)
             if reading.lacking:
                 break
+        if processes is not None:
+            reading._join(processes)
         return reading
+
+    def _join(self, processes: Processes) -> None:
+        """Add what the other processes read, so that each has all, in the order of the train set.
+
+        A group that one process adds up, all do: together they have no fewer rows.
+        """
+        self.lacking = next(filter(None, processes.gathered(self.lacking)), "")
+        if self.lacking:
+            return
+        self.count = sum(processes.gathered(self.count))
+        for group in self.groups:
+            if group not in self.moments and self.count >= PRIMAL * self._size(group):
+                self._turn(group)
+        self.lacking = next(filter(None, processes.gathered(self.lacking)), "")
+        if self.lacking:
+            return
+        self.moments = processes.total(self.moments, self.device)
+        for group, names in self.groups.items():
+            for name in names if group not in self.moments else ():
+                self.parts[name] = joined(processes, self.parts.pop(name, []), self.device)
+        self._look_for_room()
 
     def sides(self) -> dict[str, Dual | Primal]:
         """Return each group on its smaller side."""
