@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dattri_core import SharedProblem, summed
+from dattri_core import PartedRows, SharedProblem, assemble, summed
 from dattri_core.laws.parted import PartedProblem
 from dattri_core.laws.problems import problem_of
 from dattri_core.laws.worlds import network
@@ -63,3 +63,12 @@ def test_alone_a_call_fails_as_it_is():
     assert processes_now() is None
     with pytest.raises(ZeroDivisionError):
         failing_together(lambda: 1 / 0)()
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "gauss-newton", "ggn", "leading-ggn"])
+def test_rows_may_be_read_in_parts_and_one_process_reads_them_all(curvature):
+    part = assemble.build_part("curvature", curvature)
+    for problem in (problem_of(network()), PartedProblem(problem_of(network()))):
+        operator = part.fit(problem)
+        assert isinstance(operator, PartedRows)
+        assert operator.own_part() is operator

@@ -42,6 +42,7 @@ COUNTED: dict[str, dict[str, Any]] = {
     "factgrass": {},
     "if-woodbury": {},
     "if-datainf": {},
+    "if-explicit": {"curvature": "ggn"},
 }
 TRAIN, TEST = 47, 5
 EIGH = torch.linalg.eigh

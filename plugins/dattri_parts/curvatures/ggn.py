@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from dattri_core import Operator, Problem, RandomStream, Rows, Space
@@ -104,6 +104,11 @@ class GGNOperator:
     def weight(self) -> float:
         """Return 1 / n."""
         return self.moment.weight
+
+    def own_part(self) -> GGNOperator:
+        """Return the operator whose rows are those that this process reads."""
+        moment = self.moment.own_part()
+        return self if moment is self.moment else evolve(self, moment=moment)
 
     def rows(self) -> Iterator[Rows]:
         """Read the rows r with G = 1/n sum r r^T."""

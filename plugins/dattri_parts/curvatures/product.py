@@ -18,6 +18,7 @@ from dattri_core import (
     Rows,
     Space,
     kept,
+    summed,
 )
 
 SLICE_LIMIT = 8 * 2**20
@@ -118,7 +119,7 @@ class ProductOperator:
             units = torch.zeros(len(chosen), size, dtype=self.dtype, device=device)
             units[torch.arange(len(chosen), device=device), chosen] = 1
             rows = Rows.from_flat(self.space, units, torch.arange(len(chosen)))
-            found = self.apply(rows).flat()
+            found = self._summed(rows)
             if len(live) < size:
                 stray = torch.maximum(stray, found[:, idle].abs().max())
                 found = found[:, live]
@@ -126,6 +127,14 @@ class ProductOperator:
         precision = torch.finfo(self.dtype).eps
         symmetrise(matrix, precision, f"curvature {self.kind!r}", float(stray))
         return live, matrix
+
+    def _summed(self, rows: Rows) -> Tensor:
+        """Return H g for rows that are the same in every process, flat."""
+
+        def read(part: Problem) -> dict[str, Tensor]:
+            return {"H g": part.product(rows, self.kind).flat()}
+
+        return summed(self.problem, read)["H g"]
 
     def _live(self) -> Tensor:
         """Return the coordinates whose row of H is not zero.
@@ -137,7 +146,7 @@ class ProductOperator:
         probe = torch.randn(2, self.space.dim, generator=generator).to(
             device=self.problem.device, dtype=self.dtype
         )
-        product = self.apply(Rows.from_flat(self.space, probe, torch.arange(2))).flat()
+        product = self._summed(Rows.from_flat(self.space, probe, torch.arange(2)))
         return torch.nonzero((product != 0).any(0))[:, 0]
 
 

@@ -14,8 +14,11 @@ T = TypeVar("T")
 
 def own_part(operator: RowsOperator) -> tuple[RowsOperator, Processes | None]:
     """Return the rows that this process is to read, and the processes that read the others."""
-    own = operator.own_part() if isinstance(operator, PartedRows) else operator
-    return own, None if own is operator else processes_now()
+    processes = processes_now()
+    if processes is None or not isinstance(operator, PartedRows):
+        return operator, None
+    own = operator.own_part()
+    return own, None if own is operator else processes
 
 
 def joined(processes: Processes, parts: Sequence[T], device: torch.device) -> list[T]:
