@@ -125,9 +125,9 @@ class Description:
                 return ["method", self.of(value.__func__), self.of(value.__self__)]
             case functools.partial():
                 return ["partial", *map(self.of, (value.func, value.args, value.keywords))]
-            case functools.partialmethod():
+            case functools.partialmethod() if type(value) is functools.partialmethod:
                 return ["method", *map(self.of, (value.func, value.args, value.keywords))]
-            case functools.cached_property():
+            case functools.cached_property() if type(value) is functools.cached_property:
                 return ["property", self.of(value.func)]
             case staticmethod() | classmethod():
                 return [type(value).__name__, self.of(value.__func__)]

@@ -23,7 +23,7 @@ from attrs import field, frozen
 from dattri_parts.training.syntax import FUNCTIONS, Function, digest, reads
 
 FUTURES = 0
-for _name in __future__.all_feature_names:
+for _name in set(__future__.all_feature_names) - {"nested_scopes"}:  # whose flag has another sense
     FUTURES |= getattr(__future__, _name).compiler_flag
 COMPARED = (
     *("co_code", "co_exceptiontable", "co_flags", "co_argcount", "co_posonlyargcount"),

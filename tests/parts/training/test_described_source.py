@@ -191,13 +191,14 @@ def test_they_are_those_that_instructions_load(module):
             loaded = {
                 step.argval
                 for each in _codes(code)
+                if each.co_name != "__annotate__"  # from Python 3.14 on
                 for step in dis.get_instructions(each)
                 if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
             }
             assert loaded - found <= {"__name__"}, place.codes
-            assert found - loaded <= {"AssertionError"}, place.codes
+            assert found <= loaded, place.codes
             compared += 1
-    assert compared > 50
+    assert compared > 30
 
 
 # --- whether it is what runs ----------------------------------------------------------------------
@@ -211,7 +212,6 @@ def loaded(tmp_path, request):
 
     def load(text, run=True):
         path.write_text(text)
-        linecache.clearcache()
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         if run:
