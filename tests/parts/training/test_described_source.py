@@ -94,6 +94,14 @@ def test_comments_layout_docstrings_and_what_defines_it_say_nothing(other):
     assert said(other) == said("def f(x, y=1): return x + f'{y}ab'")
 
 
+def test_where_a_version_cuts_a_formatted_text_says_nothing():
+    whole, cut = (function_of("lambda x: f'ab{x}c'") for _ in range(2))
+    _, value, last = cut.body.values
+    pieces = [ast.Constant("a"), ast.JoinedStr([ast.Constant("b"), value]), last, ast.Constant("")]
+    cut.body.values = pieces
+    assert syntax.digest(cut) == syntax.digest(whole)
+
+
 def test_everything_else_says_something():
     bodies = [
         *("return x", "return y", "x", "return", "pass", "yield x", "yield from x", "raise x"),
@@ -149,7 +157,9 @@ def test_a_private_name_counts_with_the_class_that_it_belongs_to():
         ("def f():\n import a.b, c as d\n from e import g\n return a, c, d, g", "c"),
         ("def f():\n try: pass\n except E as e: e\n with A() as b: b", "A E"),
         ("def f():\n for x in y: x\n else: z", "y z"),
-        ("def f(x):\n match x:\n  case A(b=[c, *d], e=v.w) | {'k': c, **d}: c, d", "A v.w"),
+        ("def f(x):\n match x:\n  case A(b=[c, *d], e=v.w) | {'k': c, **g}: c, d, g", "A v.w"),
+        ("def f():\n global n\n return [(n := n + 1) for _ in y]", "n y"),
+        ("def f(n):\n class A:\n  nonlocal n\n  n = n", ""),
         ("def f():\n if 0: a\n return\n b", "a b"),
         ("def f(): return f'{a!r:{b}}' f'{c=}'", "a b c"),
     ],
