@@ -26,7 +26,19 @@ BOOKKEEPING = frozenset(
 GENERATED = "generated from the fields"
 OF_ATTRS = frozenset(
     f"__{name}__"
-    for name in ("init", "attrs_init", "repr", "eq", "ne", "lt", "le", "gt", "ge", "setattr")
+    for name in (
+        "init",
+        "attrs_init",
+        "repr",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "setattr",
+        "replace",
+    )
 )
 """Others that attrs writes hold code of the user."""
 OF_A_DATACLASS = ("default", "default_factory", "init", "hash", "compare", "kw_only", "metadata")
@@ -74,9 +86,8 @@ def _is_generated(given: type, key: str, value: Any) -> bool:
         made = getattr(code, "co_qualname", "").startswith("__create_fn__.<locals>.")
         return made or module in ("dataclasses", "reprlib")
     if "__attrs_attrs__" in vars(given):
-        if key == "__replace__":
-            return module.startswith("attr.")
-        return key in OF_ATTRS and code.co_filename.startswith("<attrs generated")
+        own = module.startswith("attr.") and key != "__setattr__"  # that of frozen classes counts
+        return key in OF_ATTRS and (own or code.co_filename.startswith("<attrs generated"))
     if "_fields" in vars(given) and issubclass(given, tuple):
         return module == "collections" or module == f"namedtuple_{given.__name__}"
     return False

@@ -14,6 +14,7 @@ import linecache
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -61,7 +62,7 @@ def said(text):
 def test_descriptions_are_those_that_other_versions_of_python_recorded():
     """With Python 3.10 to 3.13 and torch 2.11 and 2.13; 3.10 cannot tell who wrote a method."""
     assert '"cpython"' not in described(written_models.VALUES)
-    before = "9e7f6347", "ef64a290"
+    before = "e8910cbb", "b8947979"
     assert hashed(written_models.VALUES)[:8] == before[sys.version_info >= (3, 11)]
 
 
@@ -243,6 +244,22 @@ def test_a_file_that_was_edited_since_it_was_imported_is_not_believed(loaded):
     assert described(act) == before
     loaded("x = [\n", run=False)
     assert source_of(act) is None
+
+
+def test_globals_that_source_reads_count_and_others_do_not(loaded):
+    def described_with(by, more=0, at=1):
+        text = f"import other\nBY = {by}\nMORE = {more}\n"
+        text += "def act(x):\n    return [BY * y for y in x] + inner(x)\n"
+        text += "def inner(x):\n    return other.deep.act(x)\n"
+        other, deep = types.ModuleType("other"), types.ModuleType("deep")
+        other.deep, deep.act, other.more = deep, at, more
+        module = loaded(text.replace("import other\n", ""))
+        module.other = other
+        return described(module.act)
+
+    assert described_with(1) == described_with(1, more=2)
+    assert len({described_with(1), described_with(2), described_with(1, at=2)}) == 3
+    assert '"cpython"' not in described_with(1)
 
 
 def test_a_file_that_is_gone_leaves_the_instructions(loaded, tmp_path):
