@@ -7,6 +7,7 @@ import multiprocessing
 import re
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from attrs import frozen
 from dattri_parts.training import leave_one_out, random_subsets
 
 from dattri_core import Counterfactual, InputError, default_registry, nearest
+from dattri_retrain.groups import plan_of_groups
 from dattri_retrain.settings import SettingRetraining
 from dattri_retrain.store import CounterfactualStore
 
-PLANS = ("subsets", "leave-one-out")
+PLANS = ("subsets", "leave-one-out", "leave-groups-out")
 
 
 @frozen
@@ -34,7 +36,12 @@ class Retrain:
             "--plan",
             choices=PLANS,
             default=PLANS[0],
-            help="random subsets (default); or all examples, and all but one for each",
+            help="random subsets (default); or all examples, and all but each one, or each group",
+        )
+        parser.add_argument(
+            "--groups",
+            metavar="FILE",
+            help="of leave-groups-out: a label for each train example, .npy or .json",
         )
         parser.add_argument("--count", type=int, default=50, help="number of subsets; default 50")
         parser.add_argument(
@@ -52,6 +59,11 @@ class Retrain:
         parser.add_argument(
             "--workers", type=int, default=1, help="processes on this machine; default 1"
         )
+        parser.add_argument(
+            "--tf32",
+            action="store_true",
+            help="train by matrix products in TF32 on a CUDA device, where a setting has this",
+        )
         parser.add_argument("--dry-run", action="store_true", help="only say what is missing")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -61,7 +73,12 @@ class Retrain:
         size = None if args.size is None else size_of(args.size, args.setting, setting.sizes)
         if args.workers < 1:
             raise InputError(f"retrain: --workers {args.workers}; expected 1 or more")
-        retraining = SettingRetraining(args.setting, size, args.seed)
+        if (args.groups is None) == (args.plan == "leave-groups-out"):
+            raise InputError(
+                f"retrain: --plan {args.plan} with{'' if args.groups else 'out'} --groups; "
+                "leave-groups-out needs a file of labels, and the other plans take none"
+            )
+        retraining = SettingRetraining(args.setting, size, args.seed, tf32=args.tf32)
         store = CounterfactualStore(args.out, retraining)
         plan = _plan(args, retraining.n_train)
         missing = len(store.missing(plan))
@@ -92,6 +109,8 @@ def _plan(args: argparse.Namespace, n: int) -> list[Counterfactual]:
     if args.plan == "leave-one-out":
         whole = Counterfactual(np.ones(n, np.bool_), args.seed)
         return [whole, *leave_one_out(n, seed=args.seed)]
+    if args.plan == "leave-groups-out":
+        return plan_of_groups(Path(args.groups), n, args.seed)
     return random_subsets(n, args.count, fraction=args.fraction, seed=args.seed)
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from attrs import field, fields, frozen
+from attrs import evolve, field, fields, fields_dict, frozen, has
 from torch import Tensor
 
 from dattri_core import Counterfactual, Retraining, SpecError, default_registry, nearest
@@ -33,12 +33,15 @@ class SettingRetraining:
         size: (train, test) examples; the setting's full size by default.
         seed: Of the world.
         wrong: Share of wrong labels; the setting's own by default.
+        tf32: Whether models are trained by matrix products in TF32 on a CUDA device; of settings
+            that have this field, such as those of sequences.
     """
 
     setting: str
     size: tuple[int, int] | None = field(default=None, converter=_as_size)
     seed: int = 0
     wrong: float | None = None
+    tf32: bool = False
 
     @property
     def loaded(self) -> Retraining:
@@ -110,6 +113,13 @@ def as_retraining(given: Any) -> Any:
 @lru_cache(maxsize=2)
 def _load(made: SettingRetraining) -> Retraining:
     setting = default_registry().make("setting", made.setting)
+    if made.tf32:
+        if not has(type(setting)) or "tf32" not in fields_dict(type(setting)):
+            raise SpecError(
+                f"retraining of setting {made.setting!r}: it has no field tf32, as those of "
+                "sequences do; leave it out"
+            )
+        setting = evolve(setting, tf32=True)
     make = getattr(setting, "retraining", None)  # of settings that can without training a network
     if make is not None:
         alone: Retraining = make(made.size, seed=made.seed, wrong=made.wrong)

@@ -1,8 +1,9 @@
 """What a value does, as words and tensors: the code of its classes and functions, what they hold.
 
-Two values with the same description compute the same. Code is compared as Python runs it, so a
-source file that was edited since it was imported, a notebook and a redefined class are all told
-apart, and comments and line numbers are not.
+Two values with the same description compute the same. A function counts by its source where that is
+proven to be what runs, and elsewhere, as in a source file that was edited since it was imported, by
+its instructions, which are others under each version of Python. So edited files, notebooks and
+redefined classes are all told apart; comments and line numbers are not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-NAMED = frozenset({"torch", "numpy", "dattri_core", "dattri_parts"}) | sys.stdlib_module_names
+from dattri_parts.training.members import is_code, members_of
+from dattri_parts.training.source import source_of
+
+NAMED = (
+    frozenset({"torch", "numpy", "attr", "attrs", "dattri_core", "dattri_parts"})
+    | sys.stdlib_module_names
+)
 """Packages whose code counts by its name alone: their versions move outcomes by rounding only."""
 MAIN = frozenset({"__main__", "__mp_main__"})
 INSTALLED = frozenset({"site-packages", "dist-packages"})
@@ -44,16 +51,6 @@ SPELLED = frozenset(
 NAMESPACES = frozenset({"types", "argparse", "functools"})
 """Modules of the standard library whose objects hold what was given to them."""
 PLAIN = (type(None), bool, int, float, str)
-BOOKKEEPING = frozenset(
-    f"__{name}__"
-    for name in (
-        *("module", "doc", "dict", "weakref", "qualname", "annotations", "annotate", "hash"),
-        *("firstlineno", "static_attributes", "orig_bases", "parameters", "abstractmethods"),
-        *("slots", "match_args", "type_params", "dataclass_fields", "dataclass_params"),
-        *("attrs_attrs", "attrs_props", "attrs_own_setattr", "annotate_func"),
-    )
-)
-"""Of a class, what decides no number."""
 VOLATILE = frozenset({"training", "_torchdynamo_wrapper_id", "_original_object_hash"})
 """Attributes that decide no number: the mode, which is set, an address, a hash of the process."""
 LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
@@ -128,6 +125,10 @@ class Description:
                 return ["method", self.of(value.__func__), self.of(value.__self__)]
             case functools.partial():
                 return ["partial", *map(self.of, (value.func, value.args, value.keywords))]
+            case functools.partialmethod() if type(value) is functools.partialmethod:
+                return ["method", *map(self.of, (value.func, value.args, value.keywords))]
+            case functools.cached_property() if type(value) is functools.cached_property:
+                return ["property", self.of(value.func)]
             case staticmethod() | classmethod():
                 return [type(value).__name__, self.of(value.__func__)]
             case property():
@@ -149,11 +150,16 @@ class Description:
         closure = [[key, self.of(item)] for key, item in sorted(held.items())]
         if _is_named(name):  # a decorator of torch still holds what it decorates
             return ["function", name, function.__qualname__, closure]
-        read = {} if _is_installed(name) else dict(_globals_read(function.__code__, function))
+        source = source_of(function)
+        if source is None:
+            code, found = self._code(function.__code__), _globals_read(function.__code__, function)
+        else:
+            code, found = ["source", __debug__, source.digest], _looked_up(source.reads, function)
+        read = {} if _is_installed(name) else dict(found)
         return [
             "function",
             _version(name),
-            self._code(function.__code__),
+            code,
             self.of(function.__defaults__),
             self.of(function.__kwdefaults__),
             closure,
@@ -164,6 +170,7 @@ class Description:
     def _code(self, code: CodeType) -> Any:
         return [
             "code",
+            [sys.implementation.name, *sys.version_info[:2]],
             code.co_code.hex(),
             getattr(code, "co_exceptiontable", b"").hex(),
             code.co_flags,
@@ -187,17 +194,21 @@ class Description:
         installed = _is_installed(given.__module__)
         members = [
             [key, self.of(member)]
-            for key, member in sorted(vars(given).items())
-            if key not in BOOKKEEPING
-            and (not installed or _is_code(member) or type(member) in PLAIN)
+            for key, member in members_of(given)
+            if not installed or is_code(member) or type(member) in PLAIN
         ]
         bases = [self.of(base) for base in given.__bases__]
         return ["class", name, _version(given.__module__), bases, members]
 
     def _name(self, given: type) -> str:
         """Return the name of a class; those of the user have no module, which pickling changes."""
-        own = not _is_named(given.__module__) and not _is_installed(given.__module__)
-        return given.__qualname__ if own else f"{given.__module__}.{given.__qualname__}"
+        module = given.__module__
+        if not _is_named(module) and not _is_installed(module):
+            return given.__qualname__
+        package = module.partition(".")[0]
+        if package in sys.stdlib_module_names:  # its parts move from version to version
+            module = package.lstrip("_")
+        return f"{module}.{given.__qualname__}"
 
     def _script(self, value: Any) -> Any:
         if isinstance(value, torch.jit.ScriptFunction):
@@ -270,10 +281,6 @@ def _is_constant(value: Any) -> bool:
     return type(value) in PLAIN or isinstance(value, (bytes, complex))
 
 
-def _is_code(member: Any) -> bool:
-    return isinstance(member, (FunctionType, staticmethod, classmethod, property))
-
-
 def _name_of(value: Any) -> str | None:
     name = getattr(value, "__qualname__", getattr(value, "__name__", None))
     return name if isinstance(name, str) else None
@@ -297,8 +304,22 @@ def _content(cell: CellType) -> Any:
         return "empty cell"
 
 
+def _looked_up(names: list[list[str]], function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the globals that source reads, by name; of a user's module, what is read of it."""
+    for name, *attributes in names:
+        if name in function.__globals__:
+            value = function.__globals__[name]
+            for attribute in attributes:
+                if not isinstance(value, ModuleType) or _is_named(value.__name__):
+                    break
+                if not hasattr(value, attribute):
+                    break
+                name, value = f"{name}.{attribute}", getattr(value, attribute)
+            yield name, value
+
+
 def _globals_read(code: CodeType, function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield the globals that code reads, by name; of a user's module, what is read of it."""
+    """Yield the globals that code without a source reads, in the same way."""
     known = function.__globals__
     steps = [step for step in dis.get_instructions(code) if step.opname not in BETWEEN]
     for position, step in enumerate(steps):

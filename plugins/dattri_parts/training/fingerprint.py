@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dattri_core import InputError, map_tensors
 from dattri_parts.training.description import Description
 
-VERSION = "training-2"
+VERSION = "training-3"
 """Changes when this package would train another model by the same recipe."""
 CHUNK = 32
 """Numbers that are judged together: two seeds do not draw so many alike by chance."""
