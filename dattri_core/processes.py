@@ -128,12 +128,7 @@ class Processes:
 
     def agreed(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Return the tensors of the first process, bit for bit, in every one."""
-        leads = self.rank == FIRST
-        found = {}
-        for name, (shape, dtype) in self.first(_described(tensors) if leads else {}).items():
-            here = tensors[name] if leads else torch.empty(shape, dtype=dtype, device=device)
-            found[name] = self._broadcast(here.contiguous(), FIRST).to(here.device)
-        return found
+        return self.collected(tensors if self.rank == FIRST else {}, device)
 
     def made(
         self,
@@ -166,6 +161,21 @@ class Processes:
         elif self.first(False):
             make()
         return self.agreed(tensors, device)
+
+    def collected(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors of all processes, of which each gives some names.
+
+        Args:
+            tensors: Those of this process; a name is given by one of them.
+            device: Where they are to live.
+        """
+        found = {}
+        for rank, said in enumerate(self.gathered(_described(tensors))):
+            for name, (shape, dtype) in said.items():
+                mine = rank == self.rank
+                here = tensors[name] if mine else torch.empty(shape, dtype=dtype, device=device)
+                found[name] = self._broadcast(here.contiguous(), rank).to(device)
+        return found
 
     def joined(
         self, parts: Mapping[str, Tensor], count: int, device: torch.device

@@ -108,7 +108,7 @@ class EKFAC:
             read_blocks(part, self.fisher, self.draws, factors.add)
             return factors.sums()
 
-        found = decompose_all(cover.factored, dict(summed(problem, read)))
+        found = decompose_all(cover.factored, dict(summed(problem, read)), problem.device)
         return tensors_of({name: each.sides for name, each in found.items()})
 
     def _values(

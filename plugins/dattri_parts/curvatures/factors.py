@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import define, field, fields, frozen
 from torch import Tensor
 
-from dattri_core import Block, NumericsError, SpecError, factor_entries, factor_sums
+from dattri_core import (
+    Block,
+    NumericsError,
+    SpecError,
+    factor_entries,
+    factor_sums,
+    processes_now,
+)
+from dattri_parts.curvatures.sides import sides_of, tensors_of
 from dattri_parts.curvatures.spectrum import Kronecker
 from dattri_parts.curvatures.uncovered import require_bytes
 
@@ -105,21 +113,49 @@ class FactorReader:
         return found
 
 
-def decompose_all(names: Sequence[str], sums: dict[str, Tensor]) -> dict[str, EigenFactors]:
+def decompose_all(
+    names: Sequence[str], sums: dict[str, Tensor], device: torch.device
+) -> dict[str, EigenFactors]:
     """Return the eigenvectors of the factors of some blocks; each is let go of when it is read.
+
+    Of several processes each decomposes some, and gets those of the others.
 
     Args:
         names: Of the blocks, in order.
         sums: What `FactorReader.sums` names, over the whole train set.
+        device: Where they live.
 
     Raises:
         NumericsError: A factor cannot be decomposed; its block is named.
     """
+    there = [name for name in names if f"{SUMS[0]} of {name}" in sums]
+    processes = processes_now()
+    if processes is None:
+        return {name: decompose(_taken(sums, name), name) for name in there}
+    dearest = sorted(there, key=lambda name: -_work(sums, name))
+    mine: dict[str, Tensor] = {}
+    for name in dearest[processes.rank :: processes.size]:
+        eigen = decompose(_taken(sums, name), name)
+        mine |= tensors_of({name: eigen.sides})
+        for what in SUMS:
+            values = torch.as_tensor(getattr(eigen, what), device=device)
+            mine[f"{what} of {name}"] = values
+    found = processes.collected(mine, device)
+    sides = sides_of(there, found)
     return {
-        name: decompose(Factors(*(sums.pop(f"{what} of {name}") for what in SUMS)), name)
-        for name in names
-        if f"{SUMS[0]} of {name}" in sums
+        name: EigenFactors(sides[name], *(found[f"{what} of {name}"] for what in SUMS))
+        for name in there
     }
+
+
+def _work(sums: Mapping[str, Tensor], name: str) -> int:
+    """Return about how much work a decomposition is: none for the diagonal of one-hot inputs."""
+    sides = (sums[f"{what} of {name}"] for what in ("outputs", "inputs"))
+    return sum(side.shape[-1] ** 3 for side in sides if side.dim() > 1)
+
+
+def _taken(sums: dict[str, Tensor], name: str) -> Factors:
+    return Factors(*(sums.pop(f"{what} of {name}") for what in SUMS))
 
 
 def decompose(factors: Factors, name: str) -> EigenFactors:

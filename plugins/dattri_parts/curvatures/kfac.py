@@ -118,7 +118,7 @@ class KFAC:
 
         sums = dict(summed(problem, read))
         dtype = torch.promote_types(problem.dtype, torch.float32)
-        eigen = decompose_all(cover.factored, sums)
+        eigen = decompose_all(cover.factored, sums, problem.device)
         values = {name: each.product(weight).to(dtype) for name, each in eigen.items()}
         values |= uncovered_eigenvalues(problem, cover, self.uncovered, sums)
         sides = {name: each.sides for name, each in eigen.items()}
