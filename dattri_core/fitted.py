@@ -25,7 +25,7 @@ from dattri_core.plans import Plan
 from dattri_core.pool import of_pool, require_poolable
 from dattri_core.precision import exactly, without_autocast
 from dattri_core.problem import collect
-from dattri_core.processes import FIRST, failing_together, processes_now, require_one_process
+from dattri_core.processes import failing_together, leads, of_first, processes_now
 from dattri_core.progress import Passes, bar
 from dattri_core.protocols import Role, as_damping
 from dattri_core.provenance import facts_of_fits, facts_of_rows, provenance_of
@@ -96,7 +96,7 @@ class FittedMethod:
         budget = parse_bytes(memory, task.device)
         if (processes := processes_now()) is not None:  # one plan, and one bar
             budget = min(processes.gathered(budget))
-            progress = progress if processes.rank == FIRST else False
+            progress = progress if leads() else False
         fitted = FittedMethod(
             method=method,
             task=task,
@@ -422,10 +422,10 @@ class FittedMethod:
         request.check(self.task, out)
         examples = Examples.of(test, "test")
         if out is not None:
-            require_one_process("attribute(out=...)")
             check_replaceable(Path(out), is_scores_folder)
             if self._held is None:  # sums run as they did, so that not a bit differs
-                self.budget = budget_of(run_folder(Path(out)), self.budget)
+                run = run_folder(Path(out))
+                self.budget = of_first(budget_of(run, self.budget) if leads() else 0)
         runner = self._runner(examples, request, out)
 
         def work() -> dict[str, Scores]:

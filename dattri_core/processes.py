@@ -225,13 +225,16 @@ def processes_now() -> Processes | None:
     return _now.get()
 
 
-def require_one_process(what: str) -> None:
-    """Raise `SpecError` where several processes share the work of what cannot be shared."""
-    if (processes := processes_now()) is not None:
-        raise SpecError(
-            f"{what}: {processes.size} processes share the work, and this is written by one; call "
-            "it outside of distributed()"
-        )
+def leads() -> bool:
+    """Return whether this process does what one of them has to do, such as writing a file."""
+    processes = processes_now()
+    return processes is None or processes.rank == FIRST
+
+
+def of_first(value: T) -> T:
+    """Return the small value of the process that leads."""
+    processes = processes_now()
+    return value if processes is None else processes.first(value)
 
 
 def anywhere(here: bool) -> bool:

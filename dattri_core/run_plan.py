@@ -11,6 +11,7 @@ import torch
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.memory import free_bytes
 from dattri_core.plans import Place, Plan, Work, make_plan
+from dattri_core.processes import processes_now
 from dattri_core.protocols import Scorer
 from dattri_core.requests import Request
 from dattri_core.runner import run_folder
@@ -19,6 +20,8 @@ from dattri_core.snapshot import Fitted
 from dattri_core.stream import Examples
 
 SHARD_BATCHES = 16  # a run on disk loses at most so many batches when it is stopped
+
+SHARDS_EACH = 4  # of several processes, so that each has about as much to do
 
 
 def plan_run(
@@ -74,7 +77,10 @@ def plan_run(
     )
     if out is None:
         return plan
-    return attrs.evolve(plan, shard=min(plan.shard, SHARD_BATCHES * plan.train_batch))
+    shard = min(plan.shard, SHARD_BATCHES * plan.train_batch)
+    if (processes := processes_now()) is not None:
+        shard = min(shard, max(1, -(-n_train // (SHARDS_EACH * processes.size))))
+    return attrs.evolve(plan, shard=shard)
 
 
 def _away(device: torch.device, out: str | Path | None) -> dict[Place, int]:

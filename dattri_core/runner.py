@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from dattri_core.ids import id_array
 from dattri_core.locks import sole_writer
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
 from dattri_core.pairing import WHOLE
-from dattri_core.processes import Processes, processes_now
+from dattri_core.processes import Processes, anywhere, leads, of_first, processes_now
 from dattri_core.progress import bar
 from dattri_core.protocols import Projector
 from dattri_core.queries import Branch
@@ -36,7 +37,7 @@ from dattri_core.shelf import Shelf
 from dattri_core.snapshot import Fitted
 from dattri_core.stages import Stage, needs_data
 from dattri_core.stream import Examples
-from dattri_core.tiles import MemoryTiles, Tiles, open_tiles, shards
+from dattri_core.tiles import FolderTiles, MemoryTiles, Tiles, open_tiles, shards
 from dattri_core.top import Extreme, ExtremeRows, Extremes
 
 T = TypeVar("T")
@@ -117,10 +118,17 @@ class Runner:
         """Return the processes that score a part of the train rows each."""
         return None if self.run.scorer.locality == "column" else processes_now()
 
-    def _span(self) -> tuple[int, int]:
-        """Return which train rows this process scores."""
+    def _span(self, whole: int = 1) -> tuple[int, int]:
+        """Return which train rows this process scores, in pieces of ``whole`` that stay whole.
+
+        Tiles on disk are the same for any number of processes, so that any number goes on with
+        them.
+        """
         count = len(self.run.train)
-        return (0, count) if self._processes is None else self._processes.part(count)
+        if self._processes is None:
+            return 0, count
+        first, last = self._processes.part(-(-count // whole))
+        return min(first * whole, count), min(last * whole, count)
 
     def _of_all(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return values of this process's train rows with those of the others."""
@@ -141,7 +149,8 @@ class Runner:
             self._know_contents()  # nobody writes there, so that no lock is needed to read
             if (held := _finished_before(out, self.provenance)) is not None:
                 return held
-        with sole_writer(run_folder(out), f"scores {str(out)!r}"):
+        lock = sole_writer(run_folder(out), f"scores {str(out)!r}") if leads() else nullcontext()
+        with lock:
             self._know_contents()
             return self._to_folder(out, first)
 
@@ -155,14 +164,18 @@ class Runner:
         self.provenance = {**self.provenance, **contents}
 
     def _to_folder(self, out: Path, first: Fitted) -> Scores:
-        sizes = {name: getattr(self.run.plan, name) for name in LAYOUT}
+        sizes: dict[str, int] | None = None
         folder = run_folder(out)
-        for path in (out, folder):
-            discard_leftovers(path)
-        if not folder.exists() and (held := _finished_before(out, self.provenance)) is not None:
-            return held
-        self._require_room(out, first.dtype)
-        tiles, sizes = open_tiles(folder, self.provenance, sizes)
+        if leads():
+            for path in (out, folder):
+                discard_leftovers(path)
+            held = None if folder.exists() else _finished_before(out, self.provenance)
+            sizes = None if held is not None else self._begun(out, first)
+        sizes = of_first(sizes)
+        if sizes is None:
+            return Scores.load(out)
+        shared = leads() or self._processes is not None
+        tiles: Tiles = FolderTiles(folder) if shared else MemoryTiles()
         resumed: dict[str, Any] = dict(sizes)
         costs = first.outline.costs(measured=first.outline.measures(self.run.scorer))
         route = costs.choices[sizes["choice"] - 1]
@@ -171,9 +184,22 @@ class Runner:
             plan=attrs.evolve(self.run.plan, route=route, **resumed),
             shelf=Shelf(folder),
         )
-        self._fold(tiles)
-        n_test = run.plan.n_test
-        with ScoresWriter(out, len(run.train), n_test, first.dtype) as writer:
+        self._fold(tiles, (self._span(run.shard),))
+        anywhere(True)  # from here on all tiles are there
+        scores = self._written(out, tiles, first.dtype) if leads() else None
+        anywhere(True)  # and from here on the scores
+        return Scores.load(out) if scores is None else scores
+
+    def _begun(self, out: Path, first: Fitted) -> dict[str, int]:
+        """Begin or resume the run in its folder, and return the sizes that it is cut by."""
+        sizes = {name: getattr(self.run.plan, name) for name in LAYOUT}
+        self._require_room(out, first.dtype)
+        return open_tiles(run_folder(out), self.provenance, sizes)[1]
+
+    def _written(self, out: Path, tiles: Tiles, dtype: torch.dtype) -> Scores:
+        """Write the scores from tiles that are all there, and remove these."""
+        run = self.run
+        with ScoresWriter(out, len(run.train), run.plan.n_test, dtype) as writer:
             for rows, columns, (tile,) in finished(run, tiles):
                 writer.values[rows, columns] = tile.numpy()
                 writer.release()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dattri_core as dattri
+from dattri_core import tiles
 
 METHODS: dict[str, dict[str, Any]] = {
     "grad-dot": {},
@@ -169,9 +172,6 @@ def failures(rank: int, size: int, folder: Path) -> dict[str, Any]:
     for name in ("grad-dot", "if-ekfac", "trak"):
         found[name] = said(lambda n=name: dattri.attribute(one, (bad, labels), test, method=n))
     train = (images, labels)
-    found["out"] = said(
-        lambda: dattri.attribute(one, train, test, method="grad-dot", out=folder / "out")
-    )
     found["spec"] = said(lambda: dattri.attribute(one, train, test, method="grad-dott"))
     found["after"] = dattri.attribute(one, train, test, method="grad-dot").values
     pair = distributed.new_group([0, 1])
@@ -182,6 +182,41 @@ def failures(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
     found["pair"] = among().values if rank < 2 else said(among)
     return found
+
+
+def on_disk(rank: int, folder: Path) -> dict[str, Any]:
+    """Scores on disk: whole, of a method that sees all rows at once, and of a run that stopped."""
+    one, train, test = task(network()), drawn(TRAIN, 1), drawn(TEST, 2)
+    found = {}
+    for name in ("if-ekfac", "knn-shapley"):
+        for turn in ("first", "again"):
+            method = dattri.method(name, **METHODS[name])
+            scores = method.attribute(one, train, test, out=folder / name)
+            found[f"{name} {turn}"] = copied(scores)
+    put, calls = tiles.FolderTiles.put, []
+
+    def failing(self: Any, *given: Any) -> None:
+        calls.append(given)
+        if rank == 1 and len(calls) == 3:
+            raise dattri.InputError("the disk is gone")
+        put(self, *given)
+
+    tiles.FolderTiles.put = failing  # type: ignore[method-assign]
+    fitted = dattri.method("if-kfac").fit(one, train)
+    found["stopped"] = said(lambda: fitted.attribute(test, out=folder / "stopped"))
+    distributed.barrier()
+    if rank == 0:
+        shutil.copytree(folder / "stopped.run", folder / "left.run")
+    before = len(calls)
+    found["resumed"] = copied(fitted.attribute(test, out=folder / "stopped"))
+    found["tiles before"] = torch.tensor(min(before, 2) if rank == 1 else before)
+    found["tiles after"] = torch.tensor(len(calls) - before)
+    tiles.FolderTiles.put = put  # type: ignore[method-assign]
+    return found
+
+
+def copied(scores: dattri.Scores) -> torch.Tensor:
+    return torch.from_numpy(np.array(scores.values))
 
 
 def said(call: Any) -> str:
@@ -210,6 +245,7 @@ def main(rank: int, size: int, folder: Path) -> None:
             "requests": of_requests(folder / "shared"),
             "counted": counted(),
             "failures": failures(rank, size, folder),
+            "on disk": on_disk(rank, folder),
         }
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()

@@ -12,16 +12,21 @@ import shared_work
 import torch
 
 import dattri_core as dattri
-from dattri_core import InputError
+from dattri_core import InputError, tiles
 
 SIZE = 3
 RANKS = range(SIZE)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Return where the processes write."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
     """Return what each of three processes found."""
-    folder = tmp_path_factory.mktemp("processes")
     (folder / "shared").mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(shared_work.__file__)
@@ -99,9 +104,44 @@ def test_all_hear_of_a_failure_in_one(found, name):
 def test_what_all_refuse_is_said_by_each_and_the_next_call_is_answered(found, alone):
     for rank in RANKS:
         failures = found[rank]["failures"]
-        assert failures["out"].startswith("SpecError: attribute(out=...): 3 processes share")
         assert failures["spec"].startswith("SpecError: ")
         torch.testing.assert_close(failures["after"], alone["methods"]["grad-dot scores"])
+
+
+@pytest.mark.parametrize("name", ["if-ekfac", "knn-shapley"])
+def test_scores_on_disk_are_those_in_memory_and_are_found_again(found, alone, name):
+    for rank in RANKS:
+        on_disk = found[rank]["on disk"]
+        torch.testing.assert_close(on_disk[f"{name} first"], alone["methods"][f"{name} scores"])
+        assert torch.equal(on_disk[f"{name} again"], on_disk[f"{name} first"])
+
+
+def test_a_run_on_disk_that_stopped_in_one_process_goes_on_in_all(found, tmp_path):
+    told = [found[rank]["on disk"] for rank in RANKS]
+    assert told[1]["stopped"] == "InputError: the disk is gone"
+    failed = "ProcessError: process 1 of 3 failed: InputError: the disk is gone"
+    assert told[0]["stopped"] == told[2]["stopped"] == failed
+    assert int(told[0]["tiles before"]) == 4
+    assert int(told[1]["tiles before"]) == 2
+    counts = [int(one["tiles before"]) + int(one["tiles after"]) for one in told]
+    assert counts == [4, 4, 4]
+    for one in told:
+        assert torch.equal(one["resumed"], told[0]["resumed"])
+
+
+def test_one_process_goes_on_with_a_run_of_three(found, folder, monkeypatch):
+    (folder / "left.run").rename(folder / "alone.run")
+    done = []
+    put = tiles.FolderTiles.put
+    monkeypatch.setattr(
+        tiles.FolderTiles, "put", lambda self, *given: done.append(given) or put(self, *given)
+    )
+    task, train = shared_work.task(shared_work.network()), shared_work.drawn(shared_work.TRAIN, 1)
+    method, test = dattri.method("if-kfac"), shared_work.drawn(shared_work.TEST, 2)
+    scores = method.attribute(task, train, test, out=folder / "alone")
+    assert len(done) == 2
+    want = found[0]["on disk"]["resumed"]
+    torch.testing.assert_close(shared_work.copied(scores), want, rtol=1e-9, atol=0)
 
 
 def test_a_part_of_the_processes_works_without_the_others(found, alone):
