@@ -128,10 +128,8 @@ def _rated(bench: FoldBench) -> str | None:
 
 @law("fold", _rated)
 def learning_rates_are_read(bench: FoldBench) -> None:
-    """The fold at learning rates 1, 1/2, 1/4 is another than at 1/4, 1, 1/2, where it needs them.
-
-    Users have to give rates to a fold that needs them.
-    """
+    """The fold at rates 1, 1/2, 1/4 is another than at 1/4, 1, 1/2, where it needs them."""
+    # Users have to give rates to a fold that needs them.
     first, second = (bench.run(tiles(COUNT), rates) for rates in (RATES, RATES[-1:] + RATES[:-1]))
     require(
         not torch.equal(first, second),

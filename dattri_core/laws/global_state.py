@@ -15,16 +15,27 @@ SEEDS = count(987654321)
 
 
 @contextmanager
+def settings_kept() -> Iterator[None]:
+    """Put torch's settings back at the end: what one part leaves behind meets no other part."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
 def watched() -> Iterator[Callable[[], list[str]]]:
     """Yield a function that names what has changed; at the end all is as it was before.
 
     Generators are in another state each time, so that one that is seeded to what it was shows.
     """
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    deterministic = torch.are_deterministic_algorithms_enabled()
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global state must stay
     plain_state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    with settings_kept(), torch.random.fork_rng(devices=[]):
         try:
             seed = next(SEEDS)
             torch.default_generator.manual_seed(seed)
@@ -35,9 +46,6 @@ def watched() -> Iterator[Callable[[], list[str]]]:
         finally:
             random.setstate(plain_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            torch.set_grad_enabled(grad)
-            torch.set_default_dtype(dtype)
-            torch.use_deterministic_algorithms(deterministic)
 
 
 def _seen() -> dict[str, Any]:

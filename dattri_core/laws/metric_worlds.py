@@ -21,11 +21,9 @@ SIGNS = np.array([-1.0] * 3 + [1.0] * (N_TEST - 3))
 
 @law("metric")
 def order_of_examples_does_not_show(bench: MetricBench) -> None:
-    """The value for the same examples in another order is the same.
-
-    Train sets are drawn by position, so a metric that needs retraining sees the tests turned only.
-    One that draws numbers of its own may differ, but not in the mean over seeds.
-    """
+    """The value for the same examples in another order is the same."""
+    # Train sets are drawn by position, so a metric that needs retraining sees the tests turned
+    # only. One that draws numbers of its own may differ, but not in the mean over seeds.
     random = np.random.default_rng(0)
     order, turn = random.permutation(N_TRAIN), random.permutation(N_TEST)
     sides = "examples"
@@ -171,10 +169,8 @@ def _judges_by_truth(bench: MetricBench) -> str | None:
 
 @law("metric", _asks_no_models, _judges_by_truth)
 def direction_of_the_target_is_heeded(bench: MetricBench) -> None:
-    """In a world that measures the loss, less of it is better: influence is still judged so.
-
-    A metric that asks for another target refuses the world by an `InputError`.
-    """
+    """In a world that measures the loss, less of it is better: influence is still judged so."""
+    # A metric that asks for another target refuses the world by an `InputError`.
     found, turned = (_measured_on_losses(bench, sign) for sign in (1.0, -1.0))
     good = 1.0 if found.higher_is_better else -1.0
     require(

@@ -105,11 +105,9 @@ def _asks_of_tests(bench: Any) -> str | None:
 
 @law("method", _asks_of_tests)
 def scores_follow_the_models(bench: Any) -> None:
-    """Scores rise with what an example does to each test, over models of all 2^n - 1 train sets.
-
-    The correlation of all scores with E[U_j | i trained on] - E[U_j | i left out] is above 0.4,
-    whether they are drawn or not, and whatever sizes of train sets they weigh.
-    """
+    """Scores rise with what an example does to each test, over models of all 2^n - 1 train sets."""
+    # The correlation of all scores with E[U_j | i trained on] - E[U_j | i left out] is above 0.4,
+    # whether they are drawn or not, and whatever sizes of train sets they weigh.
     world = regression()
     numbers = np.arange(1, 2**N_TRAIN)
     masks = numbers[:, None] >> np.arange(N_TRAIN) & 1 == 1

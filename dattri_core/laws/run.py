@@ -29,6 +29,7 @@ from dattri_core.laws import (
     source_sides,
     sources,
 )
+from dattri_core.laws.global_state import settings_kept
 from dattri_core.laws.law import LAWS, Law, LawBroken, NotApplicable
 from dattri_core.laws.places import where
 from dattri_core.laws.pretended import prepare
@@ -264,7 +265,8 @@ def find(law: Law, bench: Any) -> Finding:
     """Return what becomes of one law on a bench; nothing that the part raises escapes."""
     expected = _expected(bench.part)
     try:
-        law.check(bench)
+        with settings_kept():
+            law.check(bench)
     except NotApplicable as reason:
         return Finding(law.name, law.statement, "skipped", str(reason))
     except LawBroken as broken:

@@ -309,11 +309,9 @@ def wrong_labels_are_counted(bench: SettingBench) -> None:
 
 @law("setting", _classes)
 def what_is_left_out_does_not_show(bench: SettingBench) -> None:
-    """Without the examples whose labels are wrong, training gives the model of right labels.
-
-    With them it gives another. So masks are heeded, example by example, and labels are those of
-    the world.
-    """
+    """Without the examples whose labels are wrong, training gives the model of right labels."""
+    # With them it gives another. So masks are heeded, example by example, and labels are those of
+    # the world.
     clean, world = bench.loaded(wrong=0.0), bench.loaded(wrong=WRONG)
     gap = gap_of(_states(clean.task)[0], _states(world.task)[0])
     require(

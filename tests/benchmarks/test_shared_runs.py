@@ -21,7 +21,7 @@ from table import Table, Theme, seconds
 pytestmark = pytest.mark.timeout(0)
 GOAL = 1.6
 THEME = Theme(
-    "distributed",
+    "shared_runs",
     "Two processes against one",
     "`fit` and `attribute` of one process with one thread, and of two with one thread each that "
     "share the run by `dattri.distributed()` over gloo, on a machine of two cores. `sooner`: the "
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_distributed(
+def test_shared_runs(
     benchmark: Any, worlds: Any, table: Table, registered: Any, tmp_path: Path, case: str
 ) -> None:
     """Both in one run."""
