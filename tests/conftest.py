@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # Processes that share the tests share the cores too; torch counts its threads when it is loaded.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
@@ -22,3 +24,29 @@ try:
 except (ImportError, RuntimeError):  # of another build of torch
     # Transformers would load it because it is installed, and load nothing else then.
     sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+LONGEST = frozenset(
+    {
+        "test_builtin_parts.py::test_built_in[method-if-lissa]",
+        "test_builtin_parts.py::test_built_in[method-if-cg]",
+        "test_builtin_parts.py::test_other_settings_of_built_ins[solver-lissa-changes3]",
+        "test_builtin_parts.py::test_other_settings_of_built_ins[solver-lissa-changes4]",
+        "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes6]",
+        "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes7]",
+        "test_on_a_device.py::test_small_memory_and_scores_on_disk[if-arnoldi-pretended]",
+        "test_on_a_device.py::test_a_fitted_method_and_its_store[if-arnoldi-pretended]",
+        (
+            "test_models.py::test_curvature_products_equal_the_dense_curvature"
+            "[resnet9 with group norm-hessian]"
+        ),
+    }
+)
+"""Cases of tests whose other cases are short, and whose parts other tests hold to the same."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the longest cases, before marks are chosen by."""
+    for item in items:
+        if item.nodeid.rpartition("/")[2] in LONGEST:
+            item.add_marker(pytest.mark.slow)

@@ -17,11 +17,9 @@ from dattri_core import tiles
 
 METHODS: dict[str, dict[str, Any]] = {
     "grad-dot": {},
-    "grad-cos": {},
     "if-explicit": {"curvature": "ggn"},
     "if-cg": {"curvature": "ggn", "damping": 0.1},
     "if-woodbury": {},
-    "if-arnoldi": {"curvature": "ggn"},
     "if-datainf": {},
     "if-diagonal": {},
     "if-kfac": {"fisher": "ggn"},
@@ -32,7 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "trak": {},
     "trackstar": {},
     "knn-shapley": {},
-    "rps-l2": {},
 }
 COUNTED: dict[str, dict[str, Any]] = {
     "grad-dot": {},
@@ -42,7 +39,6 @@ COUNTED: dict[str, dict[str, Any]] = {
     "trak": {},
     "logra": {},
     "grass": {"solver": "cholesky"},
-    "factgrass": {},
     "if-woodbury": {},
     "if-datainf": {},
     "if-explicit": {"curvature": "ggn"},
