@@ -49,6 +49,7 @@ ORDER = [
     "blocks.inputs",
     "blocks.dense",
     "blocks.grouped",
+    "blocks.tiled",
     "blocks.outer",
     "blocks.swept",
     "blocks.tensors",

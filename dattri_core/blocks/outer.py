@@ -35,13 +35,12 @@ from dattri_core.blocks.inputs import (
     move_inputs,
     own,
     pad,
-    pad_last,
     pair_input_gram,
     product,
     take_inputs,
-    wide_product,
     width_of,
 )
+from dattri_core.blocks.tiled import inner_in_tiles
 from dattri_core.contract import (
     WARM,
     Order,
@@ -52,9 +51,6 @@ from dattri_core.contract import (
     rows_per_slice,
 )
 from dattri_core.errors import SpecError
-
-TILE_ROWS = 512
-"""Rows of a tile at most: more would leave too few numbers of each for a product to run well."""
 
 
 @frozen(eq=False)
@@ -300,7 +296,9 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     for start in range(0, len(right), width):
         formed = accumulate(right.take(slice(start, start + width)).flat())  # [c, d]
         if not is_one_hot(left.inputs):
-            columns.append(_in_tiles(left, formed, limit - (0 if there else len(formed) * size)))
+            assert not isinstance(left.inputs, OneHot)
+            room = limit - (0 if there else len(formed) * size)
+            columns.append(inner_in_tiles(left.outputs, left.inputs, formed, room))
             continue
         rows = [
             accumulate(left.take(slice(first, first + step)).flat()) @ formed.T
@@ -310,33 +308,6 @@ def _inner_formed(left: OuterBlock, right: DenseBlock | OuterBlock, limit: int) 
     if not columns:
         return accumulate(left.outputs).new_zeros(len(left), 0)
     return torch.cat(columns, dim=1) if len(columns) != 1 else columns[0]
-
-
-def _in_tiles(left: OuterBlock, formed: Tensor, limit: int) -> Tensor:
-    """Return all inner products with formed rows ``[C, d]``; some outputs of the left at a time.
-
-    Tiles of many rows and few outputs: on a processor they stay in its cache, and the formed side
-    is read once for all rows of a tile.
-    """
-    (height, width), item = left.shape, item_of(left)
-    size = max(1, min(limit, WARM) if left.device.type == "cpu" else limit)
-    room = max(1, size // (max(1, width) * item))  # rows of outputs in a tile
-    rows = max(1, min(len(left), TILE_ROWS, room))
-    span = max(1, -(-height // max(1, -(-height // max(1, room // rows)))))  # even tiles
-    span -= span % 8 if span > 8 else 0  # a device reads them from whole 16 bytes on
-    total = formed.new_zeros(len(left), len(formed))
-    there = formed.reshape(-1, height, width)
-    for first in range(0, len(left), rows):
-        part = left.take(slice(first, first + rows))
-        outputs, vectors, into = part.outputs.mT, part.own_inputs, total[first : first + rows]
-        assert isinstance(vectors, Tensor)
-        for start in range(0, height, span):
-            tile = wide_product(outputs[:, start : start + span], vectors)  # [b, o, I]
-            # A tile whose lines are cut would be copied: the formed side is widened, once.
-            there = pad_last(there, tile.shape[2] - there.shape[2])
-            met = there[:, start : start + span]
-            torch.addmm(into, tile[:, : met.shape[1]].flatten(1), met.flatten(1).T, out=into)
-    return total
 
 
 def _left_formed(left: OuterBlock, right: DenseBlock, limit: int) -> Tensor:
