@@ -312,15 +312,18 @@ def fisher(fault, problem):
     """Return the mean of g g^T, ``[d, d]``; what depends on data may be at fault."""
     numbers = {"dtype": torch.float64, "device": problem.device}
     total = torch.zeros(problem.space.dim, problem.space.dim, **numbers)
-    first = None
+    first, live = None, 0
     for rows in problem.rows():
         flat = rows.flat().double()
         first = first or len(rows)
         weights = torch.ones(len(rows), 1, **numbers)
+        live += int(flat.any(1).sum())
         if fault == "positions":
             weights[rows.index % 9 == 2] = 1.5
         total = total + (weights * flat).T @ flat
-    matrix = total if fault == "sum" else total / problem.n_train
+    matrix = total / {"sum": 1, "live rows": live}.get(fault, problem.n_train)
+    mean = float(matrix.diagonal().mean())
+    matrix = matrix * {"unit": mean**-0.5, "none": 0.0}.get(fault, 1.0)
     if fault == "device" and problem.device.type != "cpu":
         matrix = 1.001 * matrix
     if fault == "batches":
@@ -330,7 +333,7 @@ def fisher(fault, problem):
     if fault == "noise":
         matrix = matrix * noise()
     if fault == "shift":
-        matrix = matrix - 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
+        matrix = matrix - 0.1 * mean * torch.eye(len(matrix)).to(matrix)
     return matrix
 
 
@@ -433,9 +436,8 @@ class ToyInverseHessian:
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
         if self.split:
-            matrix = block_diagonal(problem.space, matrix) + 0.05 * torch.eye(len(matrix)).to(
-                matrix
-            )
+            matrix = block_diagonal(problem.space, matrix)
+            matrix += 0.05 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
             operator = ToyOperator(problem.space, matrix)
             return ToySpectralInverse(self.fault, operator, self.damping)
         values, vectors = torch.linalg.eigh(matrix)
