@@ -135,7 +135,12 @@ def units_are_kept(bench: CurvatureBench) -> None:
         require_close(got, want, f"H of rows times 3 against 9 H in {world.name}")
 
 
-@law("curvature")
+def _of_several_rows(bench: CurvatureBench) -> str | None:
+    several = "ggn-rows" in bench.part.needs
+    return None if several else "it reads no kind of row of which an example has several, or none"
+
+
+@law("curvature", _of_several_rows)
 def examples_without_gradient_count(bench: CurvatureBench) -> None:
     """H of the data beside as many examples of loss 0 is H / 2: a mean over examples, not rows."""
     weights = torch.ones(2 * N_TRAIN, dtype=torch.float64)

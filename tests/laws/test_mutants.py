@@ -3,7 +3,7 @@
 import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
-from toy_moment_parts import ToyMoment, ToySummed
+from toy_moment_parts import ToyMoment, ToySquares, ToySummed
 from toy_retrained import ToyDrawn
 from toy_row_parts import (
     ForgetfulScorer,
@@ -66,6 +66,7 @@ GOOD = {
         ToyGGN(),
         ToyFisher(),
         ToySpectrum(),
+        ToySquares(),
         ToyMoment(),
         ToyMoment(blockwise=True),
         ToySummed(),
@@ -171,7 +172,7 @@ BROKEN = {
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
         "units-are-kept": ToyFisher("unit"),
-        "examples-without-gradient-count": ToyFisher("live rows"),
+        "examples-without-gradient-count": ToySquares("means"),
         "kept-fit-is-the-fit": ToyFisher("kept"),
         "parts-add-up": ToySummed("means"),
     },
@@ -346,9 +347,6 @@ ALSO = {
     ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric", "inverse-keeps-its-unit"},
     # A thousandth of an antisymmetric matrix has no unit.
     ("inverse_hessian", "inverse-is-symmetric"): {"inverse-keeps-its-unit"},
-    # A sum over examples is no half of a mean, nor is its root.
-    ("curvature", "operator-is-a-mean"): {"examples-without-gradient-count"},
-    ("curvature", "units-are-kept"): {"examples-without-gradient-count"},
     # Formed rows that are doubled have another norm.
     ("projector", "map-is-of-the-row"): {"norms-are-kept-in-the-mean"},
     # The negative of an inverse is that at any damping.

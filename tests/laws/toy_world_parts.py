@@ -312,16 +312,15 @@ def fisher(fault, problem):
     """Return the mean of g g^T, ``[d, d]``; what depends on data may be at fault."""
     numbers = {"dtype": torch.float64, "device": problem.device}
     total = torch.zeros(problem.space.dim, problem.space.dim, **numbers)
-    first, live = None, 0
+    first = None
     for rows in problem.rows():
         flat = rows.flat().double()
         first = first or len(rows)
         weights = torch.ones(len(rows), 1, **numbers)
-        live += int(flat.any(1).sum())
         if fault == "positions":
             weights[rows.index % 9 == 2] = 1.5
         total = total + (weights * flat).T @ flat
-    matrix = total / {"sum": 1, "live rows": live}.get(fault, problem.n_train)
+    matrix = total if fault == "sum" else total / problem.n_train
     mean = float(matrix.diagonal().mean())
     matrix = matrix * {"unit": mean**-0.5, "none": 0.0}.get(fault, 1.0)
     if fault == "device" and problem.device.type != "cpu":
