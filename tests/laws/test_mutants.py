@@ -112,6 +112,7 @@ BROKEN = {
         "both-sides-are-one-source": ToyFeatures("one role"),
         "sides-that-differ-show": ToySided("alike"),
         "rows-are-plain-numbers": ToySource("graph"),
+        "padding-does-not-show": ToyFeatures("length"),
         "space-is-true": ToySource("twice"),
         "aux-is-declared": ToySource("aux"),
         "rows-are-their-own": ToySource("centre"),

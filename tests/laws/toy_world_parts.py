@@ -84,8 +84,11 @@ class BoundToyFeatures:
     means: dict
 
     def stream(self, batch, role, sink):
+        mean = self.fault == "length" and isinstance(batch, dict)
+        length = batch["labels"].shape[1] if mean else 1  # padding counted too
+
         def centred(name, block):
-            values = block.dense().values
+            values = block.dense().values / length
             sink(name, DenseBlock(values - self.means[role].get(name, 0.0)))
 
         return self.bound.stream(batch, "train" if self.fault == "one role" else role, centred)
