@@ -17,6 +17,7 @@ from dattri_core.errors import DattriError, InputError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.kept_fits import KeptFits
 from dattri_core.measures import needs_inverse, needs_leverages
+from dattri_core.memory import is_out_of_memory
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.padding import require_unpadded
 from dattri_core.plans import MAXIMUM_BATCH, Costs
@@ -340,13 +341,13 @@ def _collected(
     """Return the rows of a few of some examples; an error says whose they are."""
     try:
         return collect(source, sample, index, role, device)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except DattriError as error:
-        if role == "test":  # says itself that it is of the target
+        if role == "test" or isinstance(error, MemoryError):  # says itself what it is of
             raise
         raise type(error)(f"{examples.name} data: {error}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         taker = "loss" if role == "train" else "target"
         raise InputError(
             f"{examples.name} data: the model or the {taker} does not take them: "
