@@ -17,6 +17,7 @@ from dattri_core.errors import DattriError, InputError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.kept_fits import KeptFits
 from dattri_core.measures import needs_inverse, needs_leverages
+from dattri_core.memory import is_out_of_memory
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.padding import require_unpadded
 from dattri_core.plans import MAXIMUM_BATCH, Costs
@@ -29,6 +30,7 @@ from dattri_core.protocols import (
     LinearMap,
     Projector,
     RandomStream,
+    Role,
     Scorer,
     Source,
 )
@@ -214,7 +216,7 @@ def fit_checkpoint(
             sampled_rows(bound, pool, task.device)
         if test is None:
             return
-        collect(bound, test.sample(1), torch.arange(1), "test", task.device)
+        _collected(bound, test, test.sample(1), torch.arange(1), "test", task.device)
         if isinstance(evaluator, Evaluator) and test.kind == "items":
             at, some = test.sampled(SAMPLE)
             require_unpadded(evaluator, test, at, move(some, task.device), "test")
@@ -321,22 +323,37 @@ def sampled_rows(
     """
     index, sample = examples.sampled(SAMPLE)
     sample = move(sample, device)
-    try:
-        rows = collect(source, sample, index, "train", device)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except DattriError as error:
-        raise type(error)(f"{examples.name} data: {error}") from error
-    except Exception as error:
-        raise InputError(
-            f"{examples.name} data: the model or the loss does not take them: "
-            f"{type(error).__name__}: {error}; give examples of the form of those that the method "
-            "was fitted on"
-        ) from error
+    rows = _collected(source, examples, sample, index, "train", device)
     evaluator = getattr(source, "evaluator", None)
     if isinstance(evaluator, Evaluator):
         require_unpadded(evaluator, examples, index, sample, "train", (source, rows))
     return sample, rows
+
+
+def _collected(
+    source: BoundSource,
+    examples: Examples,
+    sample: Batch,
+    index: Tensor,
+    role: Role,
+    device: torch.device,
+) -> Rows:
+    """Return the rows of a few of some examples; an error says whose they are."""
+    try:
+        return collect(source, sample, index, role, device)
+    except DattriError as error:
+        if role == "test" or isinstance(error, MemoryError):  # says itself what it is of
+            raise
+        raise type(error)(f"{examples.name} data: {error}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        taker = "loss" if role == "train" else "target"
+        raise InputError(
+            f"{examples.name} data: the model or the {taker} does not take them: "
+            f"{type(error).__name__}: {error}; give examples of the form of those that the method "
+            "was fitted on"
+        ) from error
 
 
 def passing(source: BoundSource, raw: Rows, activations: int) -> tuple[Rows, int]:

@@ -138,6 +138,20 @@ def learning_rates_are_read(bench: FoldBench) -> None:
     )
 
 
+@law("fold", _rated)
+def rates_keep_their_unit(bench: FoldBench) -> None:
+    """The fold at 3 times the learning rates is 3 times the fold, or, as of a mean, the same."""
+    want = bench.run(tiles(COUNT), RATES)
+    got = bench.run(tiles(COUNT), [3 * rate for rate in RATES])
+    gaps = [float((got - factor * want).abs().max()) for factor in (3, 1)]
+    require(
+        min(gaps) <= 1e-9 * float(want.abs().max()),
+        f"the fold at 3 times the learning rates differs by {gaps[0]:.3e} from 3 times the fold, "
+        f"and by {gaps[1]:.3e} from the fold; expected one of them, 0: scores are summed times "
+        "their rate, or averaged by it",
+    )
+
+
 @law("fold")
 def names_do_not_show(bench: FoldBench) -> None:
     """The fold is the same when checkpoints have other names: their place is their position."""

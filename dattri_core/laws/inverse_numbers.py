@@ -29,11 +29,13 @@ FLOAT32 = 2e-2
 """Largest relative difference of an inverse that is fitted in float32."""
 
 
-def _fitted(bench: InverseBench) -> str | None:
+def fitted(bench: InverseBench) -> str | None:
+    """Return why there is no curvature to invert, None where there is."""
     return None if bench.part.needs else "it is fitted on nothing: it inverts no curvature"
 
 
-def _damped(bench: InverseBench) -> str | None:
+def damped(bench: InverseBench) -> str | None:
+    """Return why a part cannot be made at another damping, None where it can."""
     return None if damping_path(bench.part) else "it has no field that is a Damping"
 
 
@@ -62,7 +64,7 @@ def _parts(part: Any) -> Iterator[Any]:
         yield from _parts(getattr(part, field.name))
 
 
-def _wholes(bench: InverseBench) -> Iterator[tuple[World, DenseProblem, Inverse]]:
+def wholes(bench: InverseBench) -> Iterator[tuple[World, DenseProblem, Inverse]]:
     """Yield the worlds where an inverse gives whole rows, with the inverse."""
     for world, problem in bench.places():
         inverse = bench.part.fit(problem)
@@ -70,7 +72,7 @@ def _wholes(bench: InverseBench) -> Iterator[tuple[World, DenseProblem, Inverse]
             yield world, problem, inverse
 
 
-def _at(bench: InverseBench, problem: DenseProblem, damping: Damping) -> Inverse:
+def at_damping(bench: InverseBench, problem: DenseProblem, damping: Damping) -> Inverse:
     """Return the part fitted at another damping, from the start where it has a field for it."""
     if damping_path(bench.part) is None:
         return bench.part.fit(problem).with_damping(damping)
@@ -82,7 +84,7 @@ def _at(bench: InverseBench, problem: DenseProblem, damping: Damping) -> Inverse
 @law("inverse_hessian", _of_whole_data)
 def inverse_is_symmetric(bench: InverseBench) -> None:
     """<A g, k> = <g, A k>."""
-    for world, problem, inverse in _wholes(bench):
+    for world, problem, inverse in wholes(bench):
         rows = problem.train_rows
         left, right = rows.take(slice(0, 4)), rows.take(slice(4, 8))
         one = inverse.apply(left).flat() @ right.flat().T
@@ -90,11 +92,11 @@ def inverse_is_symmetric(bench: InverseBench) -> None:
         require_close(other, one, f"<g, A k> in {world.name}", 1e-5)
 
 
-@law("inverse_hessian", _fitted, _exact)
+@law("inverse_hessian", fitted, _exact)
 def inverse_is_exact(bench: InverseBench) -> None:
     """(H + damping I) A g = g where it is exact: H the Hessian, the GGN, or the mean of g g^T."""
     name = _named(bench.part)
-    for world, problem, inverse in _wholes(bench):
+    for world, problem, inverse in wholes(bench):
         rows, flat = problem.train_rows, problem.train_rows.flat()
         matrix = flat.T @ flat / len(flat)
         for kind in ("hessian", "ggn"):
@@ -106,7 +108,7 @@ def inverse_is_exact(bench: InverseBench) -> None:
         require_close(got, want, f"A g against a dense solve in {world.name}", CLOSE)
 
 
-@law("inverse_hessian", _fitted, _damped)
+@law("inverse_hessian", fitted, damped)
 def damping_can_change(bench: InverseBench) -> None:
     """with_damping(d).apply = apply of a fresh fit at d."""
     for world, problem in bench.places():
@@ -115,16 +117,16 @@ def damping_can_change(bench: InverseBench) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 got = bench.part.fit(problem).with_damping(damping).apply(rows).flat()
-                want = _at(bench, problem, damping).apply(rows).flat()
+                want = at_damping(bench, problem, damping).apply(rows).flat()
             require_close(got, want, f"A at {damping} in {world.name}", CLOSE)
 
 
-@law("inverse_hessian", _fitted)
+@law("inverse_hessian", fitted)
 def damping_wins_in_the_end(bench: InverseBench) -> None:
     """damping A g -> g as damping -> infinity."""
-    for world, problem, _ in _wholes(bench):
+    for world, problem, _ in wholes(bench):
         rows = problem.train_rows
-        got = LARGE * _at(bench, problem, Damping(LARGE)).apply(rows).flat()
+        got = LARGE * at_damping(bench, problem, Damping(LARGE)).apply(rows).flat()
         require_close(got, rows.flat(), f"damping times A g in {world.name}", CLOSE)
 
 

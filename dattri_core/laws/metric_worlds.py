@@ -13,7 +13,7 @@ from dattri_core.errors import InputError
 from dattri_core.experiment import Counterfactual, Evidence, MetricResult
 from dattri_core.laws.evaluated import N_TEST, N_TRAIN, Array, LeastSquares
 from dattri_core.laws.law import NotApplicable, law, require
-from dattri_core.laws.metrics import DEVIATIONS, DRAWS, MetricBench, same_result
+from dattri_core.laws.metrics import DEVIATIONS, DRAWS, TOLERANCE, MetricBench, same_result
 
 SIGNS = np.array([-1.0] * 3 + [1.0] * (N_TEST - 3))
 """Turn the scores of some tests, so that it shows which tests count."""
@@ -97,11 +97,21 @@ def float32_scores_are_judged_alike(bench: MetricBench) -> None:
 
 @law("metric")
 def constant_scores_are_judged(bench: MetricBench) -> None:
-    """Scores that are all 0, or 0 for one test, give finite numbers, or an `InputError`."""
+    """Scores all 0, or 0 for one test: finite numbers, none above all random ones, or refused."""
     one = np.ones(N_TEST)
     one[2] = 0.0
-    for what, factor in (("all 0", 0.0), ("all 0 for one test", one)):
-        _require_finite(bench, bench.informed(factor), f"scores that are {what}")
+    _require_finite(bench, bench.informed(one), "scores that are all 0 for one test")
+    found = _require_finite(bench, bench.informed(0.0), "scores that are all 0")
+    if found is None:
+        return
+    good = 1.0 if found.higher_is_better else -1.0
+    draws = [bench.part.measure(bench.uninformed(seed)).value for seed in range(DRAWS)]
+    best = good * max(good * value for value in draws)
+    require(
+        good * (found.value - best) <= TOLERANCE,
+        f"scores that are all 0 have {found.value}, the best of {DRAWS} random ones {best}: "
+        "silence is rewarded; count ties as half won, or as 0",
+    )
 
 
 @law("metric")
@@ -113,11 +123,12 @@ def few_tests_are_judged_or_refused(bench: MetricBench) -> None:
         _require_finite(bench, bench.informed(evaluated=few), f"a world of {count} tests")
 
 
-def _require_finite(bench: MetricBench, evidence: Evidence, what: str) -> None:
+def _require_finite(bench: MetricBench, evidence: Evidence, what: str) -> MetricResult | None:
+    """Return what a metric says, None where it refuses; raise `LawBroken` for anything else."""
     try:
-        found = bench.part.measure(evidence)
+        found: MetricResult = bench.part.measure(evidence)
     except InputError:
-        return
+        return None
     except Exception as error:
         require(False, f"{what}: it raises {error!r}, expected numbers or an InputError")
     numbers = (found.low, found.value, found.high, found.chance)
@@ -126,6 +137,27 @@ def _require_finite(bench: MetricBench, evidence: Evidence, what: str) -> None:
         f"{what}: the value is {found}, chance {found.chance}; expected finite numbers, or an "
         "InputError",
     )
+    return found
+
+
+@frozen(eq=False)
+class SumsOfScores:
+    """The `Outcomes` of models whose margin is a sum over their train set, without noise.
+
+    Args:
+        scores: What each train example adds, ``[n_train, n_test]``.
+        left: Share of the sum of absolute scores that the margin of the whole train set is.
+    """
+
+    scores: Array
+    left: float = 0.1
+
+    def outcomes(self, counterfactuals: Sequence[Counterfactual], target: str) -> Array:
+        """Return the margin, whether it is above zero, or minus it as a loss, ``[k, n_test]``."""
+        without = ~np.stack([one.mask for one in counterfactuals])
+        margin: Array = self.left * np.abs(self.scores).sum(0) - without @ self.scores
+        found: dict[str, Array] = {"margin": margin, "correct": (margin > 0) * 1.0, "loss": -margin}
+        return found[target]
 
 
 @frozen(eq=False)
@@ -165,6 +197,23 @@ def _asks_no_models(bench: MetricBench) -> str | None:
 
 def _judges_by_truth(bench: MetricBench) -> str | None:
     return "it compares a method with itself" if "attribute" in bench.part.needs else None
+
+
+@law("metric", _asks_no_models, _judges_by_truth)
+def scores_that_add_up_are_judged_best(bench: MetricBench) -> None:
+    """Where outcomes are sums of scores over train sets, no random scores are judged better."""
+    scores = bench.informed().scores
+    sums = SumsOfScores(scores)
+    found = bench.part.measure(evolve(bench.informed(), outcomes=sums))
+    good = 1.0 if found.higher_is_better else -1.0
+    draws = [evolve(bench.uninformed(seed), outcomes=sums) for seed in range(DRAWS)]
+    values = [bench.part.measure(one).value for one in draws]
+    best = good * max(good * value for value in values)
+    require(
+        good * (found.value - best) >= -TOLERANCE,
+        f"scores that outcomes are the sums of have {found.value}, the best of {DRAWS} random ones "
+        f"{best}; pair each test, and each train set, with the outcomes of its own",
+    )
 
 
 @law("metric", _asks_no_models, _judges_by_truth)

@@ -164,15 +164,23 @@ def _drawn(bench: ProjectorBench) -> str | None:
 @law("projector", _drawn)
 def norms_are_kept_in_the_mean(bench: ProjectorBench) -> None:
     """E |P g|^2 = |g|^2 over the streams of random numbers, to 5 standard errors."""
-    rows = toy_rows(3)
-    want = rows.flat().square().sum(1)
-    found = torch.stack(
-        [bench.build(seed).map(rows).flat().double().square().sum(1) / want for seed in _seeds()]
-    )
+    # Of random rows; of a row of ones, where numbers that are added up without a sign show most;
+    # and in the mean over unit rows, where a wrong scale does.
+    flat = torch.cat([toy_rows(3).flat(), torch.ones(1, SPACE.dim).double()])
+    flat = torch.cat([flat, torch.eye(SPACE.dim, dtype=torch.float64)])
+    rows = Rows.from_flat(SPACE, flat, torch.arange(len(flat)) + 100)
+    ratios = torch.stack([_ratios(bench.build(seed), rows) for seed in _seeds()])
+    found = torch.cat([ratios[:, :4], ratios[:, 4:].mean(1, keepdim=True)], 1)
     error = DEVIATIONS * found.std(0) / len(found) ** 0.5 + 1e-9
     gap = (found.mean(0) - 1).abs()
-    said = f"mean |P g|^2 / |g|^2 over {len(found)} streams: {found.mean(0).tolist()}"
+    said = f"mean |P g|^2 / |g|^2 over {len(found)} streams, of three random rows, a row of ones "
+    said += f"and unit rows: {found.mean(0).tolist()}"
     require(bool((gap <= error).all()), f"{said}, expected 1 to {error.tolist()}")
+
+
+def _ratios(built: LinearMap, rows: Rows) -> Tensor:
+    """Return |P g|^2 / |g|^2 of every row, ``[B]``."""
+    return built.map(rows).flat().double().square().sum(1) / rows.flat().square().sum(1)
 
 
 def _seeds() -> range:

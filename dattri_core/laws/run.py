@@ -28,6 +28,8 @@ from dattri_core.laws import (
     solvers,
     source_sides,
     sources,
+    targets,
+    weighted,
 )
 from dattri_core.laws.global_state import settings_kept
 from dattri_core.laws.law import LAWS, Law, LawBroken, NotApplicable
@@ -38,7 +40,16 @@ from dattri_core.methods import method
 from dattri_core.registry import Registry, default_registry, using
 
 # laws of kinds whose bench is elsewhere
-_MORE = (fingerprints, inverse_numbers, keeping, metric_worlds, pools, source_sides)
+_MORE = (
+    fingerprints,
+    inverse_numbers,
+    keeping,
+    metric_worlds,
+    pools,
+    source_sides,
+    targets,
+    weighted,
+)
 BENCHES: dict[str, Callable[[Any], Any]] = {
     "source": sources.SourceBench,
     "projector": projectors.ProjectorBench,

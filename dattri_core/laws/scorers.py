@@ -253,7 +253,7 @@ def queries_are_their_own(bench: ScorerBench) -> None:
 
 @law("scorer")
 def an_example_helps_itself(bench: ScorerBench) -> None:
-    """score(g, g) >= 0, and -g never helps g more than g does; no weight is below 0."""
+    """score(g, g) >= 0, -g never helps g more than g does, nor all g as much; no weight < 0."""
     rows = toy_rows(4)
     scored = bench.scored(rows, rows)
     own = scored.values.diagonal()
@@ -263,6 +263,13 @@ def an_example_helps_itself(bench: ScorerBench) -> None:
         require(not turns, f"weights {scored.weight.tolist()}, expected none below 0")
     against = bench.scored(rows.scale(torch.full((4,), -1.0)), rows).values.diagonal()
     require(bool((against <= own).all()), f"-g helps g more than g: {against.tolist()}")
+    # Scores of the train row alone have no sign to lose, and of neighbours there may be too few.
+    of_pairs = _tile(bench) is None and bool((scored.values != scored.values[:, :1]).any())
+    of_pairs = of_pairs and bool(own.any() or against.any())
+    require(
+        not of_pairs or bool((against < own).any()),
+        f"-g helps every g as much as g does, {own.tolist()}: the sign of the pair is lost",
+    )
 
 
 @law("scorer")

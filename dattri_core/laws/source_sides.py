@@ -7,10 +7,11 @@ from attrs import evolve
 
 from dattri_core.batch import take
 from dattri_core.blocks import Block
+from dattri_core.errors import InputError, SpecError
 from dattri_core.laws.law import NotApplicable, law, require, require_close
 from dattri_core.laws.sources import SourceBench, flat_of, of_the_loss
 from dattri_core.laws.untouched import require_frozen
-from dattri_core.laws.worlds import World, cast, scaled
+from dattri_core.laws.worlds import World, cast, language, padded, scaled
 from dattri_core.losses import Target
 from dattri_core.protocols import BoundSource, Role
 from dattri_core.source_capabilities import DataSource, sides_differ
@@ -48,6 +49,25 @@ def sample_does_not_show(bench: SourceBench) -> None:
             want = flat_of(bound, world.train, role)
             what = f"{role} rows bound with another sample in {world.name}"
             require_close(flat_of(again, world.train, role), want, what)
+
+
+@law("source")
+def padding_does_not_show(bench: SourceBench) -> None:
+    """Rows of sequences = those in a batch of two more tokens that mask and labels leave out."""
+    world = language()
+    near, far = (padded(world.train, count) for count in (0, 2))
+    there = evolve(world, train=near, test=padded(world.test, 0))
+    try:
+        bound = bench.bind(there.task(), there)
+    except SpecError as error:
+        raise NotApplicable(f"it cannot be bound to sequences: {error}") from None
+    for role in ROLES:
+        want = flat_of(bound, near, role)
+        try:
+            got = flat_of(bound, far, role)
+        except InputError as error:
+            raise NotApplicable(f"it refuses sequences of another length: {error}") from None
+        require_close(got, want, f"{role} rows of a batch that is padded")
 
 
 def _of_one_kind(bench: SourceBench) -> str | None:

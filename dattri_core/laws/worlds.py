@@ -206,7 +206,7 @@ def network() -> World:
 
 
 class _LanguageModel(nn.Module):
-    """Tokens in, logits out; position t sees the mean of the tokens up to t."""
+    """Tokens in, logits out; position t sees the mean of the tokens up to t, so no padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class _LanguageModel(nn.Module):
         self.layer_norm = nn.LayerNorm(3)
         self.head = nn.Linear(3, 6, bias=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         tokens = self.embedding(input_ids)
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=tokens.dtype)
         seen = tokens.cumsum(1) / steps[:, None]
@@ -239,6 +239,21 @@ def language() -> World:
         sequences(N_TRAIN, 31),
         sequences(N_TEST, 32),
     )
+
+
+def padded(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return sequences with so many further tokens, which mask and labels say are none."""
+
+    def longer(values: Tensor, filler: int) -> Tensor:
+        return nn.functional.pad(values, (0, count), value=filler)
+
+    tokens, labels = batch["input_ids"], batch["labels"]
+    mask = longer(torch.ones_like(tokens), 0)
+    return {
+        "input_ids": longer(tokens, 3),
+        "labels": longer(labels, -100),
+        "attention_mask": mask,
+    }
 
 
 class _Classifier(nn.Module):

@@ -206,12 +206,20 @@ def test_weights_given_as_checkpoints_may_change_later():
     assert torch.equal(fitted.attribute(test).values, before)
 
 
-def test_a_test_set_that_does_not_fit_is_refused_before_the_fit():
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda x, y: (x[:, :-1], y), "RuntimeError: .*shapes cannot be multiplied"),
+        (lambda x, y: (x, torch.full_like(y, 99)), "IndexError: .*out of bounds"),
+    ],
+)
+def test_a_test_set_that_does_not_fit_is_refused_by_name_before_the_fit(spoil, reason):
     gram = Gram()
-    task, train, _ = world(N, M)
+    task, train, test = world(N, M)
     method = Method(inverse_hessian=inverse(gram))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        method.attribute(task, train, examples(M, inputs=7))
+    message = f"^test data: the model or the target does not take them: {reason}.*; give "
+    with pytest.raises(InputError, match=message):
+        method.attribute(task, train, spoil(*test))
     assert gram.counts["fit"] == 0
 
 

@@ -96,6 +96,19 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
     assert len(calls) == 1
 
 
+def test_lack_of_memory_is_not_taken_for_a_fault_of_the_test_set():
+    def target(model, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    asked = dattri.Task(
+        task(lambda model, batch: model(batch[0])).model,
+        target=dattri.Target(target, higher_is_better=True),
+    )
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        dattri.attribute(asked, TRAIN, TEST, method="grad-dot")
+    assert not isinstance(caught.value, dattri.InputError)
+
+
 # --- peak memory ----------------------------------------------------------------------------------
 MIB = 2**20
 WIDTH = 64

@@ -3,7 +3,7 @@
 import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
-from toy_moment_parts import ToyMoment, ToySummed
+from toy_moment_parts import ToyMoment, ToySquares, ToySummed
 from toy_retrained import ToyDrawn
 from toy_row_parts import (
     ForgetfulScorer,
@@ -66,6 +66,7 @@ GOOD = {
         ToyGGN(),
         ToyFisher(),
         ToySpectrum(),
+        ToySquares(),
         ToyMoment(),
         ToyMoment(blockwise=True),
         ToySummed(),
@@ -111,6 +112,7 @@ BROKEN = {
         "both-sides-are-one-source": ToyFeatures("one role"),
         "sides-that-differ-show": ToySided("alike"),
         "rows-are-plain-numbers": ToySource("graph"),
+        "padding-does-not-show": ToyFeatures("length"),
         "space-is-true": ToySource("twice"),
         "aux-is-declared": ToySource("aux"),
         "rows-are-their-own": ToySource("centre"),
@@ -170,6 +172,8 @@ BROKEN = {
         "device-does-not-show": ToyGGN("device"),
         "fit-is-repeatable": ToyFisher("noise"),
         "operator-is-positive": ToyFisher("shift"),
+        "units-are-kept": ToyFisher("unit"),
+        "examples-without-gradient-count": ToySquares("means"),
         "kept-fit-is-the-fit": ToyFisher("kept"),
         "parts-add-up": ToySummed("means"),
     },
@@ -211,6 +215,8 @@ BROKEN = {
         "damping-wins-in-the-end": ToyInverseHessian("floor"),
         "zero-stays-zero": ToyInverseHessian("zero"),
         "stats-are-finite": ToyInverseHessian("stats"),
+        "curvature-is-felt": ToyInverseHessian("none"),
+        "inverse-keeps-its-unit": ToyInverseHessian("unit"),
         "float32-apply-is-close": ToyInverseHessian("wide"),
         "apply-is-of-single-rows": ToyInverseHessian("alone"),
         "blockwise-is-true": ToyInverseHessian("leak", blockwise=True),
@@ -249,6 +255,7 @@ BROKEN = {
         "facts-are-declared": ToyFold("order"),
         "needs-are-all-it-reads": ToyFold("asks late"),
         "learning-rates-are-read": ToyFold("unread", rated=True),
+        "rates-keep-their-unit": ToyFold("square", rated=True),
         "names-do-not-show": ToyFold("name"),
         "counts-are-alike": ToyFold("three"),
         "one-checkpoint-is-itself": ToyFold("double"),
@@ -274,6 +281,7 @@ BROKEN = {
         "memory-does-not-show": ToyAttributor(PLAIN, "memory"),
         "scores-are-repeatable": ToyAttributor(PLAIN, "noise"),
         "target-has-a-direction": ToyAttributor(PLAIN, "sign"),
+        "target-is-of-test-examples": ToyAttributor(PLAIN, "sides"),
         "an-example-helps-itself": ToyAttributor(PLAIN, "negative"),
         "self-influence-is-the-diagonal": ToyFitting(PLAIN, "own"),
         "a-pool-is-scored-by-the-fit": ToyFitting(PLAIN, "pool"),
@@ -315,6 +323,7 @@ BROKEN = {
         "constant-scores-are-judged": ToyDetection("constant"),
         "few-tests-are-judged-or-refused": ToyDetection("one test"),
         "direction-of-the-target-is-heeded": ToyRemoval("target"),
+        "scores-that-add-up-are-judged-best": ToyRemoval("neighbour"),
         "metric-is-repeatable": ToyDetection("noise"),
         "evidence-is-untouched": ToyDetection("in place"),
         "scale-does-not-show": ToyDetection("threshold"),
@@ -336,7 +345,11 @@ ALSO = {
     ("source", "rows-are-repeatable"): {"moved-rows-are-bound-rows"},
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
-    ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric"},
+    ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric", "inverse-keeps-its-unit"},
+    # A thousandth of an antisymmetric matrix has no unit.
+    ("inverse_hessian", "inverse-is-symmetric"): {"inverse-keeps-its-unit"},
+    # Formed rows that are doubled have another norm.
+    ("projector", "map-is-of-the-row"): {"norms-are-kept-in-the-mean"},
     # The negative of an inverse is that at any damping.
     ("inverse_hessian", "inverse-is-positive-where-the-loss-is-convex"): {
         "damping-wins-in-the-end"

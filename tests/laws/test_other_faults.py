@@ -2,11 +2,14 @@
 
 import pytest
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
-from toy_row_parts import ToyFold, ToyScorer
+from toy_row_parts import ToyFlatProjector, ToyFold, ToyScorer
 
 from dattri_core.laws import check
 
 FAULTS = [
+    ("projector", ToyFlatProjector("scale"), "norms-are-kept-in-the-mean"),
+    ("projector", ToyFlatProjector("unsigned"), "norms-are-kept-in-the-mean"),
+    ("scorer", ToyScorer("absolute"), "an-example-helps-itself"),
     ("scorer", ToyScorer("itself"), "positions-do-not-show"),
     ("scorer", ToyScorer("floor"), "scale-keeps-order-and-sign"),
     ("scorer", ToyScorer("tile weight", weighs=True), "tiles-are-their-own"),
@@ -23,6 +26,7 @@ FAULTS = [
     ("metric", ToyDetection("in world"), "evidence-is-untouched"),
     ("metric", ToyDetection("mode"), "evidence-is-untouched"),
     ("metric", ToyDetection("squares"), "scale-does-not-show"),
+    ("metric", ToyDetection("silence"), "constant-scores-are-judged"),
     ("metric", ToyRemoval("margin"), "direction-of-the-target-is-heeded"),
     ("metric", ToyRemoval("first tests"), "order-of-examples-does-not-show"),
     ("setting", ToySetting("trains globally"), "global-randomness-is-left-alone"),

@@ -86,6 +86,8 @@ class ToyDetection:
         flat = np.ptp(scores, axis=0).min() == 0
         if (self.fault == "constant" and flat) or (self.fault == "one test" and len(hits) == 1):
             share = np.nan
+        if self.fault == "silence" and flat:
+            share = 1.0
         chance = (labels[0][:, None] == labels[1]).mean()
         low, high = INTERVALS.get(self.fault, (0.0, 1.0))
         return MetricResult(
@@ -121,6 +123,8 @@ class ToyRemoval:
         if self.fault != "target" and not world.retraining.targets[target]:
             found = -found
         lost = found[0] - found[1:]
+        if self.fault == "neighbour":
+            lost = np.roll(lost, 9, axis=0)
         one = lost[scores.argmax(0), np.arange(len(scores.T))]
         value = float(one[:3].mean() if self.fault == "first tests" else one.mean())
         return MetricResult(value, value, value, float(lost.mean()), 0.95)

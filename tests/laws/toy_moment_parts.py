@@ -34,6 +34,25 @@ class ToySummed:
 
 
 @frozen
+class ToySquares:
+    """The diagonal of the GGN from its rows, of which an example has as many as it needs."""
+
+    fault: str = ""
+    needs = frozenset({"ggn-rows"})
+    exact = False
+
+    def gives(self, space):
+        return frozenset({"apply", "dense"})
+
+    def fit(self, problem):
+        parts = [rows.flat().double().square() for rows in problem.rows(kind="ggn")]
+        squares = torch.cat(parts)
+        # Broken: a mean over rows in place of examples.
+        count = len(squares) if self.fault == "means" else problem.n_train
+        return ToyMatrix("", problem.space, torch.diag(squares.sum(0) / count))
+
+
+@frozen
 class ToyMoment:
     """The mean of g g^T, or its diagonal blocks, as rows."""
 

@@ -76,7 +76,10 @@ class ToyFlatProjector:
     def build(self, space, *, stream, device):
         size = (3, space.dim)
         matrix = torch.randn(*size, generator=stream.generator(), dtype=torch.float64).to(device)
-        matrix = (37 if self.fault == "large" else 1) * matrix / 3**0.5
+        if self.fault == "unsigned":
+            hashed = torch.randint(3, (space.dim,), generator=stream.generator("hash"))
+            matrix = 3**0.5 * torch.nn.functional.one_hot(hashed, 3).T.double().to(device)
+        matrix = {"large": 37, "scale": 1.1}.get(self.fault, 1) * matrix / 3**0.5
         return ToyFlatMap(self.fault, space, self.out_space(space), matrix)
 
 
@@ -210,6 +213,8 @@ class ToyScorer:
             values = values / values.abs().amax(1, keepdim=True).clamp_min(1e-12)
         if self.fault == "negative":
             values = -values
+        if self.fault == "absolute":
+            values = values.abs()
         if self.fault == "threshold":
             values = values.sign() * (values.abs() - 1).clamp_min(0)
         if self.fault == "noise":
@@ -277,7 +282,7 @@ class ToyFold:
             weight = scored.weight.unsqueeze(1)
             values = values * (weight.sqrt() if self.fault == "root" else weight)
         if self.rated and self.fault != "unread":
-            values = values * snapshot.learning_rate
+            values = values * snapshot.learning_rate ** (2 if self.fault == "square" else 1)
         if self.fault == "asks late":
             values = values * (snapshot.learning_rate or 1.0)
         if self.fault == "weighs" and scored.weight is not None:
@@ -328,6 +333,9 @@ class ToyAttributor:
     def attribute(self, task, train, test, **settings):
         if self.fault == "eval":
             task.model.eval()
+        if self.fault == "sides" and task.target is not None:
+            sign, asked = task.sign, task.target
+            task = task.with_(loss=lambda m, b: sign * asked.function(m, b), target=asked)
         scores = self.inner.attribute(task, train, test, **settings)
         values = torch.as_tensor(scores.values).clone()
         if self.fault == "device" and task.device.type != "cpu":

@@ -84,8 +84,11 @@ class BoundToyFeatures:
     means: dict
 
     def stream(self, batch, role, sink):
+        mean = self.fault == "length" and isinstance(batch, dict)
+        length = batch["labels"].shape[1] if mean else 1  # padding counted too
+
         def centred(name, block):
-            values = block.dense().values
+            values = block.dense().values / length
             sink(name, DenseBlock(values - self.means[role].get(name, 0.0)))
 
         return self.bound.stream(batch, "train" if self.fault == "one role" else role, centred)
@@ -321,6 +324,8 @@ def fisher(fault, problem):
             weights[rows.index % 9 == 2] = 1.5
         total = total + (weights * flat).T @ flat
     matrix = total if fault == "sum" else total / problem.n_train
+    mean = float(matrix.diagonal().mean())
+    matrix = matrix * {"unit": mean**-0.5, "none": 0.0}.get(fault, 1.0)
     if fault == "device" and problem.device.type != "cpu":
         matrix = 1.001 * matrix
     if fault == "batches":
@@ -330,7 +335,7 @@ def fisher(fault, problem):
     if fault == "noise":
         matrix = matrix * noise()
     if fault == "shift":
-        matrix = matrix - 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
+        matrix = matrix - 0.1 * mean * torch.eye(len(matrix)).to(matrix)
     return matrix
 
 
@@ -433,9 +438,8 @@ class ToyInverseHessian:
         if self.blockwise:
             matrix = block_diagonal(problem.space, matrix)
         if self.split:
-            matrix = block_diagonal(problem.space, matrix) + 0.05 * torch.eye(len(matrix)).to(
-                matrix
-            )
+            matrix = block_diagonal(problem.space, matrix)
+            matrix += 0.05 * matrix.diagonal().mean() * torch.eye(len(matrix)).to(matrix)
             operator = ToyOperator(problem.space, matrix)
             return ToySpectralInverse(self.fault, operator, self.damping)
         values, vectors = torch.linalg.eigh(matrix)

@@ -27,6 +27,7 @@ from dattri_parts.curvatures.uncovered import (
     Uncovered,
     require_room,
     uncovered_eigenvalues,
+    without_unit,
 )
 
 
@@ -62,6 +63,11 @@ class EKFAC:
 
     def __attrs_post_init__(self) -> None:
         check_draws(self.fisher, self.draws)
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return which laws do not hold, and why."""
+        return without_unit(self.uncovered)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -25,6 +26,7 @@ from dattri_parts.curvatures.uncovered import (
     Uncovered,
     require_room,
     uncovered_eigenvalues,
+    without_unit,
 )
 
 Approximation = Literal["expand", "reduce"]
@@ -68,6 +70,11 @@ class KFAC:
 
     def __attrs_post_init__(self) -> None:
         check_draws(self.fisher, self.draws)
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return which laws do not hold, and why."""
+        return without_unit(self.uncovered)
 
     @property
     def needs(self) -> frozenset[str]:

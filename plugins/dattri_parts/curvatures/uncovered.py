@@ -83,6 +83,14 @@ class Cover:
         )
 
 
+def without_unit(uncovered: Uncovered) -> Mapping[str, str]:
+    """Return which laws a curvature with such blocks does not keep, and why: ones have no unit."""
+    if uncovered != "identity":
+        return {}
+    laws = ("units-are-kept", "examples-without-gradient-count")
+    return dict.fromkeys(laws, "H is 1 in blocks that have no factors, whatever the rows are")
+
+
 def uncovered_eigenvalues(
     problem: Problem, cover: Cover, uncovered: Uncovered, squares: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
