@@ -336,6 +336,10 @@ class ModelProblem(Problem, Protocol):
         """Return the weights and buffers of the checkpoint, as a state dict."""
         ...
 
+    def epsilon(self) -> float:
+        """Return the epsilon of the dtype of fewest digits in a forward pass of the model."""
+        ...
+
     def batches(self) -> Iterator[Any]:
         """Read the whole train set in order, batch by batch, on the device of the rows."""
         ...

@@ -133,19 +133,7 @@ class FittedMethod:
         fitted = FittedMethod.fit(
             method, task, train, memory=memory, progress=False, store=store, lazy=True
         )
-        probe = fit_checkpoint(
-            method.source,
-            method.chain,
-            method.seed,
-            task,
-            fitted._first(),
-            fitted.train,
-            fitted.budget // FIT_SHARE,
-            plan_only=True,
-            keeping=fitted._keeping(fitted._first()),
-            reference=fitted.reference,
-        )
-        return fitted._plan(probe, Examples.of(test, "test"), request, out)
+        return fitted._plan(fitted._probe(), Examples.of(test, "test"), request, out)
 
     @property
     def stats(self) -> list[Mapping[str, float]]:
@@ -384,6 +372,21 @@ class FittedMethod:
                 )
         return self._scored(self._held)
 
+    def _probe(self) -> Fitted:
+        """Return the first checkpoint without a fit, from a few examples: its costs and space."""
+        return fit_checkpoint(
+            self.method.source,
+            self.method.chain,
+            self.method.seed,
+            self.task,
+            self._first(),
+            self.train,
+            self.budget // FIT_SHARE,
+            plan_only=True,
+            keeping=self._keeping(self._first()),
+            reference=self.reference,
+        )
+
     def _scored(self, held: Fitted) -> Fitted:
         """Return what is fitted, with the pool in place of its train set where there is one."""
         if self._pool is None:
@@ -426,6 +429,8 @@ class FittedMethod:
             if self._held is None:  # sums run as they did, so that not a bit differs
                 run = run_folder(Path(out))
                 self.budget = of_first(budget_of(run, self.budget) if leads() else 0)
+                if (there := self._finished(examples, request, Path(out))) is not None:
+                    return there
         runner = self._runner(examples, request, out)
 
         def work() -> dict[str, Scores]:
@@ -436,25 +441,30 @@ class FittedMethod:
 
         return runner.announced(work, lambda found: next(iter(found.values())).provenance)
 
+    def _finished(self, test: Examples, request: Request, out: Path) -> dict[str, Scores] | None:
+        """Return the finished scores of this very call, where they are there: none is fitted."""
+        if processes_now() is not None or run_folder(out).exists() or not out.is_dir():
+            return None
+        runner = self._runner(test, request, out, probe=self._probe())
+        there = runner.finished(out)
+        if there is None:
+            return None
+        return runner.announced(lambda: {WHOLE: there}, lambda found: found[WHOLE].provenance)
+
     def _runner(
-        self, test: Examples, request: Request, out: str | Path | None, k: int | None = None
+        self,
+        test: Examples,
+        request: Request,
+        out: str | Path | None,
+        k: int | None = None,
+        probe: Fitted | None = None,
     ) -> Runner:
         """Return what computes the scores, or the ``k`` extremes of each query; fits if needed."""
-        first = self._fit(self._first(), test)
+        first = self._fit(self._first(), test) if probe is None else probe
         first.require_same_weights()
         plan = self._plan(first, test, request, out, k)
-        provenance = provenance_of(
-            self.method,
-            self.task,
-            self.checkpoints,
-            first,
-            self.train,
-            test,
-            self.reference,
-            request,
-            self.store,
-            self.fitted_on,
-        )
+        sides = (self.method, self.task, self.checkpoints, first, self.train, test)
+        provenance = provenance_of(*sides, self.reference, request, self.store, self.fitted_on)
         dampings = [dampings_between(self.method.chain, m.chain) for m in request.methods]
         run = Run(
             checkpoints=self.checkpoints,
@@ -486,15 +496,5 @@ class FittedMethod:
         out: str | Path | None,
         k: int | None = None,
     ) -> Plan:
-        return plan_run(
-            fitted,
-            self.method.scorer,
-            request,
-            test,
-            self.checkpoints,
-            self.budget,
-            self.task.device,
-            len(self.train),
-            out,
-            k,
-        )
+        sizes = (self.checkpoints, self.budget, self.task.device, len(self.train))
+        return plan_run(fitted, self.method.scorer, request, test, *sizes, out, k)

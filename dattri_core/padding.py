@@ -23,8 +23,9 @@ LOOSE_HALF = 0.3
 FLOOR = 1e-6
 """Length of a row up to which it is rounding, times the root of the numbers in it and the unit."""
 CURE = (
-    "mask padding in the model and in the loss (an attention mask; a mean over the tokens that are "
-    "there, not over the padded length), or pad all examples to one length in the data set"
+    "mask padding in the model and in the loss (an attention mask, and position_ids where padding "
+    "comes first; a mean over the tokens that are there, not over the padded length), or pad all "
+    "examples to one length in the data set"
 )
 
 

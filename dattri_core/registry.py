@@ -165,6 +165,11 @@ class Registry:
     @property
     def broken_note(self) -> str:
         """Return the end of a 'no such name' message: the plugins that might have had it."""
+        if not self._plugins:
+            return (
+                "; no plugin is found, not even those of dattri-core: it is imported from a folder "
+                "and not installed; pip install it"
+            )
         return f"; plugins that failed to load: {'; '.join(self.problems)}" if self.problems else ""
 
     # --- use ------------------------------------------------------------------------------------

@@ -154,6 +154,22 @@ class Runner:
             self._know_contents()
             return self._to_folder(out, first)
 
+    def finished(self, out: Path) -> Scores | None:
+        """Return the finished scores of the same call, where they are there.
+
+        Raises:
+            StoreError: Another process writes them.
+        """
+        alone = os.access(out.parent, os.W_OK)  # else nobody writes there, and no lock is needed
+        lock = sole_writer(run_folder(out), f"scores {str(out)!r}") if alone else nullcontext()
+        with lock:
+            self._know_contents()
+            for path in (out, run_folder(out)) if alone else ():
+                discard_leftovers(path)
+            if run_folder(out).exists():
+                return None
+            return _finished_before(out, self.provenance, tell=False)
+
     def _know_contents(self) -> None:
         contents: dict[str, Any] = {
             "train": self.run.train.content,
@@ -343,8 +359,8 @@ def contractions(budget: int, device: torch.device) -> int:
     return min(DEFAULT_LIMIT if device.type == "cpu" else DEVICE_LIMIT, budget // 16)
 
 
-def _finished_before(out: Path, facts: Mapping[str, Any]) -> Scores | None:
-    """Return the finished scores of the same call, where they are there; warn of others.
+def _finished_before(out: Path, facts: Mapping[str, Any], *, tell: bool = True) -> Scores | None:
+    """Return the finished scores of the same call, where they are there; else tell of others.
 
     The fingerprints cover weights, data and method, not the code of the model and of the loss, so
     what is returned is said.
@@ -358,11 +374,12 @@ def _finished_before(out: Path, facts: Mapping[str, Any]) -> Scores | None:
     now = json.loads(json.dumps(facts))
     changed = [name for name in now if held.provenance.get(name) != now[name]]
     if changed:
-        warnings.warn(
-            f"attribute: out={str(out)!r} holds finished scores with another "
-            f"{' and another '.join(changed)}; they are replaced once the new ones are whole",
-            stacklevel=2,
-        )
+        if tell:
+            warnings.warn(
+                f"attribute: out={str(out)!r} holds finished scores with another "
+                f"{' and another '.join(changed)}; they are replaced once the new ones are whole",
+                stacklevel=2,
+            )
         return None
     warnings.warn(
         f"attribute: out={str(out)!r} holds the finished scores of this very call, which are "

@@ -117,3 +117,50 @@ def test_padding_that_counts_is_refused_in_half_precision_too(how):
         dattri.attribute(
             Task(Narrow(how, masked=False)), loader(UNEQUAL), loader(EQUAL), method="grad-dot"
         )
+
+
+class Positions(nn.Module):
+    """Words and learned positions, counted from the left end unless they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(11, 4), nn.Embedding(12, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        hidden = (self.words(input_ids) * self.positions(position_ids)).tanh()
+        return self.head((hidden * attention_mask.unsqueeze(-1)).sum(1))
+
+
+def left_padded(items, *, with_positions):
+    most = max(len(words) for words, _ in items)
+    ids = torch.stack([nn.functional.pad(words, (most - len(words), 0)) for words, _ in items])
+    mask = (ids > 0).long()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if with_positions:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return {**batch, "labels": torch.stack([label for _, label in items])}
+
+
+def test_padding_on_the_left_needs_positions_and_is_then_none():
+    torch.manual_seed(0)
+    items = [(torch.randint(1, 11, (n,)), torch.tensor(n % 3)) for n in [4, 4, 7, 2, 4, 9, 4, 6]]
+    task = Task(Positions().double())
+
+    def scores(collate):
+        given = DataLoader(items, batch_size=4, collate_fn=collate)
+        return dattri.attribute(task, given, given, method="grad-dot", progress=False).values
+
+    with pytest.raises(InputError, match=r"depends on padding.*position_ids where padding comes"):
+        scores(lambda some: left_padded(some, with_positions=False))
+    rows = []
+    for item in items:
+        batch = left_padded([item], with_positions=False)
+        loss = dattri.cross_entropy(task.model, batch).sum()
+        found = torch.autograd.grad(loss, list(task.model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in found]))
+    want = torch.stack(rows) @ torch.stack(rows).T
+    got = scores(lambda some: left_padded(some, with_positions=True))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

@@ -302,3 +302,8 @@ def test_what_a_part_is_called_follows_what_is_named_and_merged_later() -> None:
     assert registry.name_of(Demanding(1)) is None
     registry.merge(other)
     assert registry.name_of(Demanding(1)) == ("solver", "demanding")
+
+
+def test_without_any_plugin_the_message_says_what_is_not_installed() -> None:
+    with pytest.raises(SpecError, match=r"no scorer 'dot'.*not installed; pip install it"):
+        Registry().resolve("scorer", "dot")

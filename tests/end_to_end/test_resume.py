@@ -294,6 +294,30 @@ def test_finished_scores_of_the_same_call_are_returned_and_that_is_said(tmp_path
     assert np.array_equal(mended.values, dattri.attribute(task(), TRAIN, TEST, "tracin").values)
 
 
+@pytest.mark.parametrize("method", ["if-ekfac", "if-cg", "logra"])
+def test_finished_scores_are_returned_without_a_fit(method, tmp_path, monkeypatch):
+    out, options = tmp_path / "scores", {"method": method, "progress": False}
+    first = dattri.attribute(task(), TRAIN, TEST, out=out, **options)
+    read = []
+    batches = dattri.Examples.batches
+
+    def counted(self, *arguments, **named):
+        for positions, batch in batches(self, *arguments, **named):
+            read.append(len(positions))
+            yield positions, batch
+
+    monkeypatch.setattr(dattri.Examples, "batches", counted)
+    with pytest.warns(UserWarning, match="finished scores of this very call"):
+        again = dattri.attribute(task(), TRAIN, TEST, out=out, **options)
+    assert sum(read) < len(TRAIN[0])  # the few that every call looks at
+    assert np.array_equal(again.values, first.values)
+    assert again.provenance == first.provenance
+    with pytest.warns(UserWarning, match="with another method; they are replaced") as told:
+        dattri.attribute(task(), TRAIN, TEST, method="grad-cos", out=out)
+    assert len([w for w in told if "are replaced" in str(w.message)]) == 1
+    assert sum(read) >= len(TRAIN[0])
+
+
 def test_finished_scores_are_returned_where_nothing_can_be_written(tmp_path, monkeypatch):
     """A folder of results that others may read only has room for no lock."""
     out = tmp_path / "scores"

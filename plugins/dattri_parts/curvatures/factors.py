@@ -34,6 +34,11 @@ class Factors:
     positions: int | Tensor
 
 
+TILE = 512
+"""Rows and columns that are symmetrised at once."""
+IDLE = 2
+"""Times the memory of a fit are there while it lasts: what queries will take is not taken yet."""
+DECOMPOSED = "factors, eigenvalues and the decomposition of the largest factor"
 SUMS = tuple(entry.name for entry in fields(Factors))
 
 
@@ -73,6 +78,7 @@ class FactorReader:
     memory: int
     found: dict[str, Factors] = field(factory=dict)
     held: dict[str, int] = field(factory=dict)
+    working: int = 0  # bytes of the dearest decomposition so far: one is made at a time
 
     def add(self, name: str, block: Block) -> None:
         """Add the rows of one block of one batch.
@@ -91,6 +97,11 @@ class FactorReader:
         sums = factor_sums(block, average=self.average)
         if name not in self.found:
             self.found[name] = Factors(sums.outputs, sums.inputs, sums.positions)
+            for side in (sums.outputs, sums.inputs):
+                self.working = max(self.working, _decomposition_bytes(side))
+            total = sum(self.held.values()) + self.working
+            available = IDLE * self.memory
+            require_bytes(self.curvature, self.held, total, available, "may be used", DECOMPOSED)
             return
         factors = self.found[name]
         if factors.inputs.shape != sums.inputs.shape:
@@ -154,6 +165,14 @@ def _work(sums: Mapping[str, Tensor], name: str) -> int:
     return sum(side.shape[-1] ** 3 for side in sides if side.dim() > 1)
 
 
+def _decomposition_bytes(side: Tensor) -> int:
+    """Return the bytes beside a factor while it is decomposed; none for a diagonal.
+
+    Two matrices in float64, as it is read and as eigenvectors, and LAPACK's workspace of two.
+    """
+    return 16 * (side.numel() + side.shape[-1] ** 2) if side.dim() > 1 else 0
+
+
 def _taken(sums: dict[str, Tensor], name: str) -> Factors:
     return Factors(*(sums.pop(f"{what} of {name}") for what in SUMS))
 
@@ -178,14 +197,15 @@ def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
             fails; the message says which one.
     """
     precision = torch.finfo(factor.dtype).eps
-    matrix = factor.double()
-    size = matrix.abs().max() if matrix.numel() else matrix.new_zeros(())
+    matrix = factor.to(torch.float64, copy=True)
+    least, greatest = matrix.aminmax() if matrix.numel() else [matrix.new_zeros(())] * 2
+    size = torch.maximum(-least, greatest)
     if not torch.isfinite(size):
         raise NumericsError(
             f"{what}: not finite; look for a diverged checkpoint, or for squares that overflow: "
             "try model.double()"
         )
-    skew = (matrix - matrix.mT).abs().max() if matrix.numel() else size
+    skew = _symmetrise(matrix)
     if skew > 1e3 * precision * size:
         raise NumericsError(
             f"{what}: not symmetric, entries differ from their mirror by up to {float(skew):.3g} "
@@ -193,18 +213,33 @@ def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
             "torch.set_float32_matmul_precision('highest'), or model.double()"
         )
     try:
-        values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericsError(
             f"{what}: its eigenvectors, {matrix.shape[-1]} x {matrix.shape[-1]}, were not found "
             f"({error}); leave the layer out (Task(parameters=...)), or take the curvature "
             "'diagonal'"
         ) from error
-    least = float(values.min()) if values.numel() else 0.0
-    if least < -1e3 * precision * values.shape[-1] * float(size):
+    del matrix  # the eigenvectors are copied below
+    smallest = float(values.min()) if values.numel() else 0.0
+    if smallest < -1e3 * precision * values.shape[-1] * float(size):
         raise NumericsError(
-            f"{what}: its smallest eigenvalue is {least:.3g} and its largest entry "
+            f"{what}: its smallest eigenvalue is {smallest:.3g} and its largest entry "
             f"{float(size):.3g}, where a sum of squares has none below 0; try model.double()"
         )
     # As they would come from disk: products with another layout in memory round otherwise.
     return values.clamp_(min=0), vectors.to(factor.dtype).contiguous()
+
+
+def _symmetrise(matrix: Tensor) -> Tensor:
+    """Replace A by (A + A^T) / 2 in place, tile by tile; return the largest |A - A^T|."""
+    worst = matrix.new_zeros(())
+    tiles = [slice(first, first + TILE) for first in range(0, matrix.shape[-1], TILE)]
+    for at, rows in enumerate(tiles):
+        for columns in tiles[at:]:
+            upper, lower = matrix[..., rows, columns], matrix[..., columns, rows].mT
+            worst = torch.maximum(worst, (upper - lower).abs().amax())
+            mean = (upper + lower) / 2
+            matrix[..., rows, columns] = mean
+            matrix[..., columns, rows] = mean.mT
+    return worst

@@ -12,6 +12,7 @@ from torch import Tensor
 from dattri_core import (
     CurvatureKind,
     EachProblem,
+    ModelProblem,
     NumericsError,
     Problem,
     RandomStream,
@@ -124,9 +125,14 @@ class ProductOperator:
                 stray = torch.maximum(stray, found[:, idle].abs().max())
                 found = found[:, live]
             matrix[first : first + step] = found
-        precision = torch.finfo(self.dtype).eps
-        symmetrise(matrix, precision, f"curvature {self.kind!r}", float(stray))
+        symmetrise(matrix, self._precision, f"curvature {self.kind!r}", float(stray))
         return live, matrix
+
+    @property
+    def _precision(self) -> float:
+        """Return the rounding of a product; a float64 model may normalise in float32."""
+        own: float = torch.finfo(self.dtype).eps
+        return max(own, self.problem.epsilon()) if isinstance(self.problem, ModelProblem) else own
 
     def _summed(self, rows: Rows) -> Tensor:
         """Return H g for rows that are the same in every process, flat."""

@@ -135,7 +135,12 @@ def free_bytes_anywhere() -> int:
 
 
 def require_bytes(
-    curvature: str, needed: dict[str, int], total: int, available: int, what: str
+    curvature: str,
+    needed: dict[str, int],
+    total: int,
+    available: int,
+    what: str,
+    parts: str = "factors and eigenvalues",
 ) -> None:
     """Raise `MemoryBudgetError` when factors do not fit; names the largest blocks."""
     if total <= available:
@@ -143,7 +148,7 @@ def require_bytes(
     largest = sorted(needed, key=lambda name: -needed[name])[:3]
     each = ", ".join(f"{name!r} {format_bytes(needed[name])}" for name in largest)
     raise MemoryBudgetError(
-        f"curvature {curvature!r}: factors and eigenvalues need {format_bytes(total)} ({each}), "
+        f"curvature {curvature!r}: {parts} need {format_bytes(total)} ({each}), "
         f"{format_bytes(available)} {what}; leave the largest layers out "
         f"(Task(parameters=[..., '!{largest[0]}*'])), sketch first with a projector that keeps "
         "factors, or take the curvature 'diagonal'"

@@ -44,6 +44,7 @@ from dattri_core import (
     Task,
 )
 from dattri_core.contract import contraction_limit
+from dattri_core.testing import PeakMemory
 
 NET_NAMES = sorted(NETS)
 
@@ -393,11 +394,18 @@ def test_ekfac_on_both_sides_before_a_flat_sketch_is_a_method():
 def test_factors_that_do_not_fit_are_refused_by_bytes_before_the_pass(monkeypatch):
     task, train = mlp()
     # Factors of 4 x 4 and 6 x 6, 3 x 3 and 5 x 5, eigenvalues of 4 x 6 and 3 x 5, in float64.
-    EKFAC().fit(problem_of(task, train, memory=1000))
     with pytest.raises(
         MemoryBudgetError, match=r"'ekfac': factors and eigenvalues need 1000 B.*999 B may be used"
     ):
         EKFAC().fit(problem_of(task, train, memory=999))
+    # To decompose the one of 6 x 6: a copy, its eigenvectors and LAPACK's workspace of 2 n^2,
+    # within twice the memory, since there are no queries yet.
+    need = 1000 + 4 * 8 * 6**2
+    EKFAC().fit(problem_of(task, train, memory=need // 2))
+    with pytest.raises(
+        MemoryBudgetError, match=r"the decomposition of the largest factor need 2.1 KiB.*used"
+    ):
+        EKFAC().fit(problem_of(task, train, memory=need // 2 - 1))
     monkeypatch.setattr("dattri_parts.curvatures.uncovered.free_bytes", lambda device: 400)
     with pytest.raises(MemoryBudgetError, match=r"'0' 30\d B.*400 B are free.*Task\(parameters"):
         EKFAC().gives(problem_of(task, train).space)
@@ -417,6 +425,19 @@ def test_a_factor_that_cannot_be_decomposed_names_its_block(factor, message):
         decompose(Factors(factor, good, 5), "fc")
     with pytest.raises(NumericsError, match=message.replace("output", "input")):
         decompose(Factors(good, factor, 5), "fc")
+
+
+def test_a_decomposition_holds_two_matrices():
+    size = 1500
+    factor = torch.randn(size, size)
+    factor = factor @ factor.T
+    with PeakMemory() as tracked:
+        vectors = decompose(Factors(factor, torch.ones(3), 5), "fc").sides.outputs
+    # In float64, as it is read and as eigenvectors; what LAPACK takes for itself does not show.
+    assert tracked.peak < 2 * 8 * size**2 + 20_000
+    turned = vectors.double().T @ factor.double() @ vectors.double()
+    values = torch.linalg.eigvalsh(factor.double())
+    near(turned, torch.diag(values), 1e-5)
 
 
 def test_a_failed_decomposition_names_its_block(monkeypatch):

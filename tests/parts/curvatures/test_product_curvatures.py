@@ -220,3 +220,36 @@ def test_declared_facts(curvature, kind):
     assert operator.memory == world.memory
     assert operator.space == world.space
     assert flatten(parameters_of(world.model)).numel() == operator.space.dim
+
+
+class NormalisedInSingle(nn.Module):
+    """An RMSNorm as those of Llama and Qwen, which compute in float32 whatever the model is in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).float()
+        scale = hidden.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return self.last((hidden * scale).to(x.dtype).tanh())
+
+
+def test_a_double_model_that_normalises_in_single_is_symmetric_to_single():
+    torch.manual_seed(0)
+    model, train = NormalisedInSingle().double(), (torch.randn(9, 3).double(), torch.arange(9) % 3)
+    task = dattri.Task(model)
+    damping = 5.0
+    scores = dattri.attribute(task, train, train, method="if-explicit", damping=damping)
+    at = parameters_of(model)
+
+    def losses(p):
+        return nn.functional.cross_entropy(call(model, p, train[0]), train[1], reduction="none")
+
+    matrix = hessian_of(lambda p: losses(p).sum(), at) / 9
+    rows = torch.autograd.functional.jacobian(
+        lambda *values: losses(dict(zip(at, values, strict=True))), tuple(at.values())
+    )
+    rows = torch.cat([row.flatten(1) for row in rows], 1)
+    want = rows @ torch.linalg.solve(matrix + damping * torch.eye(len(matrix)).double(), rows.T)
+    torch.testing.assert_close(torch.as_tensor(scores.values), want, rtol=1e-4, atol=1e-6)
