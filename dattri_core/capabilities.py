@@ -319,8 +319,10 @@ class TermScorer(Scorer, Protocol):
         ...
 
 
+# What a `Problem` is asked for names only what it has beside one: below Python 3.12 `isinstance`
+# reads all properties of a protocol, and how many examples a mere function has is not known.
 @runtime_checkable
-class ModelProblem(Problem, Protocol):
+class ModelProblem(Protocol):
     """A problem that shows its model and its data, for adapters to libraries of curvature.
 
     What is read here has passed no stage: rows after a projector are no gradients of this model.
@@ -377,7 +379,7 @@ def kept(
 
 
 @runtime_checkable
-class SharedProblem(Problem, Protocol):
+class SharedProblem(Protocol):
     """A problem whose train set several processes may read, each a part of it."""
 
     def summed(self, read: Callable[[Problem], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -406,7 +408,7 @@ def summed(
 
 
 @runtime_checkable
-class EachProblem(Problem, Protocol):
+class EachProblem(Protocol):
     """A `Problem` that knows products with the curvature of each example."""
 
     def product_each(self, vector: Rows, kind: CurvatureKind, index: Tensor) -> Rows:
@@ -414,7 +416,7 @@ class EachProblem(Problem, Protocol):
 
 
 @runtime_checkable
-class ReferencedProblem(Problem, Protocol):
+class ReferencedProblem(Protocol):
     """A problem whose task has reference examples."""
 
     @property

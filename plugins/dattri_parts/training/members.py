@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 BOOKKEEPING = frozenset(
     f"__{name}__"
@@ -54,6 +54,8 @@ def members_of(given: type) -> Iterator[tuple[str, Any]]:
     own = {key: value for key, value in vars(given).items() if key not in BOOKKEEPING}
     if _module(own.get("__subclasshook__")) == "typing":  # of protocols
         del own["__subclasshook__"]
+    if _is_lent(given, own.get("__init__")):
+        del own["__init__"]
     if issubclass(given, enum.Enum):
         yield from sorted((k, v) for k, v in own.items() if _is_written(given, k, v))
         yield "members", [[name, each.value] for name, each in given.__members__.items()]
@@ -64,6 +66,17 @@ def members_of(given: type) -> Iterator[tuple[str, Any]]:
         elif key != "__replace__":  # from Python 3.13 on
             yield key, GENERATED
     yield from _fields(given)
+
+
+def _is_lent(given: type, init: Any) -> bool:
+    """Return whether a class of a protocol got its ``__init__`` of a base when it was first made.
+
+    Until then it has none of its own, and the protocol's puts it there.
+    """
+    bases = given.__mro__[1:]
+    if Protocol not in bases or init is None:
+        return False
+    return any(init is vars(base).get("__init__") for base in bases)
 
 
 def is_code(member: Any) -> bool:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -390,6 +391,27 @@ def test_enums_count_by_members_and_methods():
     kinds = [made(1, 1), made(2, 1), made(1, 2), made(1, 1, "TWO")]
     assert len({described(kind) for kind in kinds}) == 4
     assert described(made(1, 1)) == described(made(1, 1))
+
+
+def test_a_first_object_changes_nothing_of_the_class_of_a_protocol():
+    class Speaks(typing.Protocol):
+        def go(self) -> int: ...
+
+    class Lent(Speaks, nn.Linear):
+        def go(self):
+            return 3
+
+    class Own(Speaks):
+        def __init__(self):
+            self.three = 3
+
+    kinds = [Lent, Own]
+    before = described(kinds)
+    Lent(2, 2)
+    Own()
+    assert described(kinds) == before
+    without = described(type("Own", (Speaks,), {"__module__": __name__}))
+    assert described(Own) != without
 
 
 def test_copying_and_running_change_nothing():
