@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dattri_parts.sources.functional import Functional
+from dattri_parts.sources.layers.convolution import ConvolutionRule
 from dattri_parts.sources.per_example import PerExample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from oracles.models import Pulled
 from torch import Tensor, nn
 
 import dattri_core as dattri
+from dattri_core.blocks import OuterBlock
 from dattri_core.laws.pretended import NAME
 
 TOLERANCE = 1e-10
@@ -170,6 +172,28 @@ def test_same_padding_of_an_even_kernel(axes: int, groups: int, mode: str) -> No
         2, 4, kernel, padding="same", dilation=dilation, groups=groups, padding_mode=mode
     )
     check(layer, torch.randn(3, 2, *[5] * axes, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("stride", "dilation", "padding"), [(1, 1, 1), (2, 1, 0), (1, 2, 2)])
+def test_patches_are_those_of_unfold_and_read_as_one_matrix(
+    bias: bool, stride: int, dilation: int, padding: int
+) -> None:
+    """The inputs of all positions of all examples are one matrix, without a copy of them."""
+    layer = nn.Conv2d(3, 5, (3, 2), stride, padding, dilation, bias=bias).double()
+    given = torch.randn(4, 3, 9, 8, generator=torch.Generator().manual_seed(0)).double()
+    outputs = layer(given)
+    trained = {name: name for name, _ in layer.named_parameters()}
+    block = ConvolutionRule().rows(layer, trained, given, torch.ones_like(outputs))
+    assert isinstance(block, OuterBlock)
+    inputs = block.own_inputs
+    assert isinstance(inputs, Tensor)
+    expected = nn.functional.unfold(given, (3, 2), dilation, padding, stride).mT
+    torch.testing.assert_close(inputs[..., : expected.shape[2]], expected, rtol=0, atol=0)
+    assert inputs.shape[2] == expected.shape[2] + bias
+    assert bool((inputs[..., expected.shape[2] :] == 1).all())
+    assert inputs.flatten(0, 1).data_ptr() == inputs.data_ptr()
+    inputs.view(-1, inputs.shape[2])  # raises where a copy would be needed
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -52,8 +52,17 @@ def affine_rows(
     dtype = dtype_of(module, trained)
     inputs, grads = inputs.to(dtype), grads.to(dtype)
     if "bias" in trained:
-        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=2)
+        inputs = _with_ones(inputs)
     return OuterBlock(grads, inputs)
+
+
+def _with_ones(inputs: Tensor) -> Tensor:
+    """Return inputs ``[N, T, I + 1]``, in the order in memory that they have."""
+    ones = inputs.new_ones(*inputs.shape[:2], 1)
+    if inputs.stride(2) == 1:
+        return torch.cat([inputs, ones], dim=2)
+    first = (2, 0, 1)  # as patches of a convolution lie
+    return torch.cat([inputs.permute(first), ones.permute(first)]).permute(1, 2, 0)
 
 
 def dtype_of(module: nn.Module, trained: Mapping[str, str]) -> torch.dtype:
