@@ -94,6 +94,10 @@ class DenseProblem:
         """Return the weights of the world's model."""
         return self.task.model.state_dict()
 
+    def epsilon(self) -> float:
+        """Return the epsilon of the dtype of the model."""
+        return torch.finfo(self.dtype).eps
+
     def on(self, device: torch.device) -> DenseProblem:
         """Return the same problem on a device."""
         return evolve(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dattri_core import PartedRows, SharedProblem, assemble, summed
+from dattri_core import ModelProblem, PartedRows, SharedProblem, assemble, summed
 from dattri_core.laws.parted import PartedProblem
 from dattri_core.laws.problems import problem_of
 from dattri_core.laws.worlds import network
@@ -30,6 +30,7 @@ def test_a_sum_is_that_of_the_whole_train_set_in_one_process_and_in_parts():
     parted = PartedProblem(whole)
     assert not isinstance(whole, SharedProblem)
     assert isinstance(parted, SharedProblem)
+    assert all(isinstance(problem, ModelProblem) for problem in (whole, parted))
     seen = []
 
     def read(problem):
