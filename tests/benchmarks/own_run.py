@@ -113,14 +113,16 @@ def run(job: Job) -> dict[str, Any]:
     split = job.split or job.dampings is not None
     found: dict[str, Any] = {}
     best = float("inf")
-    for _ in range(job.repeats):
+    for turn in range(job.repeats):
+        # A folder of its own: finished scores of the same call are returned, not computed.
+        out = None if job.out is None else f"{job.out}-{turn}"
         with quiet():
             start = time.perf_counter()
             if split:
                 fitted = method.fit(task, world.train, memory=job.memory)
                 middle = time.perf_counter()
                 if job.dampings is None:
-                    scores = fitted.attribute(test, out=job.out)
+                    scores = fitted.attribute(test, out=out)
                 else:
                     swept = fitted.sweep(test, damping=job.dampings)
                     scores = next(iter(swept.values()))
