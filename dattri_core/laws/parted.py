@@ -67,10 +67,6 @@ class PartedProblem:
         """Hand over the rows of the part, or those of given positions."""
         self.whole.stream(sink, kind=kind, draw=draw, index=self._index(index))
 
-    def epsilon(self) -> float:
-        """Return the epsilon of the dtype of the model."""
-        return self.whole.epsilon()
-
     def batches(self) -> Iterator[Batch]:
         """Read the examples of the part in order."""
         first, last = self.span or (0, self.whole.n_train)
