@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dattri_core.batch import Batch, strided_parts, take, tensors_of
+from dattri_core.blocks import map_tensors
 from dattri_core.evaluate import Evaluator, leaves
+from dattri_core.rows import Rows
 
 LEAST = 256
-_known: WeakKeyDictionary[Evaluator, int] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Evaluator, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
@@ -20,13 +23,23 @@ def activation_bytes(evaluator: Evaluator, batch: Batch) -> int:
 
     Measured once for a checkpoint, on the first example of the batch.
     """
+    return total_bytes(activation_sizes(evaluator, batch))
+
+
+def activation_sizes(evaluator: Evaluator, batch: Batch) -> tuple[int, ...]:
+    """Return the bytes of each tensor among them; also measured once."""
     known = _known.get(evaluator)
     if known is None:
-        known = _known[evaluator] = measured_bytes(evaluator, batch)
+        known = _known[evaluator] = measured_sizes(evaluator, batch)
     return known
 
 
-def measured_bytes(evaluator: Evaluator, batch: Batch) -> int:
+def total_bytes(sizes: tuple[int, ...]) -> int:
+    """Return the bytes of all of them, `LEAST` at least."""
+    return max(LEAST, sum(sizes))
+
+
+def measured_sizes(evaluator: Evaluator, batch: Batch) -> tuple[int, ...]:
     """Return the same for the first example of this batch."""
     single = take(batch, slice(0, 1))
     apart: dict[int, int] = {}
@@ -47,7 +60,25 @@ def measured_bytes(evaluator: Evaluator, batch: Batch) -> int:
 
     with evaluator.session(), torch.enable_grad():
         evaluator.call(run, variables)
-    return max(LEAST, sum(kept.values()))
+    return tuple(kept.values())
+
+
+def tensors_made(raw: Rows, activations: Sequence[int]) -> tuple[int, ...]:
+    """Return the bytes of each tensor of one example, none on an accelerator; see `pages`.
+
+    Args:
+        raw: Rows of a few examples as the source gives them.
+        activations: Bytes of each tensor that a pass keeps for one.
+    """
+    made = list(activations)
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            made.append(tensor.nbytes // max(1, len(raw)))
+        return tensor
+
+    raw.map_blocks(lambda _, block: map_tensors(block, note))
+    return tuple(made) if len(made) > len(activations) else ()
 
 
 def _storages(tensor: Tensor) -> dict[int, int]:

@@ -13,6 +13,7 @@ import attrs
 from attrs import field, frozen
 
 from dattri_core.errors import MemoryBudgetError, format_bytes
+from dattri_core.pages import NUMBER, best_batch
 
 MAXIMUM_BATCH = 2048
 SCORE_BYTES = 8
@@ -39,6 +40,8 @@ Place: TypeAlias = Literal["host", "disk"]
 TRANSFER: Mapping[Place, int] = {"host": 1000, "disk": 50}
 """Multiply-adds that a device does while one byte comes from the host, a processor from a disk."""
 KEPT: Mapping[Place | None, str] = {None: "queries", "host": "on the host", "disk": "on disk"}
+NUMBER_BYTES = 4
+"""Of a number of a query."""
 AWAY_SHARE = 2
 """Queries off the device take one part in so many of what is free where they wait."""
 
@@ -99,11 +102,13 @@ class Costs:
         activations: Bytes that a forward and backward pass keeps.
         gradient: Multiply-adds of the pass.
         routes: The ways to go, the one to prefer among equals first.
+        tensors: Bytes of each tensor that an example makes on a processor; see `pages`.
     """
 
     activations: int
     gradient: int
     routes: tuple[Route, ...]
+    tensors: tuple[int, ...] = ()
 
     @property
     def choices(self) -> tuple[Route, ...]:
@@ -300,8 +305,10 @@ def _sized(
         rest = room - group * needs.query
         # Half of the rest: contractions and the allocator need room beside the batch itself.
         train = int(rest * 0.5 // (needs.train + _pair(work) * group))
-        train = max(1, min(work.n_train, MAXIMUM_BATCH, train))
+        most = max(1, min(work.n_train, MAXIMUM_BATCH, train))
+        train = best_batch(costs.tensors, work.n_train, most, group * _each_batch(route, work))
         test = max(1, min(work.summed or group, MAXIMUM_BATCH, int(rest * 0.5 // needs.test)))
+        test = best_batch(costs.tensors, work.summed or group, test)
         columns = SCORE_BYTES * max(1, work.n_test) * work.readings
         yield Plan(
             budget=budget,
@@ -324,7 +331,7 @@ def _sized(
                 "scores": work.result_bytes,
             },
         )
-        if not route.deferred or train == min(work.n_train, MAXIMUM_BATCH):
+        if not route.deferred or most == min(work.n_train, MAXIMUM_BATCH):
             return
 
 
@@ -341,6 +348,13 @@ def _column(work: Work) -> int:
 
 def _held(route: Route, work: Work) -> int:
     return route.kept * (1 if route.deferred or route.swept else work.variants)
+
+
+def _each_batch(route: Route, work: Work) -> int:
+    """Return the multiply-adds that a query costs again for every train batch."""
+    if route.deferred:
+        return route.each * work.variants
+    return route.each + _held(route, work) // NUMBER_BYTES * NUMBER
 
 
 def _too_little(budget: int, costs: Costs, work: Work) -> MemoryBudgetError:

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from dattri_core import assemble
-from dattri_core.activations import measured_bytes
+from dattri_core.activations import measured_sizes, tensors_made, total_bytes
 from dattri_core.capabilities import Outlook, TermScorer
 from dattri_core.errors import SpecError
 from dattri_core.evaluate import Evaluator
@@ -50,8 +50,8 @@ def of_pool(fitted: Fitted, pool: Examples, device: torch.device) -> Fitted:
     bound = source.source if isinstance(source, Projected) else source
     sample, raw = sampled_rows(bound, pool, device)
     evaluator = getattr(bound, "evaluator", None)
-    kept = measured_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
-    rows, activations = passing(source, raw, kept)
+    sizes = measured_sizes(evaluator, sample) if isinstance(evaluator, Evaluator) else ()
+    rows, activations = passing(source, raw, total_bytes(sizes) if sizes else 0)
     outline = fitted.outline
     told = f"pool              {len(pool)} examples in place of the train set, rows computed"
     return attrs.evolve(
@@ -66,6 +66,7 @@ def of_pool(fitted: Fitted, pool: Examples, device: torch.device) -> Fitted:
             row=rows.take(slice(0, 1)),
             activations=max(activations, outline.activations),
             work=gradient_work(raw),
+            tensors=tensors_made(raw, sizes),
             said=(told, *outline.said),
         ),
         train=pool,

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core.activations import activation_bytes
+from dattri_core.activations import activation_sizes, tensors_made, total_bytes
 from dattri_core.batch import Batch, move, take
 from dattri_core.capabilities import Outlook, is_additive
 from dattri_core.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from dattri_core.measures import needs_inverse, needs_leverages
 from dattri_core.memory import is_out_of_memory
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.padding import require_unpadded
+from dattri_core.pages import NUMBER, best_batch
 from dattri_core.plans import MAXIMUM_BATCH, Costs
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
@@ -63,6 +64,8 @@ OF_ROWS = frozenset({"rows", "reference-rows"})
 """What a stage may ask of rows that have passed projectors; for the rest it gets the model."""
 HELD_SHARE = 4
 """One part in so many of a fit's memory holds sketched train rows, where all of them fit."""
+ADDED_TO = 10
+"""Numbers that a fit adds to for every batch, for each of a row: covariances of long layers."""
 FLAT = ("inner products   of flat rows",)
 
 
@@ -78,6 +81,7 @@ class Outline:
         mixed: Whether the source mixes the blocks of the parameters into others.
         said: What is to be told of the store.
         held: Bytes of projected train rows in memory.
+        tensors: Bytes of each tensor that an example makes on a processor; see `pages`.
     """
 
     steps: tuple[LinearMap | Outlook, ...]
@@ -87,6 +91,7 @@ class Outline:
     mixed: bool = False
     said: tuple[str, ...] = ()
     held: int = 0
+    tensors: tuple[int, ...] = ()
 
     def costs(self, *, variants: bool = False, measured: bool = False) -> Costs:
         """Return the costs of one example.
@@ -96,7 +101,7 @@ class Outline:
             measured: Train rows pass the test side too, for what a scorer needs of them.
         """
         routes = routes_of(self.steps, self.row, variants=variants, measured=measured)
-        return Costs(self.activations, self.work, routes)
+        return Costs(self.activations, self.work, routes, self.tensors)
 
     def measures(self, scorer: Scorer) -> bool:
         """Return whether train rows pass the test side too, for what a scorer needs of them."""
@@ -151,7 +156,8 @@ class Fitted:
         """Return how many train rows may pass both sides of the stages at once."""
         costs = self.outline.costs(measured=True)
         per_row = costs.activations + costs.routes[0].train_row
-        return max(1, min(len(self.train), 1024, budget // 2 // max(1, per_row)))
+        most = max(1, min(len(self.train), 1024, budget // 2 // max(1, per_row)))
+        return best_batch(costs.tensors, len(self.train), most)
 
     def at_dampings(self, dampings: Sequence[Damping | None]) -> Fitted:
         """Return the same with some stages at another damping, None where it stays."""
@@ -206,7 +212,8 @@ def fit_checkpoint(
         bound = source.bind(task, checkpoint, wide)
     check_stages(stages, bound.space, bound)
     evaluator = getattr(bound, "evaluator", None)
-    activations = activation_bytes(evaluator, sample) if isinstance(evaluator, Evaluator) else 0
+    sizes = activation_sizes(evaluator, sample) if isinstance(evaluator, Evaluator) else ()
+    activations = total_bytes(sizes) if sizes else 0
     raw = _first_rows(bound, sample, index, task.device)
     if isinstance(evaluator, Evaluator):
         require_unpadded(evaluator, examples, index, sample, "train", (bound, raw))
@@ -226,6 +233,7 @@ def fit_checkpoint(
     streams = _streams(stages, seed, checkpoint.position)
     front = _front(stages, bound.space, streams, task.device, stored=keeping is not None)
     work = gradient_work(raw)
+    tensors = tensors_made(raw, sizes)
     given: BoundSource = bound
     data = examples
     said: tuple[str, ...] = ()
@@ -249,6 +257,7 @@ def fit_checkpoint(
             said = (f"train rows        {format_bytes(held)} after the sketch, computed once",)
             if not plan_only:
                 size = max(1, min(MAXIMUM_BATCH, memory // 8 // (activations + _whole(rows))))
+                size = best_batch(tensors, len(examples), size)
                 given = Stored(projected, hold(projected, examples, size, task.device))
                 data = examples.positions()
     chain = Chain(given, absorbed=len(front) - (keeping is not None))
@@ -258,6 +267,7 @@ def fit_checkpoint(
         else _whole(rows)
     )
     batch = max(1, min(len(examples), 4096, memory // 8 // per_example))
+    batch = best_batch(tensors, len(examples), batch, ADDED_TO * given.space.dim * NUMBER)
     outlooks: list[LinearMap | Outlook] = []
     space = given.space
     if fits is not None:
@@ -307,7 +317,16 @@ def fit_checkpoint(
     if own:
         said = (*said, f"source            {format_bytes(own)} kept beside the model")
     row = rows.take(slice(0, 1))
-    outline = Outline(tuple(outlooks), row, activations, work, mixed, said, held + own)
+    outline = Outline(
+        tuple(outlooks),
+        row,
+        activations,
+        work,
+        mixed,
+        said,
+        held + own,
+        tensors if work else (),
+    )
     reported = dict(bound.stats) if isinstance(bound, ReportingSource) else {}
     return Fitted(checkpoint, chain, outline, weights_of(bound), dtype, data, reported)
 

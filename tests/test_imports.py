@@ -39,6 +39,7 @@ ORDER = [
     "scores",
     "scores_writer",
     "memory",
+    "pages",
     "plans",
     "interpolate",
     "contract",

@@ -21,10 +21,12 @@ THEME = Theme(
     "The empirical Fisher matrix of linear layers and convolutions, float32, damping a tenth of "
     "each layer's mean eigenvalue in both. kronfluence 1.0.1 gets large batches; its times hold "
     "the writing of its factors to disk, which it cannot leave out. Ours are those of `fit` and "
-    "`attribute`. `agreement` is the Pearson correlation of the two matrices of scores. Goals: "
-    "fitting at most its time, scoring at most 0.7 of it.",
+    "`attribute`. Each time is the shorter of two runs, taken in turns. `agreement` is the Pearson "
+    "correlation of the two matrices of scores. Goals: fitting at most its time, scoring at most "
+    "0.7 of it.",
 )
 LIMIT = 3600.0
+TURNS = 2
 CASES: dict[str, dict[str, Any]] = {
     "MLP 5000 x 500": {
         "world": ("mnist", MLP, 5000, 500),
@@ -52,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_kronfluence(
     benchmark: Any, worlds: Any, table: Table, registered: Any, tmp_path: Path, case: str
 ) -> None:
-    """Both in one run."""
+    """Both in one run, in turns."""
     registered("method", "if-ekfac")
     sizes = dict(CASES[case])
     path = worlds(*sizes.pop("world"))
@@ -64,11 +66,15 @@ def test_kronfluence(
         "split": True,
         "scores": str(tmp_path / "own.npy"),
     }
-    own = benchmark.pedantic(processes.own, (job, LIMIT), rounds=1)
     theirs = {"world": str(path), **sizes, "damping": None, "scores": str(tmp_path / "peer.npy")}
-    peer = processes.peer("peer_kronfluence.py", theirs, LIMIT)
-    if peer is None:
+    ours = [benchmark.pedantic(processes.own, (job, LIMIT), rounds=1)]
+    peers = [processes.peer("peer_kronfluence.py", theirs, LIMIT)]
+    if peers[0] is None:
         return
+    for _ in range(TURNS - 1):
+        ours.append(processes.own(job, LIMIT))
+        peers.append(processes.peer("peer_kronfluence.py", theirs, LIMIT))
+    own, peer = (_best(runs) for runs in (ours, peers))
     fit, score = (own[what] / peer[what] for what in ("fit", "score"))
     agreement = _pearson(tmp_path / "own.npy", tmp_path / "peer.npy")
     benchmark.extra_info.update(fit=fit, score=score, agreement=agreement)
@@ -87,6 +93,12 @@ def test_kronfluence(
             "met": fit <= 1.0 and score <= 0.7 and agreement >= 0.999,
         },
     )
+
+
+def _best(runs: list[Any]) -> dict[str, float]:
+    """Return the shortest times of some runs, and their highest peak."""
+    times = {what: min(run[what] for run in runs) for what in ("fit", "score")}
+    return {**times, "peak_mib": max(run["peak_mib"] for run in runs)}
 
 
 def _pearson(one: Path, two: Path) -> float:

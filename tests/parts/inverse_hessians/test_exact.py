@@ -132,6 +132,7 @@ def test_the_substitute_is_the_first_whose_gram_matrix_fits_the_memory(name, bat
         assert inverse.stats["rows_held"] == holds
         said = "rows are held (" if holds else "are not held but read again: "
         assert said in record.message
+        assert ("store=" in record.message) != holds
         assert gap(inverse.apply(rows).flat(), wants[place]) < 1e-8
         assert inverse.stats["substituted"] == place
         again = inverse.with_damping(Damping(2.0))
