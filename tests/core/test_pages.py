@@ -12,6 +12,7 @@ from torch import nn
 
 import dattri_core as dattri
 from dattri_core import Task, pages, snapshot
+from dattri_core import pool as pools
 from dattri_core.activations import activation_bytes, activation_sizes, tensors_made, total_bytes
 from dattri_core.assemble import build_part
 from dattri_core.pages import (
@@ -26,6 +27,7 @@ from dattri_core.pages import (
 from dattri_core.plans import Costs, Route, Work, make_plan
 from dattri_core.problem import collect
 from dattri_core.protocols import BoundSource
+from dattri_core.stream import Examples
 
 MIB = 2**20
 tensors = st.lists(st.integers(1, 64 * MIB), min_size=1, max_size=8)
@@ -33,13 +35,9 @@ count = st.integers(1, 5000)
 
 
 def test_tensors_count_from_where_a_batch_of_them_is_larger_than_the_allocator_keeps():
-    sizes = [REUSED // 10, REUSED // 100]
-    assert [fresh_bytes(sizes, batch) for batch in (10, 11, 100, 101)] == [
-        0,
-        REUSED // 10,
-        REUSED // 10,
-        REUSED // 10 + REUSED // 100,
-    ]
+    large, small = REUSED // 8, REUSED // 64
+    fresh = [fresh_bytes([large, small], batch) for batch in (8, 9, 64, 65)]
+    assert fresh == [0, large, large, large + small]
 
 
 @given(tensors, count, count, st.integers(0, 10**8))
@@ -148,6 +146,19 @@ def test_rows_on_a_device_cut_no_batch(bound):
     assert tensors_made(rows.to(torch.device("meta")), (1, 2)) == ()
 
 
+def noted(monkeypatch):
+    """Return a list to which every batch of a fit or a self-influence is added."""
+    batches = []
+    original = snapshot.best_batch
+
+    def note(*arguments):
+        batches.append(original(*arguments))
+        return batches[-1]
+
+    monkeypatch.setattr(snapshot, "best_batch", note)
+    return batches
+
+
 @pytest.mark.parametrize("method", ["grad-dot", "if-kfac"])
 def test_a_run_in_cut_batches_gives_the_scores_of_one_batch(method, monkeypatch):
     torch.manual_seed(0)
@@ -156,18 +167,31 @@ def test_a_run_in_cut_batches_gives_the_scores_of_one_batch(method, monkeypatch)
     made = dattri.method(method, **({} if method == "grad-dot" else {"damping": 0.1}))
     plan = made.attribute(task, train, test, dry_run=True)
     assert plan.train_batch == 6  # 8 MiB would be 7; a row with its ones is above 4 MiB
-    fit_batches = []
-    original = snapshot.best_batch
-
-    def noted(*arguments):
-        fit_batches.append(original(*arguments))
-        return fit_batches[-1]
-
-    monkeypatch.setattr(snapshot, "best_batch", noted)
-    cut = made.attribute(task, train, test)
+    fit_batches = noted(monkeypatch)
+    fitted = made.fit(task, train)
     assert set(fit_batches) == {6}
+    fit_batches.clear()
+    influences = fitted.self_influence()
+    assert fit_batches == [6]
+    cut = fitted.attribute(test)
     monkeypatch.setattr(pages, "REUSED", 2**40)
     whole = made.attribute(task, train, test)
     assert made.attribute(task, train, test, dry_run=True).train_batch == 24
+    assert torch.allclose(influences, made.fit(task, train).self_influence(), rtol=1e-4)
     scale = whole.values.abs().max()
     assert torch.allclose(cut.values, whole.values, rtol=1e-4, atol=1e-5 * float(scale))
+
+
+def test_rows_that_are_held_make_no_tensors_and_those_of_a_pool_do(monkeypatch):
+    """They are computed in batches like those of the fit on them, of 24 or of 6."""
+    torch.manual_seed(0)
+    task = Task(Sequences(), "cross-entropy")
+    train, pool = sequences(24, 1), sequences(9, 2)
+    batches = noted(monkeypatch)
+    fitted = dattri.method("trak", dim=8).fit(task, train)
+    held = fitted._fit(fitted._first())
+    assert batches == [6, 6]
+    assert held.outline.held > 0
+    assert held.outline.tensors == ()
+    of_pool = pools.of_pool(held, Examples.of(pool, "pool"), task.device)
+    assert LENGTH * WIDTH * 4 in of_pool.outline.tensors

@@ -202,8 +202,8 @@ class Forecast:
         return (
             f"{self.rows} rows ({rows}) are not held but read again: "
             f"{self.readings:g} times to fit, in {self.tiles} tiles of {self.tile} examples, and "
-            f"{self.applied} times for each group of queries, whose answers are formed (rows behind a "
-            f"projector are computed once where they are kept, store=); {products}"
+            f"{self.applied} times for each group of queries, whose answers are formed (store= "
+            f"keeps rows that have passed a projector, which are computed once then); {products}"
         )
 
     def __str__(self) -> str:
