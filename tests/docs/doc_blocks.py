@@ -258,7 +258,11 @@ class Reader:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                "OMP_NUM_THREADS": "1",  # torchrun prints a warning where nobody has set it
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )
         return done.stdout + done.stderr
 
