@@ -1,8 +1,7 @@
 """Pages: what large tensors cost on a processor, and the batches in which they cost least.
 
 Memory of a tensor that is larger than the allocator keeps goes back to the system when the tensor
-goes, and every page of the next one is cleared first. Where batches are as large as the budget
-allows, that takes a third of the time of a pass.
+goes, and every page of the next one is cleared first. What that takes is told in the design.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def of_pool(fitted: Fitted, pool: Examples, device: torch.device) -> Fitted:
     sample, raw = sampled_rows(bound, pool, device)
     evaluator = getattr(bound, "evaluator", None)
     sizes = measured_sizes(evaluator, sample) if isinstance(evaluator, Evaluator) else ()
-    rows, activations = passing(source, raw, total_bytes(sizes) if sizes else 0)
+    kept = total_bytes(sizes) if isinstance(evaluator, Evaluator) else 0
+    rows, activations = passing(source, raw, kept)
     outline = fitted.outline
     told = f"pool              {len(pool)} examples in place of the train set, rows computed"
     return attrs.evolve(

@@ -213,7 +213,7 @@ def fit_checkpoint(
     check_stages(stages, bound.space, bound)
     evaluator = getattr(bound, "evaluator", None)
     sizes = activation_sizes(evaluator, sample) if isinstance(evaluator, Evaluator) else ()
-    activations = total_bytes(sizes) if sizes else 0
+    activations = total_bytes(sizes) if isinstance(evaluator, Evaluator) else 0
     raw = _first_rows(bound, sample, index, task.device)
     if isinstance(evaluator, Evaluator):
         require_unpadded(evaluator, examples, index, sample, "train", (bound, raw))

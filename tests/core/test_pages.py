@@ -13,7 +13,13 @@ from torch import nn
 import dattri_core as dattri
 from dattri_core import Task, pages, snapshot
 from dattri_core import pool as pools
-from dattri_core.activations import activation_bytes, activation_sizes, tensors_made, total_bytes
+from dattri_core.activations import (
+    LEAST,
+    activation_bytes,
+    activation_sizes,
+    tensors_made,
+    total_bytes,
+)
 from dattri_core.assemble import build_part
 from dattri_core.pages import (
     BATCH,
@@ -195,3 +201,19 @@ def test_rows_that_are_held_make_no_tensors_and_those_of_a_pool_do(monkeypatch):
     assert held.outline.tensors == ()
     of_pool = pools.of_pool(held, Examples.of(pool, "pool"), task.device)
     assert LENGTH * WIDTH * 4 in of_pool.outline.tensors
+
+
+def test_an_example_counts_where_its_pass_keeps_no_tensor():
+    """The sum of the outputs of a linear layer: what it keeps are its input and its weights."""
+    task = Task(nn.Linear(3, 2), lambda model, batch: model(batch[0]).sum(1))
+    train = normal(5, 3, seed=1).float(), torch.arange(5) % 2
+    fitted = dattri.method("grad-dot").fit(task, train)
+    held = fitted._fit(fitted._first())
+    assert activation_sizes(held.chain.source.evaluator, train) == ()
+    assert held.outline.activations == LEAST
+    of_pool = pools.of_pool(
+        attrs.evolve(held, outline=attrs.evolve(held.outline, activations=0)),
+        Examples.of(train, "pool"),
+        task.device,
+    )
+    assert of_pool.outline.activations == LEAST
