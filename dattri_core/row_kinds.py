@@ -20,9 +20,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core.batch import Batch, take
+from dattri_core.batch import Batch, batch_size, take
 from dattri_core.criteria import LARGEST_HESSIAN
-from dattri_core.errors import MemoryBudgetError, SpecError, format_bytes
+from dattri_core.errors import InputError, MemoryBudgetError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
 from dattri_core.losses import Draw, Loss
 from dattri_core.protocols import BoundSource, RandomStream, Role, RowKind, Sink
@@ -109,11 +109,15 @@ class RowReader:
             sample: One example, on the device.
 
         Raises:
+            InputError: The first axis of the outputs does not count examples, where a factor of the
+                criterion's Hessian in them is asked for.
             MemoryBudgetError: The factor of one example is more than the budget.
         """
         if self.kind not in ("ggn", "leading"):
             return batch
-        size = self._outputs(sample)[0].numel()
+        outputs = self._outputs(sample)
+        self._require_by_example(outputs, sample)
+        size = outputs[0].numel()
         if self.kind == "leading" and size > LARGEST_HESSIAN:
             raise SpecError(
                 f"rows of kind 'leading': an example has {size} outputs, and eigenvectors of the "
@@ -141,7 +145,7 @@ class RowReader:
             yield index, (batch,)
             return
         with torch.inference_mode(False):
-            factor = self.evaluator.output_factor(self._outputs(batch), batch)
+            factor = self._factor(self._outputs(batch), batch)
         # Example by example, its own columns only: which rows come does not depend on the batch.
         there = _flat(factor).ne(0).any(-1).T.nonzero()  # pairs (example, column)
         if not len(there):  # `split` of nothing is one part of no examples, which no model takes
@@ -171,7 +175,7 @@ class RowReader:
 
     def _leading(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return root(lambda) v of an eigenpair of every C_b, zeros where there is none."""
-        factor = self.evaluator.output_factor(outputs.detach(), batch)  # [K, B, ...]
+        factor = self._factor(outputs.detach(), batch)  # [K, B, ...]
         if self.draw >= len(factor):
             return torch.zeros_like(outputs)
         columns = _flat(factor).transpose(0, 1).double()  # [B, K, outputs]
@@ -180,6 +184,24 @@ class RowReader:
         chosen = weights[:, :, -1 - self.draw].unsqueeze(1)  # eigenvalues ascend
         leading: Tensor = (chosen @ columns).reshape(outputs.shape)
         return leading.to(outputs.dtype)
+
+    def _factor(self, outputs: Tensor, batch: Batch) -> Tensor:
+        self._require_by_example(outputs, batch)
+        return self.evaluator.output_factor(outputs, batch)
+
+    def _require_by_example(self, outputs: Tensor, batch: Batch) -> None:
+        """Raise `InputError` unless the first axis of outputs counts the examples."""
+        count = batch_size(batch)
+        if outputs.dim() and len(outputs) == count:
+            return
+        raise InputError(
+            f"rows of kind {self.kind!r}: the forward pass of the loss "
+            f"{self.evaluator.task.loss_name!r} returned shape {tuple(outputs.shape)} for {count} "
+            f"examples; expected [{count}, ...], examples first and on an axis of their own; give "
+            "dattri.Loss(forward=...) outputs.transpose(0, 1) where time comes first, no "
+            "flatten(0, 1), which the criterion may do, and squeeze(-1) in place of squeeze(); or "
+            "use a curvature of GGN products (the solver 'cg')"
+        )
 
     def _uniforms(self, index: Tensor, outputs: Tensor) -> Draw:
         """Return uniform numbers keyed by the position of each example, never by its batch."""

@@ -115,3 +115,44 @@ def test_outputs_of_several_tensors_are_refused_with_the_cure(kind, options):
         dattri.attribute(Task(model, loss=loss), train, test, progress=False, **options)
     # No GGN, no matter.
     dattri.attribute(Task(model, loss=loss), train, test, method="grad-dot", progress=False)
+
+
+def by_token(outputs, labels):
+    """Return the sum over tokens of -log p, of outputs `[B, T, V]`."""
+    return F.cross_entropy(outputs.mT, labels, reduction="none").sum(1)
+
+
+UNUSUAL = {
+    "time first": dattri.Loss(
+        lambda model, batch: model(batch[0]).transpose(0, 1),
+        lambda outputs, batch: by_token(outputs.transpose(0, 1), batch[1]),
+    ),
+    "flattened": dattri.Loss(
+        lambda model, batch: model(batch[0]).flatten(0, 1),
+        lambda outputs, batch: by_token(outputs.unflatten(0, batch[1].shape), batch[1]),
+    ),
+    "squeezed": dattri.Loss(
+        lambda model, batch: model(batch[0]).squeeze(),
+        lambda outputs, batch: by_token(outputs.reshape(*batch[1].shape, -1), batch[1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("shape", UNUSUAL)
+def test_rows_of_outputs_whose_first_axis_counts_no_examples_are_refused(shape, tokens):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    train = torch.randint(5, (8, tokens)), torch.randint(4, (8, tokens))
+    test = torch.randint(5, (3, tokens)), torch.randint(4, (3, tokens))
+    task = Task(model, loss=UNUSUAL[shape])
+    plain = Task(model, loss="token-cross-entropy")
+    for name in ("woodbury", "leading", "kfac", "cg"):
+        options = {"damping": 0.1, "progress": False, **GGN[name]}
+        if name == "cg" or (shape, tokens) == ("flattened", 1):  # one token: an example each
+            found = dattri.attribute(task, train, test, **options).values
+            expected = dattri.attribute(plain, train, test, **options).values
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+            continue
+        with pytest.raises(dattri.InputError, match=r"shape \(.*expected \[\d+, \.\.\.\], example"):
+            dattri.attribute(task, train, test, **options)
