@@ -34,7 +34,7 @@ from dattri_core.row_kinds import RowReader
 from dattri_core.rows import Rows
 from dattri_core.space import Space
 from dattri_core.stream import Examples
-from dattri_core.symmetry import require_sound
+from dattri_core.symmetry import require_sound, require_sum
 from dattri_core.task import Task
 
 
@@ -349,7 +349,7 @@ class TrainProblem:
         with self.evaluator.session():
             for positions, batch in self._batches(self.batch, index):
                 there = move(batch, self.device)
-                self._require_sound(there, single, kind)
+                self._require_sound(positions, there, single, kind)
                 parts += halved(products, positions, there, what)
         if not parts:
             raise SpecError(f"{what}: index names no example")
@@ -387,14 +387,17 @@ class TrainProblem:
         if self.n_train * recording_bytes(self.evaluator, sample) > limit:
             return ()
         recordings = []
-        for _, batch in self._batches(self.batch, None):
+        for positions, batch in self._batches(self.batch, None):
             there = move(batch, self.device)
-            self._require_sound(there, names, kind)
+            self._require_sound(positions, there, names, kind)
             recordings.append(record(self.evaluator, there, names, kind))
         return tuple(recordings)
 
-    def _require_sound(self, batch: Batch, names: Iterable[str], kind: CurvatureKind) -> None:
+    def _require_sound(
+        self, positions: Tensor, batch: Batch, names: Iterable[str], kind: CurvatureKind
+    ) -> None:
         if kind == "hessian":
+            require_sum(self.evaluator, batch, positions)
             require_sound(self.evaluator, batch, names)
 
     def _stream_product(
@@ -407,9 +410,9 @@ class TrainProblem:
         """Write the sum over examples to ``total``, a batch at a time."""
         first = True
         with self.evaluator.session():
-            for _, batch in self._batches(self.batch, index):
+            for positions, batch in self._batches(self.batch, index):
                 there = move(batch, self.device)
-                self._require_sound(there, directions, kind)
+                self._require_sound(positions, there, directions, kind)
                 part = self._batch_product(there, directions, kind, total if first else None)
                 if not first:
                     for name, value in part.items():

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from attrs import frozen
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dattri_core.batch import Batch, batch_size, take
 from dattri_core.errors import InputError, NumericsError
 from dattri_core.evaluate import Evaluator, leaves
-from dattri_core.losses import Loss
+from dattri_core.losses import FunctionalLoss, Loss
 from dattri_core.memory import is_out_of_memory
 from dattri_core.recording import Named, in_call
 from dattri_core.second_order import differentiable_kernels, gradient_of
@@ -45,9 +45,13 @@ NOTHING = 1e-150
 """Length of H v whose square is no number any more: a criterion so sure has no Hessian."""
 FEW_DIGITS = 1e-3
 """Gap, as a part of |H v|, from which rounding is told of."""
+SUM_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""By how much the loss of a batch may differ from that of its examples, as a part of their sum."""
+SUM_ROUNDING_HALF = 5e-2
 
 _log = logging.getLogger("dattri")
 _sound: WeakSet[Task] = WeakSet()
+_summed: WeakKeyDictionary[Evaluator, set[tuple[int, int]]] = WeakKeyDictionary()
 
 
 def require_sound(evaluator: Evaluator, batch: Batch, names: Iterable[str]) -> None:
@@ -83,6 +87,41 @@ def require_sound(evaluator: Evaluator, batch: Batch, names: Iterable[str]) -> N
             if not is_out_of_memory(error):
                 raise
     _sound.add(evaluator.task)
+
+
+def require_sum(evaluator: Evaluator, batch: Batch, positions: Tensor) -> None:
+    """Raise `InputError` where a loss of many examples is not their sum or mean; once for a batch.
+
+    A scalar weighted by classes, or a mean over the tokens that are not ignored, is the plain mean
+    of some examples, and of a whole batch it is not: products with its Hessian would depend on how
+    examples are batched.
+
+    Args:
+        evaluator: The checkpoint; a loss that gives a number for each example is not looked at.
+        batch: Examples on its device.
+        positions: Of the examples, which tell batches apart, ``[B]``.
+
+    Raises:
+        InputError: The value of the batch is another one than that of its examples together.
+    """
+    loss = evaluator.task.loss
+    batches = _summed.setdefault(evaluator, set())
+    key = (int(positions[0]), len(positions)) if len(positions) else None
+    if not isinstance(loss, FunctionalLoss) or key is None or key in batches:
+        return
+    with evaluator.session(), torch.no_grad():
+        each = evaluator.per_example(None, batch, "train").double()
+        whole = float(evaluator.total(None, batch, "train"))
+    batches.add(key)
+    allowed = SUM_ROUNDING.get(evaluator.dtype, SUM_ROUNDING_HALF) * float(each.abs().sum())
+    if abs(whole - float(each.sum())) > allowed:
+        raise InputError(
+            f"curvature product of the loss {loss.name!r}: {len(each)} train examples together "
+            f"give {whole:.6g}, and their sum one by one is {float(each.sum()):.6g} (a mean is "
+            "multiplied by their number); expected the same, else products would depend on the "
+            "batches; a mean that is weighted by classes or leaves out ignored labels is none of "
+            f"the examples: return one number per example, [{len(each)}] (reduction='none')"
+        )
 
 
 @frozen

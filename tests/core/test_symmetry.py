@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dattri_core as dattri
-from dattri_core import NumericsError, Task, symmetry
+from dattri_core import InputError, NumericsError, Task, symmetry
 from dattri_core.evaluate import Evaluator
 
 
@@ -322,3 +322,41 @@ def test_it_is_looked_at_once_for_a_task_and_draws_no_global_number(monkeypatch)
     dattri.attribute(task, train, test, method="if-cg", damping=3.0, curvature="ggn")
     assert len(looked) == 1
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- losses of a whole batch --------------------------------------------------------------------
+def of_batch(model, weight, reduction):
+    """Return the scalar loss of a batch, as a function of parameters."""
+
+    @dattri.functional
+    def loss(parameters, batch):
+        outputs = torch.func.functional_call(model, parameters, (batch[0],))
+        return F.cross_entropy(outputs, batch[1], weight=weight, reduction=reduction)
+
+    return loss
+
+
+@pytest.mark.parametrize("method", ["if-cg", "if-explicit", "if-lissa"])
+def test_a_mean_that_is_none_of_its_examples_has_no_hessian_of_them(method):
+    """The labels of all examples that a sample is taken from are alike."""
+    model, (inputs, _) = mlp(), examples(20)
+    rare = torch.zeros(20, dtype=torch.long)
+    rare[[1, 4, 6]] = 2
+    common = torch.zeros(20, dtype=torch.long)
+    weight = torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64)
+    test = examples(3, seed=300)
+    options = {"method": method, "source": "functional", "damping": 3.0, "curvature": "hessian"}
+    task = Task(model, of_batch(model, weight, "mean"))
+    with pytest.raises(InputError, match=r"examples together give .* one by one is"):
+        dattri.attribute(task, (inputs, rare), test, **options)
+    dattri.attribute(task, (inputs, common), test, **options)
+
+
+def test_a_sum_and_a_mean_of_a_batch_have_the_hessian_of_the_mean_loss():
+    model, train, test = mlp(), examples(20), examples(3, seed=300)
+    options = {"method": "if-cg", "damping": 3.0, "tolerance": 1e-12}
+    expected = dattri.attribute(Task(model), train, test, **options).values
+    for reduction in ("sum", "mean"):
+        task = Task(model, of_batch(model, None, reduction))
+        found = dattri.attribute(task, train, test, source="functional", **options).values
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)

@@ -68,8 +68,8 @@ class Functional:
             InputError: The loss is unfit (see `Evaluator`), or it cannot be differentiated.
         """
         with torch.inference_mode(False):
+            evaluator = Evaluator(task, checkpoint, plain(sample))
             sample = plain(take(sample, slice(0, EXAMPLES)))
-            evaluator = Evaluator(task, checkpoint, sample)
             specs = [dense_spec(k, k, tuple(p.shape)) for k, p in evaluator.selected.items()]
             bound = BoundFunctional(evaluator, Space(tuple(specs)), self.chunk)
             roles: tuple[Role, ...] = ("train", "test") if task.target is not None else ("train",)

@@ -87,3 +87,21 @@ def test_a_loss_without_a_derivative_is_named() -> None:
 def test_a_chunk_below_one_is_refused() -> None:
     with pytest.raises(dattri.SpecError, match="chunk is 0"):
         Functional(chunk=0)
+
+
+def test_a_mean_weighted_by_classes_is_told_from_a_mean_by_all_of_the_sample():
+    """The first examples of the sample have one label, and others another."""
+    model = nn.Linear(4, 3).double()
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 0, 0, 0, 2, 0, 0, 0])
+    weight = torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64)
+
+    @dattri.functional
+    def loss(parameters, batch):
+        outputs = torch.func.functional_call(model, parameters, (batch[0],))
+        return torch.nn.functional.cross_entropy(outputs, batch[1], weight=weight)
+
+    options = {"method": "grad-dot", "source": "functional"}
+    with pytest.raises(dattri.InputError, match=r"neither the mean .* nor the sum"):
+        dattri.attribute(dattri.Task(model, loss), (inputs, labels), (inputs, labels), **options)
