@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from dattri_core.adapters import adapter_names, is_adapter, require_same_adapter
 from dattri_core.batch import raw_bytes
 from dattri_core.errors import InputError
 from dattri_core.state_files import find_states, hash_of, read_state, shapes_of
+
+WITHIN = 1e-5
+"""By how much a row may be longer than ``max_norm``, relative to it: rounding of its limit."""
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 CheckpointSource: TypeAlias = "str | Path | StateDict | Checkpoint | None"
@@ -222,6 +226,29 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors.update((name, b) for name, b in model.named_buffers() if name in persistent)
     return tensors
+
+
+def require_unwritten(model: nn.Module, state: StateDict, checkpoint: str) -> None:
+    """Raise `InputError` where a forward pass would shorten rows of an embedding's weight in place.
+
+    ``max_norm`` rewrites what it looks up: the model, or the state that was given, would change.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.max_norm is None:
+            continue
+        first = next((n for n, p in model.named_parameters() if p is module.weight), None)
+        weight = state[first] if first in state else module.weight.detach()
+        lengths = torch.linalg.vector_norm(weight.float(), ord=module.norm_type, dim=1)
+        longer = int((lengths > module.max_norm * (1 + WITHIN)).sum())
+        if longer:
+            raise InputError(
+                f"checkpoint {checkpoint!r}: {longer} rows of the weight of "
+                f"{type(module).__name__} {path!r} are longer than its max_norm="
+                f"{module.max_norm}, and a forward pass rewrites those that it looks up, where "
+                "models are left as they are; apply the limit once, with torch.no_grad(): "
+                "torch.embedding_renorm_(weight, torch.arange(len(weight)), max_norm, norm_type), "
+                "or set max_norm=None"
+            )
 
 
 def state_fingerprint(state: StateDict) -> str:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from dattri_core.batch import Batch, batch_size, move, take, tensors_of
-from dattri_core.checkpoint import Checkpoint, state_fingerprint
+from dattri_core.checkpoint import Checkpoint, require_unwritten, state_fingerprint
 from dattri_core.criteria import hessian_factor
 from dattri_core.errors import InputError, NumericsError, SpecError
 from dattri_core.losses import Draw, FunctionalLoss, Loss, Reduction
@@ -81,6 +81,7 @@ class Evaluator:
         self.checkpoint = checkpoint
         self._in_session = False
         self.state = checkpoint.load(task.model)
+        require_unwritten(task.model, self.state, checkpoint.name)
         names = {name for name, _ in task.model.named_parameters()}
         self.parameters: dict[str, Tensor] = {k: v for k, v in self.state.items() if k in names}
         self.buffers: dict[str, Tensor] = {k: v for k, v in self.state.items() if k not in names}

@@ -15,32 +15,43 @@ from dattri_core.batch import Batch, take
 from dattri_core.errors import InputError
 from dattri_core.evaluate import Evaluator, leaves
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 _looked_at: WeakSet[Evaluator] = WeakSet()
 
 
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Choose plain kernels where the fused ones have no second derivative."""
+    """Choose plain kernels where the fused ones have no second derivative.
+
+    So that of an embedding with ``sparse=True``, whose gradient comes as indices and values.
+    """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     backends: Any = torch.backends
     cudnn, onednn = backends.cudnn, backends.mkldnn
     before = cudnn.enabled, onednn.enabled
+    sparse = [m for m in model.modules() if isinstance(m, _TABLES) and m.sparse]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
             if recurrent:
                 cudnn.enabled = onednn.enabled = False
+            for module in sparse:
+                module.sparse = False
             yield
         finally:
+            for module in sparse:
+                module.sparse = True
             cudnn.enabled, onednn.enabled = before
 
 
 def require_second_derivative(evaluator: Evaluator, batch: Batch) -> None:
     """Raise `InputError` for a function whose second derivative torch would take to be zero.
 
-    Looked at once for a checkpoint, on the first example of the batch.
+    And for a gradient that is scaled by what else is in the batch. Looked at once for a checkpoint,
+    on the first example of the batch.
     """
     if evaluator in _looked_at:
         return
+    _require_unscaled(evaluator)
     variables = leaves(evaluator.selected)
 
     def run(model: nn.Module) -> None:
@@ -64,6 +75,23 @@ def _require_twice_differentiable(evaluator: Evaluator, gradient: dict[str, Tens
         if node.name() == "torch::autograd::Error":
             raise no_second_derivative(evaluator, "an autograd.Function is @once_differentiable")
         waiting.extend(following for following, _ in node.next_functions)
+
+
+def _require_unscaled(evaluator: Evaluator) -> None:
+    """Raise `InputError` for an embedding whose gradient is divided by counts of the batch."""
+    model = evaluator.task.model
+    selected = {id(p) for name, p in model.named_parameters() if name in evaluator.selected}
+    for path, module in model.named_modules():
+        if not isinstance(module, _TABLES) or not module.scale_grad_by_freq:
+            continue
+        if id(module.weight) in selected:
+            raise InputError(
+                f"curvature product of the loss {evaluator.task.loss_name!r}: "
+                f"{type(module).__name__} {path!r} has scale_grad_by_freq=True, which divides its "
+                "gradient by how often a batch names an index, so that products would depend on "
+                "the batches; set it to False, leave its weight out with parameters=, or use a "
+                "curvature of rows ('if-woodbury', 'if-ekfac')"
+            )
 
 
 def no_second_derivative(evaluator: Evaluator, reason: object) -> InputError:

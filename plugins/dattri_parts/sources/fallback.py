@@ -168,7 +168,11 @@ class Fallback:
 
 
 def _dense(found: Mapping[str, Tensor]) -> dict[str, Block]:
-    return {local: DenseBlock(values) for local, values in found.items()}
+    """Return formed rows; those of a bag with ``sparse=True`` come as indices and values."""
+    return {
+        local: DenseBlock(values.to_dense() if values.is_sparse else values)
+        for local, values in found.items()
+    }
 
 
 def _swapped_in(module: nn.Module, local: str) -> Tensor:
