@@ -237,7 +237,8 @@ def require_unwritten(model: nn.Module, state: StateDict, checkpoint: str) -> No
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.max_norm is None:
             continue
         first = next((n for n, p in model.named_parameters() if p is module.weight), None)
-        weight = state[first] if first in state else module.weight.detach()
+        own = module.weight.detach()
+        weight = own if first is None else state.get(first, own)
         lengths = torch.linalg.vector_norm(weight.float(), ord=module.norm_type, dim=1)
         longer = int((lengths > module.max_norm * (1 + WITHIN)).sum())
         if longer:

@@ -137,6 +137,16 @@ def require_alike(left: Block, right: Block, operation: str, *, paired: bool = F
         raise SpecError(f"{operation}: {len(left)} rows meet {len(right)}; counts must be equal")
 
 
+def doubled(left: Block, right: Block) -> tuple[Block, Block] | None:
+    """Return both blocks in float64 where one of them is and the other is not, else None.
+
+    A model may hold some of its weights in float64, and an answer has the dtype of its rows.
+    """
+    if (left.dtype == torch.float64) == (right.dtype == torch.float64):
+        return None
+    return left.to(None, torch.float64), right.to(None, torch.float64)
+
+
 def column(weights: Tensor, values: Tensor) -> Tensor:
     """Return one weight a row in a shape that multiplies values ``[B, ...]``."""
     return weights.to(values).reshape(-1, *([1] * (values.dim() - 1)))

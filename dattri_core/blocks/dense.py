@@ -12,6 +12,7 @@ from dattri_core.blocks.block import (
     Block,
     LinearFunction,
     column,
+    doubled,
     explain_inner,
     item_of,
     require_alike,
@@ -82,6 +83,9 @@ class DenseBlock:
         if not isinstance(other, DenseBlock):
             return other.inner(self, order=order, limit=limit).T
         require_alike(self, other, "inner")
+        wide = doubled(self, other)
+        if wide is not None:
+            return wide[0].inner(wide[1], order=order, limit=limit)
         explain_inner(self, other, order)  # refuses an order that does not exist
         return product(self.flat(), other.flat().T)
 
@@ -92,6 +96,9 @@ class DenseBlock:
         if not isinstance(other, DenseBlock):
             return other.pair_inner(self, order=order, limit=limit)
         require_alike(self, other, "pairwise inner", paired=True)
+        wide = doubled(self, other)
+        if wide is not None:
+            return wide[0].pair_inner(wide[1], order=order, limit=limit)
         plan = plan_pair(self.planned, order=order, item=item_of(self))
         step = rows_per_slice(plan, len(self), limit_now() if limit is None else limit)
         parts = [

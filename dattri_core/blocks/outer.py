@@ -13,6 +13,7 @@ from dattri_core.blocks.block import (
     Block,
     LinearFunction,
     column,
+    doubled,
     explain_inner,
     item_of,
     require_alike,
@@ -183,6 +184,9 @@ class OuterBlock:
             return other.inner(self, order=order, limit=limit).T
         limit = limit_now() if limit is None else limit
         require_alike(self, other, "inner")
+        wide = doubled(self, other)
+        if wide is not None:
+            return wide[0].inner(wide[1], order=order, limit=limit)
         plan = explain_inner(self, other, order)
         if plan.order == "form":
             return _inner_formed(self, other, limit)
@@ -201,6 +205,9 @@ class OuterBlock:
             return other.pair_inner(self, order=order, limit=limit)
         limit = limit_now() if limit is None else limit
         require_alike(self, other, "pairwise inner", paired=True)
+        wide = doubled(self, other)
+        if wide is not None:
+            return wide[0].pair_inner(wide[1], order=order, limit=limit)
         plan = plan_pair(self.planned, other.planned, order=order, item=item_of(self))
         step = rows_per_slice(plan, len(self), limit)
         ghost = plan.order == "ghost"
