@@ -187,7 +187,8 @@ def checkpoints_of(
         raise InputError(
             "checkpoints: got an empty list; give at least one, or None for the weights now"
         )
-    rates: Sequence[float | None] = learning_rates or [None] * len(named)
+    given = [None] * len(named) if learning_rates is None else learning_rates
+    rates: Sequence[float | None] = [None if rate is None else float(rate) for rate in given]
     found = tuple(
         Checkpoint(name, position, len(named), rate, state)
         for position, ((name, state), rate) in enumerate(zip(named, rates, strict=True))

@@ -3,6 +3,7 @@
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -74,6 +75,13 @@ def test_a_folder_a_pattern_and_a_list_keep_their_order(tmp_path):
         assert [c.learning_rate for c in found] == [0.4, 0.3, 0.2, 0.1]
     listed = [tmp_path / name for name in reversed(want)]
     assert [c.name for c in checkpoints_of(listed, None)] == want[::-1]
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, np.array])
+def test_learning_rates_may_be_an_array(kind):
+    found = checkpoints_of([model().state_dict()] * 2, kind([0.5, 0.25]))
+    assert [c.learning_rate for c in found] == [0.5, 0.25]
+    assert {type(c.learning_rate) for c in found} == {float}
 
 
 def test_checkpoints_are_taken_as_they_are_at_their_places():

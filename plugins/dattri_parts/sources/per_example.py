@@ -27,6 +27,7 @@ from dattri_parts.sources.mingled import Mingled
 from dattri_parts.sources.plan import make_plan
 from dattri_parts.sources.rehearse import rehearse
 from dattri_parts.sources.resolve import CURE, resolve, slots_of
+from dattri_parts.sources.routed import routed
 
 
 @frozen
@@ -80,7 +81,7 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
     slots = slots_of(task.model, evaluator.selected)
     roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
-    rejected: set[nn.Module] = set()
+    rejected = routed(evaluator, trio, roles)
     ruleless: set[nn.Module] = set()
     first: Exception | None = None  # what was wrong with the modules of the parameters themselves
     while True:
