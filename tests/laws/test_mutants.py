@@ -101,7 +101,12 @@ GOOD = {
         lambda: dattri.Method(scorer=ToyScorer(), **inverting()),
     ],
     "setting": [ToySetting(), ToySetting(alone=True)],
-    "metric": [ToyDetection(), ToyDetection(fact=True), ToyRemoval()],
+    "metric": [
+        ToyDetection(),
+        ToyDetection(fact=True),
+        ToyDetection(drawn=True),
+        ToyRemoval(),
+    ],
 }
 
 # kind -> law -> a part that breaks it. A function makes the part when the test runs.
@@ -325,6 +330,8 @@ BROKEN = {
         "direction-of-the-target-is-heeded": ToyRemoval("target"),
         "scores-that-add-up-are-judged-best": ToyRemoval("neighbour"),
         "metric-is-repeatable": ToyDetection("noise"),
+        "what-is-drawn-is-of-the-seed": ToyDetection("one state", drawn=True),
+        "seeds-are-repeatable": ToyDetection("seed 0 alone", drawn=True),
         "evidence-is-untouched": ToyDetection("in place"),
         "scale-does-not-show": ToyDetection("threshold"),
         "order-of-examples-does-not-show": ToyDetection("place"),
@@ -357,7 +364,11 @@ ALSO = {
     # A map of the global random state is another each time that it is built, on any device.
     ("projector", "map-is-of-its-stream"): {"device-does-not-show"},
     # Of two values that draw numbers one differs after a use on other data, as ever.
-    ("metric", "metric-is-repeatable"): {"part-is-frozen"},
+    ("metric", "metric-is-repeatable"): {"part-is-frozen", "seeds-are-repeatable"},
+    # Where the value depends on places and the ends do not, the width of the interval does.
+    ("metric", "order-of-examples-does-not-show"): {"what-is-drawn-is-of-the-seed"},
+    # Models that are taken for those of other examples are so by the place of these.
+    ("metric", "scores-that-add-up-are-judged-best"): {"what-is-drawn-is-of-the-seed"},
     # The global random state is something that a fold keeps beside its state.
     ("fold", "fold-is-repeatable"): {"state-is-all-it-keeps"},
 }
