@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, move, take
@@ -48,6 +48,7 @@ class DenseProblem:
         reference: The test set of the world, as a problem of its own.
         role: Of the rows of kind ``"loss"``.
         dtype: Of the rows that are read; what they are made from is float64.
+        singles: Curvature of each example by kind, ``[n, d, d]``, made when it is first asked for.
     """
 
     world: World
@@ -63,6 +64,7 @@ class DenseProblem:
     reference: DenseProblem | None = None
     role: Role = "train"
     dtype: torch.dtype = torch.float64
+    singles: dict[CurvatureKind, Tensor] = field(factory=dict)
 
     @property
     def space(self) -> Space:
@@ -107,6 +109,7 @@ class DenseProblem:
             train_rows=self.train_rows.to(device),
             ggn_rows=self.ggn_rows.to(device),
             matrices={kind: matrix.to(device) for kind, matrix in self.matrices.items()},
+            singles={},
             reference=None if self.reference is None else self.reference.on(device),
         )
 
@@ -117,6 +120,7 @@ class DenseProblem:
             self,
             task=self.world.task(torch.float32),
             dtype=torch.float32,
+            singles={},
             reference=None if self.reference is None else self.reference.low,
         )
 
@@ -158,9 +162,9 @@ class DenseProblem:
         self.space.require_same(vectors.space, "curvature product")
         matrix = self.matrices[kind]
         if index is not None:
-            oracle = {"hessian": hessian, "ggn": ggn}[kind]
-            part = cast(take(self.train, index), self.dtype)
-            matrix = oracle(self.task, self.space, part).double()
+            single = self._singles(kind)
+            count = torch.bincount(index.to(single.device), minlength=self.n_train)
+            matrix = torch.tensordot(count.to(single) / len(index), single, 1)
         flat = vectors.flat().double() @ matrix
         return Rows.from_flat(self.space, flat.to(vectors.dtype), vectors.index, vectors.aux)
 
@@ -168,6 +172,15 @@ class DenseProblem:
         """Return the curvature of each of some examples times one vector."""
         ones = [self.product(vector, kind, at.unsqueeze(0)).flat() for at in index]
         return Rows.from_flat(self.space, torch.cat(ones), index)
+
+    def _singles(self, kind: CurvatureKind) -> Tensor:
+        """Return the curvature of each example, in float64, ``[n, d, d]``."""
+        if kind not in self.singles:
+            oracle, train = {"hessian": hessian, "ggn": ggn}[kind], cast(self.train, self.dtype)
+            ones = (take(train, slice(at, at + 1)) for at in range(self.n_train))
+            found = torch.stack([oracle(self.task, self.space, one) for one in ones])
+            self.singles[kind] = found.double()
+        return self.singles[kind]
 
     def _single(self, kind: RowKind, draw: int) -> Rows:
         """Return the rows of a kind that has one for each example."""

@@ -13,6 +13,7 @@ from dattri_core.entries import Entry, Recipe
 from dattri_core.errors import PluginError, SpecError, nearest
 from dattri_core.laws import (
     curvatures,
+    directions,
     fingerprints,
     folds,
     inverse_numbers,
@@ -42,6 +43,7 @@ from dattri_core.registry import Registry, default_registry, using
 
 # laws of kinds whose bench is elsewhere
 _MORE = (
+    directions,
     fingerprints,
     inverse_numbers,
     keeping,

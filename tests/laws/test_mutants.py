@@ -1,6 +1,7 @@
 """Broken parts, one a law: each breaks that law, and no other unless the table says so."""
 
 import pytest
+from toy_constant_parts import ToyConstant, ToyConstantInverse
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
 from toy_moment_parts import ToyMoment, ToySquares, ToySummed
@@ -70,6 +71,7 @@ GOOD = {
         ToyMoment(),
         ToyMoment(blockwise=True),
         ToySummed(),
+        ToyConstant("layers"),
     ],
     "solver": [
         ToySolver(),
@@ -85,6 +87,7 @@ GOOD = {
         ToyInverseHessian(split=True),
         ToyInverseHessian(knowing=True),
         ToyInverseHessian(exact=True),
+        ToyConstantInverse("layers"),
     ],
     "scorer": [
         ToyScorer(),
@@ -181,6 +184,7 @@ BROKEN = {
         "examples-without-gradient-count": ToySquares("means"),
         "kept-fit-is-the-fit": ToyFisher("kept"),
         "parts-add-up": ToySummed("means"),
+        "operator-is-of-the-train-set": ToyConstant("trace"),
     },
     "solver": {
         "part-is-frozen": loose(ToySolver),
@@ -228,6 +232,7 @@ BROKEN = {
         "split-is-true": ToyInverseHessian("unsplit", split=True),
         "leverages-are-self-influences": ToyInverseHessian("leverage", knowing=True),
         "two-sides-are-the-inverse": ToyInverseHessian("power", two_sided=True),
+        "inverse-is-of-the-train-set": ToyConstantInverse("trace"),
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),
@@ -353,6 +358,8 @@ ALSO = {
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
     ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric", "inverse-keeps-its-unit"},
+    # Where no curvature is felt, its directions are not.
+    ("inverse_hessian", "curvature-is-felt"): {"inverse-is-of-the-train-set"},
     # A thousandth of an antisymmetric matrix has no unit.
     ("inverse_hessian", "inverse-is-symmetric"): {"inverse-keeps-its-unit"},
     # Formed rows that are doubled have another norm.
