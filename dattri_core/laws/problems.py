@@ -18,6 +18,7 @@ from dattri_core.laws.oracles import (
     plain_rows,
     plain_space,
     pulled_rows,
+    singles,
 )
 from dattri_core.laws.worlds import World, cast, language, logistic, network
 from dattri_core.losses import Loss
@@ -109,7 +110,7 @@ class DenseProblem:
             train_rows=self.train_rows.to(device),
             ggn_rows=self.ggn_rows.to(device),
             matrices={kind: matrix.to(device) for kind, matrix in self.matrices.items()},
-            singles={},
+            singles={kind: single.to(device) for kind, single in self.singles.items()},
             reference=None if self.reference is None else self.reference.on(device),
         )
 
@@ -176,10 +177,10 @@ class DenseProblem:
     def _singles(self, kind: CurvatureKind) -> Tensor:
         """Return the curvature of each example, in float64, ``[n, d, d]``."""
         if kind not in self.singles:
-            oracle, train = {"hessian": hessian, "ggn": ggn}[kind], cast(self.train, self.dtype)
-            ones = (take(train, slice(at, at + 1)) for at in range(self.n_train))
-            found = torch.stack([oracle(self.task, self.space, one) for one in ones])
-            self.singles[kind] = found.double()
+            # by the oracles of the CPU, wherever the problem is
+            task, train = self.world.task(self.dtype), move(self.train, torch.device("cpu"))
+            found = _of_each(kind, task, self.space, cast(train, self.dtype))
+            self.singles[kind] = found.to(self.device)
         return self.singles[kind]
 
     def _single(self, kind: RowKind, draw: int) -> Rows:
@@ -223,30 +224,62 @@ class DenseProblem:
 @cache
 def problem_of(world: World, order: tuple[int, ...] | None = None, copies: int = 1) -> DenseProblem:
     """Return the problem of a world, its train set in another order or several times over."""
-    origin = torch.arange(batch_size(world.train)) if order is None else torch.tensor(order)
-    origin = origin.repeat(copies)
-    asked = _dense(world, world.test, torch.arange(batch_size(world.test)))
-    asked = evolve(asked, role="test")
-    return evolve(_dense(world, take(world.train, origin), origin), reference=asked)
+    if order is None and copies == 1:
+        asked = evolve(_dense(world, world.test), role="test")
+        return evolve(_dense(world, world.train), reference=asked)
+    whole = problem_of(world)
+    origin = torch.arange(whole.n_train) if order is None else torch.tensor(order)
+    return _chosen(whole, origin.repeat(copies))
 
 
-def _dense(world: World, train: Batch, origin: Tensor) -> DenseProblem:
+def _chosen(whole: DenseProblem, origin: Tensor) -> DenseProblem:
+    """Return the problem of chosen train examples of another one, by their places there."""
+    train, task = take(whole.train, origin), whole.world.task()
+    owners = [(whole.ggn_rows.index == at).nonzero().flatten() for at in origin]
+    index = torch.cat([torch.full_like(rows, at) for at, rows in enumerate(owners)])
+    counts = torch.bincount(origin, minlength=whole.n_train)
+    alike = bool((counts == counts[0]).all())
+    ggns = whole.singles["ggn"][origin]
+    return evolve(
+        whole,
+        task=task,
+        train=train,
+        origin=origin,
+        train_rows=evolve(whole.train_rows.take(origin), index=torch.arange(len(origin))),
+        ggn_rows=evolve(whole.ggn_rows.take(torch.cat(owners)), index=index),
+        matrices={
+            "hessian": whole.matrices["hessian"] if alike else hessian(task, whole.space, train),
+            "ggn": ggns.mean(0),
+        },
+        singles={"ggn": ggns},
+    )
+
+
+def _of_each(kind: CurvatureKind, task: Task, space: Space, batch: Batch) -> Tensor:
+    """Return the curvature of each example, in float64, ``[n, d, d]``."""
+    oracle = {"hessian": hessian, "ggn": ggn}[kind]
+    return torch.stack([oracle(task, space, one) for one in singles(batch)]).double()
+
+
+def _dense(world: World, train: Batch) -> DenseProblem:
     task = world.task()
     space = plain_space(task)
     owners, columns = output_columns(task, train)
+    ggns = _of_each("ggn", task, space, train)
     matrices: dict[CurvatureKind, Tensor] = {
         "hessian": hessian(task, space, train),
-        "ggn": ggn(task, space, train),
+        "ggn": ggns.mean(0),
     }
     return DenseProblem(
         world=world,
         task=task,
         train=train,
-        origin=origin,
+        origin=torch.arange(batch_size(train)),
         train_rows=plain_rows(task, space, train),
         ggn_rows=evolve(pulled_rows(task, space, take(train, owners), columns), index=owners),
         matrices=matrices,
         convex=world.convex,
+        singles={"ggn": ggns},
     )
 
 
