@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, TypeGuard
 
+import attrs
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
@@ -34,12 +36,35 @@ from dattri_core.laws.worlds import N_TRAIN, World
 from dattri_core.protocols import Damping, Inverse, InverseHessian
 from dattri_core.rows import Rows
 
+STEPS = 50
+"""Of an iteration, as many as most laws need: what they say holds at any number."""
 
-@frozen(eq=False)
+
+@frozen(eq=False, slots=False)
 class InverseBench:
-    """An inverse Hessian on the toy worlds whose space it takes."""
+    """An inverse Hessian on the toy worlds whose space it takes.
+
+    One that has a field ``depth``, or a part with one, is run with 50 steps at most, and as it is
+    only where it breaks a law so, and in one world for the law of stats.
+
+    Args:
+        part: The inverse Hessian.
+        whole: Run it as it is.
+    """
 
     part: InverseHessian
+    whole: bool = False
+
+    @cached_property
+    def brief(self) -> InverseHessian:
+        """Return the part with few steps; itself where it has no more."""
+        brief: InverseHessian = self.part if self.whole else shortened(self.part)
+        return brief
+
+    @property
+    def longer(self) -> InverseBench | None:
+        """Return the bench that runs the part as it is, None where this one does."""
+        return None if self.brief is self.part else evolve(self, whole=True)
 
     def places(self) -> Iterator[tuple[World, DenseProblem]]:
         """Yield the worlds that the part takes; a `SpecError` leaves one out."""
@@ -57,7 +82,19 @@ class InverseBench:
 
     def applied(self, problem: DenseProblem, rows: Rows) -> Tensor:
         """Return the fitted inverse applied to rows, ``[B, d]``."""
-        return self.part.fit(problem).apply(rows).flat()
+        return self.brief.fit(problem).apply(rows).flat()
+
+
+def shortened(part: Any) -> Any:
+    """Return a part, and all that it is made of, with a depth of `STEPS` at most."""
+    changes = {}
+    for field in attrs.fields(type(part)) if attrs.has(type(part)) else ():
+        held = getattr(part, field.name)
+        deep = field.name == "depth" and isinstance(held, int) and held > STEPS
+        found = STEPS if deep else shortened(held)
+        if found is not held:
+            changes[field.alias] = found
+    return attrs.evolve(part, **changes) if changes else part
 
 
 @law("inverse_hessian")
@@ -68,7 +105,7 @@ def part_is_frozen(bench: InverseBench) -> None:
         world, problem = next(some.places())
         return some.applied(problem_of(world, (3, 8, 1)) if other else problem, problem.train_rows)
 
-    require_frozen(bench, use)
+    require_frozen(evolve(bench, part=bench.brief), use)
 
 
 @law("inverse_hessian")
@@ -78,7 +115,7 @@ def inverse_is_linear(bench: InverseBench) -> None:
         rows = formed(problem.train_rows)
         left, right = rows.take(slice(0, 4)), rows.take(slice(4, 8))
         mixed = Rows.from_flat(problem.space, 2 * left.flat() - 3 * right.flat(), left.index)
-        inverse = bench.part.fit(problem)
+        inverse = bench.brief.fit(problem)
         want = 2 * inverse.apply(left).flat() - 3 * inverse.apply(right).flat()
         require_close(
             inverse.apply(mixed).flat(), want, f"A of a combination in {world.name}", 1e-5
@@ -89,7 +126,7 @@ def inverse_is_linear(bench: InverseBench) -> None:
 def apply_is_of_single_rows(bench: InverseBench) -> None:
     """(A rows)_b = A row_b, with its space, index and aux."""
     for world, problem in bench.places():
-        inverse, rows = bench.part.fit(problem), labelled(problem.train_rows)
+        inverse, rows = bench.brief.fit(problem), labelled(problem.train_rows)
         whole = inverse.apply(rows)
         one = inverse.apply(rows.take(slice(3, 4))).flat()
         require_close(one, whole.flat()[3:4], f"A of a row alone in {world.name}", 1e-5)
@@ -102,13 +139,13 @@ def apply_is_of_single_rows(bench: InverseBench) -> None:
 def inputs_are_untouched(bench: InverseBench) -> None:
     """apply leaves the rows that it is given, factored or formed, as they were."""
     for _, problem in bench.places():
-        inverse, rows = bench.part.fit(problem), labelled(problem.train_rows)
+        inverse, rows = bench.brief.fit(problem), labelled(problem.train_rows)
         require_rows_untouched(rows, inverse.apply, "apply")
         require_rows_untouched(formed(rows), inverse.apply, "apply")
 
 
 def _blockwise(bench: InverseBench) -> str | None:
-    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    inverses = [bench.brief.fit(problem) for _, problem in bench.places()]
     return None if any(i.blockwise for i in inverses) else "its inverse is not blockwise"
 
 
@@ -116,7 +153,7 @@ def _blockwise(bench: InverseBench) -> str | None:
 def blockwise_is_true(bench: InverseBench) -> None:
     """Block k of A g needs block k of g only: A of a part is that part of A g."""
     for world, problem in bench.places():
-        inverse = bench.part.fit(problem)
+        inverse = bench.brief.fit(problem)
         if inverse.blockwise:
             require_blockwise(inverse, problem.train_rows, f"A in {world.name}")
 
@@ -140,7 +177,7 @@ def require_blockwise(inverse: Inverse, rows: Rows, what: str) -> None:
 
 
 def _splits(bench: InverseBench) -> str | None:
-    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    inverses = [bench.brief.fit(problem) for _, problem in bench.places()]
     return None if any(map(splits, inverses)) else "its inverse cannot be split"
 
 
@@ -148,7 +185,7 @@ def _splits(bench: InverseBench) -> str | None:
 def split_is_true(bench: InverseBench) -> None:
     """<Q^T g, M Q^T h> = <g, A h> and |Q^T g| = |g|, block by block, Q the same at any damping."""
     for world, problem in bench.places():
-        inverse = bench.part.fit(problem)
+        inverse = bench.brief.fit(problem)
         if splits(inverse):
             rows = problem.train_rows
             left, right = rows.take(slice(0, 4)), rows.take(slice(4, 8))
@@ -195,7 +232,7 @@ def require_split(inverse: SplitInverse, left: Rows, right: Rows, what: str) -> 
 
 
 def _knows(bench: InverseBench) -> str | None:
-    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    inverses = [bench.brief.fit(problem) for _, problem in bench.places()]
     return None if any(map(knows, inverses)) else "it does not know what train rows are"
 
 
@@ -203,11 +240,11 @@ def _knows(bench: InverseBench) -> str | None:
 def leverages_are_self_influences(bench: InverseBench) -> None:
     """The self-influence known from the fit = <g, A g> of every train row, at any damping."""
     for world, problem in bench.places():
-        if not knows(bench.part.fit(problem)):
+        if not knows(bench.brief.fit(problem)):
             continue
         turned = problem_of(world, order=tuple(reversed(range(problem.n_train))))
         for given, order in ((problem, "the order"), (turned, "another order")):
-            fitted, rows = bench.part.fit(given), given.train_rows
+            fitted, rows = bench.brief.fit(given), given.train_rows
             for inverse in (fitted, fitted.with_damping(Damping(0.7)), fitted):
                 require(knows(inverse), "at another damping it does not know the train rows")
                 assert isinstance(inverse, LeverageInverse)
@@ -222,7 +259,7 @@ def knows(inverse: Inverse) -> bool:
 
 
 def _two_sided(bench: InverseBench) -> str | None:
-    inverses = [bench.part.fit(problem) for _, problem in bench.places()]
+    inverses = [bench.brief.fit(problem) for _, problem in bench.places()]
     return None if any(isinstance(i, InverseRoot) for i in inverses) else "it is one-sided"
 
 
@@ -230,7 +267,7 @@ def _two_sided(bench: InverseBench) -> str | None:
 def two_sides_are_the_inverse(bench: InverseBench) -> None:
     """<R g, R k> = <g, A k> and <R g, k> = <g, R^T k>, with R the map of both sides."""
     for world, problem in bench.places():
-        root = bench.part.fit(problem)
+        root = bench.brief.fit(problem)
         if not isinstance(root, InverseRoot):
             continue
         left, right = problem.train_rows.take(slice(0, 4)), problem.train_rows.take(slice(4, 8))
@@ -296,7 +333,7 @@ def device_does_not_show(bench: InverseBench) -> None:
         rows, what = problem.train_rows, f"A on {device} in {world.name}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            near, far = bench.part.fit(problem), bench.part.fit(problem.on(device))
+            near, far = bench.brief.fit(problem), bench.brief.fit(problem.on(device))
             pairs = [(near, far), (near.with_damping(damping), far.with_damping(damping))]
             for inverse, other in pairs:
                 got = other.apply(rows.to(device)).flat()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from dattri_core.laws.law import NotApplicable
 
@@ -165,28 +165,47 @@ class _Pretended(Tensor):
 
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation of the device on what its tensors hold."""
-    given = tree_leaves((args, kwargs))
+    given = _leaves((args, kwargs))
     here = any(isinstance(leaf, _Pretended) for leaf in given)
     if here and func not in COPIES:
-        _refuse_mixing(func, args, kwargs)
+        _refuse_mixing(func, _leaves((args[0], args[2:])) if func in INDEXED else given)
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: expected a {NAME!r} generator, but found one of the CPU")
     target = kwargs.get("device")
     stays = here if target is None else torch.device(target).type == NAME
     if func is aten._efficientzerotensor.default:
         func = aten.zeros.default  # that of the CPU has no memory to hold
-    held_args, held_kwargs = tree_map(_held, (args, kwargs))
+    held_args, held_kwargs = _mapped(_held, (args, kwargs))
     result = func(*held_args, **held_kwargs)
-    _refuse_resized(func, given, tree_leaves((held_args, held_kwargs)))
+    _refuse_resized(func, given)
     if func is aten.copy_.default:
         return args[0]
     if not stays:
         return result
-    placed = tree_map(_placed, result)
+    placed = _mapped(_placed, result)
     if not here:
         return placed
     aliased: Any = return_and_correct_aliasing  # views share a storage, results in place are args
     return aliased(func, args, kwargs, placed)
+
+
+# Those of torch's pytree take most of the time of an operation on a toy tensor.
+def _leaves(tree: Any) -> list[Any]:
+    """Return what tuples, lists and dicts hold, in order."""
+    if isinstance(tree, (tuple, list)):
+        return [leaf for part in tree for leaf in _leaves(part)]
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in _leaves(part)]
+    return [tree]
+
+
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return tuples, lists and dicts with every leaf replaced."""
+    if type(tree) in (tuple, list):
+        return type(tree)([_mapped(function, part) for part in tree])
+    if type(tree) is dict:
+        return {key: _mapped(function, part) for key, part in tree.items()}
+    return tree_map(function, tree) if isinstance(tree, (tuple, list, dict)) else function(tree)
 
 
 def _held(leaf: Any) -> Any:
@@ -205,10 +224,9 @@ def _placed(leaf: Any) -> Any:
     return _Pretended(leaf)
 
 
-def _refuse_mixing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    checked = (args[0], args[2:]) if func in INDEXED else (args, kwargs)
+def _refuse_mixing(func: Any, given: Sequence[Any]) -> None:
     single = torch.Tag.pointwise in func.tags or func in INDEXED or func in FILLED
-    for leaf in tree_leaves(checked):
+    for leaf in given:
         if isinstance(leaf, Tensor) and not isinstance(leaf, _Pretended):
             if single and leaf.dim() == 0:
                 continue
@@ -218,12 +236,12 @@ def _refuse_mixing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             )
 
 
-def _refuse_resized(func: Any, given: Sequence[Any], held: Sequence[Any]) -> None:
-    for leaf, inside in zip(given, held, strict=True):
-        if isinstance(leaf, _Pretended) and inside.numel() != leaf.numel():
+def _refuse_resized(func: Any, given: Sequence[Any]) -> None:
+    for leaf in given:
+        if isinstance(leaf, _Pretended) and leaf.held.numel() != leaf.numel():
             raise NotImplementedError(
                 f"{func}: a tensor on {NAME} keeps its shape {tuple(leaf.shape)}, but was resized "
-                f"to {tuple(inside.shape)}; make a new one"
+                f"to {tuple(leaf.held.shape)}; make a new one"
             )
 
 

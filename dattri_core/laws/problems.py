@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dattri_core.batch import Batch, batch_size, move, take
@@ -18,6 +18,7 @@ from dattri_core.laws.oracles import (
     plain_rows,
     plain_space,
     pulled_rows,
+    singles,
 )
 from dattri_core.laws.worlds import World, cast, language, logistic, network
 from dattri_core.losses import Loss
@@ -48,6 +49,7 @@ class DenseProblem:
         reference: The test set of the world, as a problem of its own.
         role: Of the rows of kind ``"loss"``.
         dtype: Of the rows that are read; what they are made from is float64.
+        singles: Curvature of each example by kind, ``[n, d, d]``, made when it is first asked for.
     """
 
     world: World
@@ -63,6 +65,7 @@ class DenseProblem:
     reference: DenseProblem | None = None
     role: Role = "train"
     dtype: torch.dtype = torch.float64
+    singles: dict[CurvatureKind, Tensor] = field(factory=dict)
 
     @property
     def space(self) -> Space:
@@ -107,6 +110,7 @@ class DenseProblem:
             train_rows=self.train_rows.to(device),
             ggn_rows=self.ggn_rows.to(device),
             matrices={kind: matrix.to(device) for kind, matrix in self.matrices.items()},
+            singles={kind: single.to(device) for kind, single in self.singles.items()},
             reference=None if self.reference is None else self.reference.on(device),
         )
 
@@ -117,6 +121,7 @@ class DenseProblem:
             self,
             task=self.world.task(torch.float32),
             dtype=torch.float32,
+            singles={},
             reference=None if self.reference is None else self.reference.low,
         )
 
@@ -158,9 +163,9 @@ class DenseProblem:
         self.space.require_same(vectors.space, "curvature product")
         matrix = self.matrices[kind]
         if index is not None:
-            oracle = {"hessian": hessian, "ggn": ggn}[kind]
-            part = cast(take(self.train, index), self.dtype)
-            matrix = oracle(self.task, self.space, part).double()
+            single = self._singles(kind)
+            count = torch.bincount(index.to(single.device), minlength=self.n_train)
+            matrix = torch.tensordot(count.to(single) / len(index), single, 1)
         flat = vectors.flat().double() @ matrix
         return Rows.from_flat(self.space, flat.to(vectors.dtype), vectors.index, vectors.aux)
 
@@ -168,6 +173,15 @@ class DenseProblem:
         """Return the curvature of each of some examples times one vector."""
         ones = [self.product(vector, kind, at.unsqueeze(0)).flat() for at in index]
         return Rows.from_flat(self.space, torch.cat(ones), index)
+
+    def _singles(self, kind: CurvatureKind) -> Tensor:
+        """Return the curvature of each example, in float64, ``[n, d, d]``."""
+        if kind not in self.singles:
+            # by the oracles of the CPU, wherever the problem is
+            task, train = self.world.task(self.dtype), move(self.train, torch.device("cpu"))
+            found = _of_each(kind, task, self.space, cast(train, self.dtype))
+            self.singles[kind] = found.to(self.device)
+        return self.singles[kind]
 
     def _single(self, kind: RowKind, draw: int) -> Rows:
         """Return the rows of a kind that has one for each example."""
@@ -210,30 +224,62 @@ class DenseProblem:
 @cache
 def problem_of(world: World, order: tuple[int, ...] | None = None, copies: int = 1) -> DenseProblem:
     """Return the problem of a world, its train set in another order or several times over."""
-    origin = torch.arange(batch_size(world.train)) if order is None else torch.tensor(order)
-    origin = origin.repeat(copies)
-    asked = _dense(world, world.test, torch.arange(batch_size(world.test)))
-    asked = evolve(asked, role="test")
-    return evolve(_dense(world, take(world.train, origin), origin), reference=asked)
+    if order is None and copies == 1:
+        asked = evolve(_dense(world, world.test), role="test")
+        return evolve(_dense(world, world.train), reference=asked)
+    whole = problem_of(world)
+    origin = torch.arange(whole.n_train) if order is None else torch.tensor(order)
+    return _chosen(whole, origin.repeat(copies))
 
 
-def _dense(world: World, train: Batch, origin: Tensor) -> DenseProblem:
+def _chosen(whole: DenseProblem, origin: Tensor) -> DenseProblem:
+    """Return the problem of chosen train examples of another one, by their places there."""
+    train, task = take(whole.train, origin), whole.world.task()
+    owners = [(whole.ggn_rows.index == at).nonzero().flatten() for at in origin]
+    index = torch.cat([torch.full_like(rows, at) for at, rows in enumerate(owners)])
+    counts = torch.bincount(origin, minlength=whole.n_train)
+    alike = bool((counts == counts[0]).all())
+    ggns = whole.singles["ggn"][origin]
+    return evolve(
+        whole,
+        task=task,
+        train=train,
+        origin=origin,
+        train_rows=evolve(whole.train_rows.take(origin), index=torch.arange(len(origin))),
+        ggn_rows=evolve(whole.ggn_rows.take(torch.cat(owners)), index=index),
+        matrices={
+            "hessian": whole.matrices["hessian"] if alike else hessian(task, whole.space, train),
+            "ggn": ggns.mean(0),
+        },
+        singles={"ggn": ggns},
+    )
+
+
+def _of_each(kind: CurvatureKind, task: Task, space: Space, batch: Batch) -> Tensor:
+    """Return the curvature of each example, in float64, ``[n, d, d]``."""
+    oracle = {"hessian": hessian, "ggn": ggn}[kind]
+    return torch.stack([oracle(task, space, one) for one in singles(batch)]).double()
+
+
+def _dense(world: World, train: Batch) -> DenseProblem:
     task = world.task()
     space = plain_space(task)
     owners, columns = output_columns(task, train)
+    ggns = _of_each("ggn", task, space, train)
     matrices: dict[CurvatureKind, Tensor] = {
         "hessian": hessian(task, space, train),
-        "ggn": ggn(task, space, train),
+        "ggn": ggns.mean(0),
     }
     return DenseProblem(
         world=world,
         task=task,
         train=train,
-        origin=origin,
+        origin=torch.arange(batch_size(train)),
         train_rows=plain_rows(task, space, train),
         ggn_rows=evolve(pulled_rows(task, space, take(train, owners), columns), index=owners),
         matrices=matrices,
         convex=world.convex,
+        singles={"ggn": ggns},
     )
 
 

@@ -175,6 +175,32 @@ def halves() -> World:
     )
 
 
+APART = 8
+"""Train examples of `apart`."""
+
+
+def apart() -> World:
+    """Return two layers, one of which half of the examples see, the other one the other half.
+
+    The weights are near 0, so that the traces of GGN, Fisher matrix and mean of g g^T are alike.
+    """
+
+    def inputs(count: int, seed: int) -> Tensor:
+        signs = 2.0 * integers(2, count, 5, seed=seed).double() - 1
+        signs[: count // 2, 2:] *= 0.2
+        signs[count // 2 :, :2] *= 0.2
+        return signs
+
+    return World(
+        "apart",
+        lambda: seeded(_Halves, 0.1),
+        cross_entropy,
+        (inputs(APART, 71), integers(3, APART, seed=72)),
+        (inputs(N_TEST, 73), integers(3, N_TEST, seed=74)),
+        convex=True,
+    )
+
+
 class _Network(nn.Module):
     """Several kinds of module: a convolution, norms, dropout, a linear layer at one position."""
 

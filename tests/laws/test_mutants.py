@@ -1,6 +1,7 @@
 """Broken parts, one a law: each breaks that law, and no other unless the table says so."""
 
 import pytest
+from toy_constant_parts import ToyConstant, ToyConstantInverse
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_loose import loose
 from toy_moment_parts import ToyMoment, ToySquares, ToySummed
@@ -70,6 +71,7 @@ GOOD = {
         ToyMoment(),
         ToyMoment(blockwise=True),
         ToySummed(),
+        ToyConstant("layers"),
     ],
     "solver": [
         ToySolver(),
@@ -85,6 +87,7 @@ GOOD = {
         ToyInverseHessian(split=True),
         ToyInverseHessian(knowing=True),
         ToyInverseHessian(exact=True),
+        ToyConstantInverse("layers"),
     ],
     "scorer": [
         ToyScorer(),
@@ -101,7 +104,12 @@ GOOD = {
         lambda: dattri.Method(scorer=ToyScorer(), **inverting()),
     ],
     "setting": [ToySetting(), ToySetting(alone=True)],
-    "metric": [ToyDetection(), ToyDetection(fact=True), ToyRemoval()],
+    "metric": [
+        ToyDetection(),
+        ToyDetection(fact=True),
+        ToyDetection(drawn=True),
+        ToyRemoval(),
+    ],
 }
 
 # kind -> law -> a part that breaks it. A function makes the part when the test runs.
@@ -176,6 +184,7 @@ BROKEN = {
         "examples-without-gradient-count": ToySquares("means"),
         "kept-fit-is-the-fit": ToyFisher("kept"),
         "parts-add-up": ToySummed("means"),
+        "operator-is-of-the-train-set": ToyConstant("trace"),
     },
     "solver": {
         "part-is-frozen": loose(ToySolver),
@@ -223,6 +232,7 @@ BROKEN = {
         "split-is-true": ToyInverseHessian("unsplit", split=True),
         "leverages-are-self-influences": ToyInverseHessian("leverage", knowing=True),
         "two-sides-are-the-inverse": ToyInverseHessian("power", two_sided=True),
+        "inverse-is-of-the-train-set": ToyConstantInverse("trace"),
         "inverse-is-of-a-mean": ToyInverseHessian("sum"),
         "inverse-ignores-batches": ToyInverseHessian("batches"),
         "inverse-is-positive-where-the-loss-is-convex": ToyInverseHessian("negative"),
@@ -325,6 +335,8 @@ BROKEN = {
         "direction-of-the-target-is-heeded": ToyRemoval("target"),
         "scores-that-add-up-are-judged-best": ToyRemoval("neighbour"),
         "metric-is-repeatable": ToyDetection("noise"),
+        "what-is-drawn-is-of-the-seed": ToyDetection("one state", drawn=True),
+        "seeds-are-repeatable": ToyDetection("seed 0 alone", drawn=True),
         "evidence-is-untouched": ToyDetection("in place"),
         "scale-does-not-show": ToyDetection("threshold"),
         "order-of-examples-does-not-show": ToyDetection("place"),
@@ -346,6 +358,8 @@ ALSO = {
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
     ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric", "inverse-keeps-its-unit"},
+    # Where no curvature is felt, its directions are not.
+    ("inverse_hessian", "curvature-is-felt"): {"inverse-is-of-the-train-set"},
     # A thousandth of an antisymmetric matrix has no unit.
     ("inverse_hessian", "inverse-is-symmetric"): {"inverse-keeps-its-unit"},
     # Formed rows that are doubled have another norm.
@@ -357,7 +371,11 @@ ALSO = {
     # A map of the global random state is another each time that it is built, on any device.
     ("projector", "map-is-of-its-stream"): {"device-does-not-show"},
     # Of two values that draw numbers one differs after a use on other data, as ever.
-    ("metric", "metric-is-repeatable"): {"part-is-frozen"},
+    ("metric", "metric-is-repeatable"): {"part-is-frozen", "seeds-are-repeatable"},
+    # Where the value depends on places and the ends do not, the width of the interval does.
+    ("metric", "order-of-examples-does-not-show"): {"what-is-drawn-is-of-the-seed"},
+    # Models that are taken for those of other examples are so by the place of these.
+    ("metric", "scores-that-add-up-are-judged-best"): {"what-is-drawn-is-of-the-seed"},
     # The global random state is something that a fold keeps beside its state.
     ("fold", "fold-is-repeatable"): {"state-is-all-it-keeps"},
 }

@@ -1,6 +1,7 @@
 """Faults that a law with a mutant of its own has to find as well."""
 
 import pytest
+from toy_constant_parts import ToyConstant, ToyConstantInverse
 from toy_experiment_parts import ToyDetection, ToyRemoval, ToySetting
 from toy_row_parts import ToyFlatProjector, ToyFold, ToyScorer
 
@@ -9,6 +10,11 @@ from dattri_core.laws import check
 FAULTS = [
     ("projector", ToyFlatProjector("scale"), "norms-are-kept-in-the-mean"),
     ("projector", ToyFlatProjector("unsigned"), "norms-are-kept-in-the-mean"),
+    ("curvature", ToyConstant("fixed"), "operator-is-of-the-train-set"),
+    ("curvature", ToyConstant("first layer"), "operator-is-of-the-train-set"),
+    ("inverse_hessian", ToyConstantInverse("fixed"), "inverse-is-of-the-train-set"),
+    ("inverse_hessian", ToyConstantInverse("first layer"), "inverse-is-of-the-train-set"),
+    ("inverse_hessian", ToyConstantInverse("nearest"), "inverse-is-of-the-train-set"),
     ("scorer", ToyScorer("absolute"), "an-example-helps-itself"),
     ("scorer", ToyScorer("itself"), "positions-do-not-show"),
     ("scorer", ToyScorer("floor"), "scale-keeps-order-and-sign"),
@@ -27,6 +33,9 @@ FAULTS = [
     ("metric", ToyDetection("mode"), "evidence-is-untouched"),
     ("metric", ToyDetection("squares"), "scale-does-not-show"),
     ("metric", ToyDetection("silence"), "constant-scores-are-judged"),
+    ("metric", ToyDetection("one seed", drawn=True), "what-is-drawn-is-of-the-seed"),
+    ("metric", ToyDetection("sorted", drawn=True), "what-is-drawn-is-of-the-seed"),
+    ("metric", ToyRemoval("one subset"), "what-is-drawn-is-of-the-seed"),
     ("metric", ToyRemoval("margin"), "direction-of-the-target-is-heeded"),
     ("metric", ToyRemoval("first tests"), "order-of-examples-does-not-show"),
     ("setting", ToySetting("trains globally"), "global-randomness-is-left-alone"),

@@ -23,12 +23,33 @@ THRESHOLD = 8.0
 """Above the scores of influence functions in the toy world, and below three times them."""
 
 
+RESAMPLES = 40
+SEEDED = {
+    "one seed": lambda seed: np.random.default_rng(0),
+    "one state": lambda seed: np.random.Generator(np.random.PCG64(0)),  # which no spy sees
+    "seed 0 alone": lambda seed: np.random.default_rng(None if seed else 0),
+}
+"""How a faulty metric makes its generator."""
+
+
 @frozen
 class ToyDetection:
-    """Share of tests whose most helpful train example has their label; `fact` in place of it."""
+    """Share of tests whose most helpful train example has their label; `fact` in place of it.
+
+    With ``drawn`` its interval is a bootstrap over tests.
+    """
 
     fault: str = ""
     fact: bool = False
+    drawn: bool = False
+
+    def interval(self, hits, share, seed):
+        """Return a standard error on both sides of the share, of resamples of the tests."""
+        draw = SEEDED.get(self.fault, np.random.default_rng)(seed)
+        if self.fault == "sorted":  # hides the order of tests, not the seed of the generator
+            hits, draw = np.sort(hits), np.random.default_rng([3, 4])
+        error = hits[draw.integers(0, len(hits), (RESAMPLES, len(hits)))].mean(1).std()
+        return max(0.0, float(share - error)), min(1.0, float(share + error))
 
     @property
     def needs(self):
@@ -90,6 +111,8 @@ class ToyDetection:
             share = 1.0
         chance = (labels[0][:, None] == labels[1]).mean()
         low, high = INTERVALS.get(self.fault, (0.0, 1.0))
+        if self.drawn:
+            low, high = self.interval(hits, share, evidence.seed)
         return MetricResult(
             float(share),
             low,
@@ -125,6 +148,9 @@ class ToyRemoval:
         lost = found[0] - found[1:]
         if self.fault == "neighbour":
             lost = np.roll(lost, 9, axis=0)
+        if self.fault == "one subset":  # of the same places whatever the seed
+            subset = np.random.RandomState(0).permutation(len(scores))[: len(scores) // 2]
+            scores, lost = scores[subset], lost[subset]
         one = lost[scores.argmax(0), np.arange(len(scores.T))]
         value = float(one[:3].mean() if self.fault == "first tests" else one.mean())
         return MetricResult(value, value, value, float(lost.mean()), 0.95)
