@@ -25,7 +25,7 @@ class Triangular:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return A^-1 v for every row v, ``[C, d]``."""
-        return _solve(self.lower, vectors.mT).mT
+        return solve_with(self.lower, vectors.mT).mT
 
 
 @frozen(eq=False)
@@ -82,7 +82,7 @@ def triangular(matrix: Tensor, damping: float, *, over: bool = False) -> Triangu
             lower, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             return None
-        least = 1 / power_iteration(lambda v: _solve(lower, v), matrix)
+        least = 1 / power_iteration(lambda v: solve_with(lower, v), matrix)
     finally:
         if not over:
             matrix.diagonal().copy_(diagonal)
@@ -100,8 +100,13 @@ def mirror(matrix: Tensor, diagonal: Tensor) -> None:
     matrix.diagonal().copy_(diagonal)
 
 
-def _solve(lower: Tensor, columns: Tensor) -> Tensor:
-    """Return (L L^T)^-1 V; `torch.cholesky_solve` would copy L."""
+def solve_with(lower: Tensor, columns: Tensor) -> Tensor:
+    """Return (L L^T)^-1 V; `torch.cholesky_solve` would copy L for each V.
+
+    Args:
+        lower: L, ``[d, d]``; what is above its diagonal is not read.
+        columns: V, ``[d, C]``.
+    """
     half = torch.linalg.solve_triangular(lower, columns, upper=False)
     answer: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return answer
