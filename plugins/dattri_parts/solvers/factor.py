@@ -142,14 +142,25 @@ def power_iteration(function: object, like: Tensor) -> float:
     return float(norm.max())
 
 
-def require_regular(least: float, greatest: float, precision: float, damping: float) -> None:
-    """Raise `NumericsError` when H + damping I is singular to the precision of its entries."""
+def require_regular(
+    least: float, greatest: float, precision: float, damping: float, *, squares: bool = False
+) -> None:
+    """Raise `NumericsError` when H + damping I is singular to the precision of its entries.
+
+    Args:
+        least: Size of the smallest eigenvalue of H + damping I.
+        greatest: Of the largest.
+        precision: To which H is known, relative to its largest eigenvalue.
+        damping: lambda.
+        squares: Whether H is a sum of squares, which no other curvature makes more definite.
+    """
     if least > precision * greatest:
         return
     needed = precision * greatest
+    other = "" if squares else "the curvature 'ggn' if the Hessian is indefinite, "
     raise NumericsError(
         f"curvature + damping: singular to working precision (damping {damping:.3g}; the "
         f"eigenvalues of H + damping I have sizes from {least:.3g} to {greatest:.3g}, and H is "
-        f"known to {precision:.1g} of its largest); give a damping above {needed:.1g}, the "
-        "curvature 'ggn' if the Hessian is indefinite, or model.double() for more precision"
+        f"known to {precision:.1g} of its largest); give a damping above {needed:.1g}, "
+        f"{other}or model.double() for more precision"
     )

@@ -56,7 +56,7 @@ class Kernel:
         """
         precision = torch.finfo(self.dtype).eps
         greatest = self.weight * self._largest + damping
-        require_regular(damping, greatest, precision, damping)
+        require_regular(damping, greatest, precision, damping, squares=True)
         return precision * greatest / damping
 
     @property

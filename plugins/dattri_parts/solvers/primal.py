@@ -68,7 +68,7 @@ class Primal:
         self._lower = None
         found = triangular(self.matrix, damping)
         least, greatest = (found.least, found.greatest) if found else (0.0, self.trace + damping)
-        require_regular(least, greatest, torch.finfo(self.dtype).eps, damping)
+        require_regular(least, greatest, torch.finfo(self.dtype).eps, damping, squares=True)
         assert found is not None
         self._lower, self._damping, self._condition = found.lower, damping, greatest / least
 
