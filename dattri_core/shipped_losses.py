@@ -151,9 +151,20 @@ class _TokenLabels:
             raise InputError(
                 f"loss {self.name!r}: outputs of shape {tuple(outputs.shape)} and labels of shape "
                 f"{tuple(labels.shape)}; expected [examples, tokens, classes] and "
-                "[examples, tokens]; for one label an example use 'cross-entropy'"
+                f"[examples, tokens]; {_cure(outputs, labels)}"
             )
         return outputs[:, : outputs.shape[1] - self.shift], labels[:, self.shift :]
+
+
+def _cure(outputs: Tensor, labels: Tensor) -> str:
+    """Return what to do about outputs and labels of different tokens."""
+    if outputs.dim() == 3 and labels.dim() == 2 and outputs.shape[1] > labels.shape[1]:
+        more = outputs.shape[1] - labels.shape[1]
+        return (
+            f"if the model puts {more} virtual tokens before its inputs (prompt tuning), it has "
+            f"outputs for them too: give {more} labels of -100 before those of each example"
+        )
+    return "for one label an example use 'cross-entropy'"
 
 
 cross_entropy = Loss(

@@ -93,6 +93,12 @@ class Bench:
             "subsets; the other half is reported",
         )
         add("--wrong", type=float, default=0.1, help="share of wrong labels where a metric asks")
+        add(
+            "--tf32",
+            action="store_true",
+            help="train models by matrix products in TF32 on a CUDA device, where a setting has "
+            "this; kept apart from those that were trained without",
+        )
         add("--out", metavar="FOLDER", help="default: bench/SETTING")
         add(
             "--retrained",
@@ -134,7 +140,7 @@ def request_of(args: argparse.Namespace) -> Request:
         InputError, SpecError: An option is not understood, or asks for what there is not.
         PluginError: A plugin that is needed cannot be imported.
     """
-    setting = setting_of(args.setting)
+    setting = setting_of(args.setting, args.tf32)
     size = size_of(args.size, setting)
     choices = choices_of("method", args.methods, lambda name: not retrains(method(name)))
     if args.subsets is not None and args.subsets < LEAST_SUBSETS:
@@ -168,6 +174,7 @@ def request_of(args: argparse.Namespace) -> Request:
         retrained=Path(args.retrained),
         retry=args.retry,
         command=_command(args),
+        tf32=args.tf32,
     )
 
 
@@ -209,6 +216,10 @@ def sentences(request: Request, rows: Sequence[Row]) -> list[str]:
         found.append(
             "Methods that train models themselves: seconds include those of models that were not "
             "there yet. Their subsets are drawn apart from those of metrics."
+        )
+    if request.tf32:
+        found.append(
+            "Models were trained by matrix products in TF32 where their device has them (`--tf32`)."
         )
     if any(entrant.models == 0 for entrant in request.entrants):
         found.append("Methods that follow training read the checkpoints of the setting's own run.")
@@ -283,7 +294,7 @@ def _command(args: argparse.Namespace) -> str:
     for option, given in vars(args).items():
         if option in ("setting", "retry", "command") or given == parser.get_default(option):
             continue
-        values = given if isinstance(given, list) else [str(given)]
+        values = given if isinstance(given, list) else [] if given is True else [str(given)]
         words += [f"--{option.replace('_', '-')}", *values]
     return shlex.join(words)
 

@@ -16,6 +16,7 @@ from dattri_parts.measuring.attribution import (
     sets_damping,
     takes_damping,
 )
+from dattri_parts.training.products import trained_in_tf32
 
 from dattri_bench.choices import Choice
 from dattri_core import (
@@ -150,6 +151,7 @@ class Request:
         retrained: Folder of models trained on other train sets and of their outcomes.
         retry: Whether cells that failed are computed again.
         command: As typed.
+        tf32: Whether the setting trains its models by matrix products in TF32 on a CUDA device.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Request:
     retrained: Path
     retry: bool
     command: str
+    tf32: bool = False
 
     def world(self, seed: int, wrong: float) -> dict[str, Any]:
         """Return what a world is made from, and by which versions: its identity."""
@@ -176,6 +179,7 @@ class Request:
             "size": list(self.size),
             "seed": seed,
             "wrong": wrong,
+            **({"tf32": True} if self.tf32 else {}),  # no word where products are exact
             "versions": {"dattri-core": dattri_version, "torch": torch.__version__},
         }
 
@@ -237,13 +241,15 @@ def _origins(made: Any) -> dict[str, Any]:
     return {"parts": found} if found else {}
 
 
-def setting_of(name: str) -> Setting:
-    """Return a registered setting.
+def setting_of(name: str, tf32: bool = False) -> Setting:
+    """Return a registered setting, which trains its models in TF32 where that is asked for.
 
     Raises:
-        SpecError: No such setting, or it is none.
+        SpecError: No such setting, or it is none, or it has no field ``tf32``.
     """
     found = default_registry().make("setting", name)
+    if tf32:
+        found = trained_in_tf32(found, f"bench: --tf32 of the setting {name!r}")
     if not isinstance(found, Setting):
         raise SpecError(
             f"bench: the setting {name!r} is a {type(found).__name__}, which does not answer "

@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from attrs import evolve, field, fields, fields_dict, frozen, has
+from attrs import field, fields, frozen
+from dattri_parts.training.products import trained_in_tf32
 from torch import Tensor
 
 from dattri_core import Counterfactual, Retraining, SpecError, default_registry, nearest
@@ -114,12 +115,7 @@ def as_retraining(given: Any) -> Any:
 def _load(made: SettingRetraining) -> Retraining:
     setting = default_registry().make("setting", made.setting)
     if made.tf32:
-        if not has(type(setting)) or "tf32" not in fields_dict(type(setting)):
-            raise SpecError(
-                f"retraining of setting {made.setting!r}: it has no field tf32, as those of "
-                "sequences do; leave it out"
-            )
-        setting = evolve(setting, tf32=True)
+        setting = trained_in_tf32(setting, f"retraining in TF32 of setting {made.setting!r}")
     make = getattr(setting, "retraining", None)  # of settings that can without training a network
     if make is not None:
         alone: Retraining = make(made.size, seed=made.seed, wrong=made.wrong)

@@ -22,9 +22,9 @@ class NewPlugin:
     """The command ``dattri new-plugin``."""
 
     help: str = (
-        "Write an installable plugin: a part that works, a method that uses it, tests against a "
-        "closed form, the conformance laws, CI, a README and a licence. All of it passes as it "
-        "is written; change the part, and the tests tell."
+        "Write an installable plugin: a part that works, a method that uses it where methods are "
+        "made of such parts, tests against a closed form, the conformance laws, CI, a README and "
+        "a licence. All of it passes as it is written; change the part, and the tests tell."
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,12 @@ KINDS: Mapping[str, str] = {
     "solver": "a power of the damped inverse, from all eigenvalues",
     "fold": "an average over checkpoints in which later ones count for more",
     "metric": "how many wrong labels are among the most suspicious examples",
+    "setting": "two noisy rings of points, and a linear model that tells them apart",
     "method": "the cosine of preconditioned gradients, from parts that are there already",
 }
 """The kinds that have templates, and what the part of each does as it is written."""
+WITHOUT_METHOD = frozenset({"metric", "setting"})
+"""Kinds that no method is made of: their plugins bring none, and a README of their own."""
 SUFFIX = ".template"
 EVERY, SCORING = "every", "scoring"
 """Folders of what all plugins have, and of what those with a method have besides."""
@@ -40,7 +43,7 @@ def written(names: Names) -> dict[str, str]:
         "year": str(datetime.date.today().year),
     }
     found = {}
-    shared = (EVERY,) if names.kind == "metric" else (EVERY, SCORING)
+    shared = (EVERY,) if names.kind in WITHOUT_METHOD else (EVERY, SCORING)
     for folder in (*shared, names.kind):
         for path, text in _read(files("dattri_scaffold") / "templates" / folder, ""):
             place = path.replace("PACKAGE", names.package).replace("dot_", ".")

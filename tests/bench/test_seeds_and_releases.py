@@ -1,5 +1,6 @@
 """What tells cells of one method apart besides its fields: the seed of the world, whose parts."""
 
+import json
 import re
 
 import numpy as np
@@ -94,3 +95,23 @@ def test_another_release_of_a_plugin_is_another_cell(tmp_path):
     for found in parts[1:]:
         (origin,) = found.values()
         assert re.fullmatch(r"dattri-loud 1\.1, [0-9a-f]{12}", origin)
+
+
+def test_what_is_trained_in_tf32_is_asked_of_the_setting_and_kept_apart(tmp_path):
+    words = ("--methods", "counted", "--metrics", "agreement")
+    _, exact = bench(tmp_path, *words, setting="rounding")
+    before = set((tmp_path / "cells").iterdir())
+    status, rounded = bench(tmp_path, *words, "--tf32", setting="rounding")
+    assert (status, exact[0], rounded[0]) == (0, "tf32 False", "tf32 True")
+    assert exact.count("attribute") == rounded.count("attribute") == 1  # a miss, not a hit
+    (path,) = set((tmp_path / "cells").iterdir()) - before
+    assert json.loads(path.read_text())["cell"]["world"]["tf32"] is True
+    assert not any("tf32" in p.read_text() for p in before)  # addresses of before hold
+    found = results(tmp_path)
+    assert "--tf32" in found["command"].split()
+    assert "True" not in found["command"]
+    assert any("in TF32" in note for note in found["notes"])
+    for again in (words, (*words, "--tf32")):
+        assert bench(tmp_path, *again, setting="rounding") == (0, [])
+    bench(tmp_path, *words, setting="rounding")
+    assert not any("TF32" in note for note in results(tmp_path)["notes"])

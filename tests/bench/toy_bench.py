@@ -132,6 +132,17 @@ class ToySetting:
 
 
 @frozen
+class Rounding(ToySetting):
+    """A setting that notes in which precision its model was asked to be trained."""
+
+    tf32: bool = False
+
+    def load(self, size=None, seed=0, wrong=None):
+        CALLS.append(f"tf32 {self.tf32}")
+        return super().load(size, seed, wrong)
+
+
+@frozen
 class NoClasses(ToySetting):
     """A setting that refuses wrong labels."""
 
@@ -346,6 +357,7 @@ def registry():
     for kind, name, target in (
         ("setting", "toy", "ToySetting"),
         ("setting", "no-classes", "NoClasses"),
+        ("setting", "rounding", "Rounding"),
         ("ground_truth", "retraining", "ToyStore"),
         ("metric", "agreement", "Agreement"),
         ("metric", "flips", "Flips"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from dattri_scaffold.command import write_folder
 from dattri_scaffold.names import LONGEST
-from dattri_scaffold.templates import KINDS
+from dattri_scaffold.templates import KINDS, WITHOUT_METHOD
 from environment import Environment, copied
 
 from dattri_core import cli
@@ -118,7 +118,7 @@ def test_all_kinds_are_found_and_their_numbers_are_right(
 ) -> None:
     listed = run(sys.executable, "-m", "dattri_core", "plugins", cwd=tmp_path, PYTHONPATH=beside)
     for kind in KINDS:
-        parts, methods = 0 if kind == "method" else 1, 0 if kind == "metric" else 1
+        parts, methods = 0 if kind == "method" else 1, 0 if kind in WITHOUT_METHOD else 1
         brought = rf"{parts} parts?, {methods} method"
         assert re.search(rf"dattri-my-{kind} 0\.1\.0 +loaded +{brought}", listed)
     # In one process, since most of the time goes into importing torch.

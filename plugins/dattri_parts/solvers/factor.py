@@ -25,7 +25,7 @@ class Triangular:
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return A^-1 v for every row v, ``[C, d]``."""
-        return _solve(self.lower, vectors.mT).mT
+        return solve_with(self.lower, vectors.mT).mT
 
 
 @frozen(eq=False)
@@ -82,7 +82,7 @@ def triangular(matrix: Tensor, damping: float, *, over: bool = False) -> Triangu
             lower, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             return None
-        least = 1 / power_iteration(lambda v: _solve(lower, v), matrix)
+        least = 1 / power_iteration(lambda v: solve_with(lower, v), matrix)
     finally:
         if not over:
             matrix.diagonal().copy_(diagonal)
@@ -100,8 +100,13 @@ def mirror(matrix: Tensor, diagonal: Tensor) -> None:
     matrix.diagonal().copy_(diagonal)
 
 
-def _solve(lower: Tensor, columns: Tensor) -> Tensor:
-    """Return (L L^T)^-1 V; `torch.cholesky_solve` would copy L."""
+def solve_with(lower: Tensor, columns: Tensor) -> Tensor:
+    """Return (L L^T)^-1 V; `torch.cholesky_solve` would copy L for each V.
+
+    Args:
+        lower: L, ``[d, d]``; what is above its diagonal is not read.
+        columns: V, ``[d, C]``.
+    """
     half = torch.linalg.solve_triangular(lower, columns, upper=False)
     answer: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return answer
@@ -137,14 +142,25 @@ def power_iteration(function: object, like: Tensor) -> float:
     return float(norm.max())
 
 
-def require_regular(least: float, greatest: float, precision: float, damping: float) -> None:
-    """Raise `NumericsError` when H + damping I is singular to the precision of its entries."""
+def require_regular(
+    least: float, greatest: float, precision: float, damping: float, *, squares: bool = False
+) -> None:
+    """Raise `NumericsError` when H + damping I is singular to the precision of its entries.
+
+    Args:
+        least: Size of the smallest eigenvalue of H + damping I.
+        greatest: Of the largest.
+        precision: To which H is known, relative to its largest eigenvalue.
+        damping: lambda.
+        squares: Whether H is a sum of squares, which no other curvature makes more definite.
+    """
     if least > precision * greatest:
         return
     needed = precision * greatest
+    other = "" if squares else "the curvature 'ggn' if the Hessian is indefinite, "
     raise NumericsError(
         f"curvature + damping: singular to working precision (damping {damping:.3g}; the "
         f"eigenvalues of H + damping I have sizes from {least:.3g} to {greatest:.3g}, and H is "
-        f"known to {precision:.1g} of its largest); give a damping above {needed:.1g}, the "
-        "curvature 'ggn' if the Hessian is indefinite, or model.double() for more precision"
+        f"known to {precision:.1g} of its largest); give a damping above {needed:.1g}, "
+        f"{other}or model.double() for more precision"
     )

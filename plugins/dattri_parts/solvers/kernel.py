@@ -9,7 +9,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import NumericsError
-from dattri_parts.solvers.factor import power_iteration, require_regular
+from dattri_parts.solvers.factor import power_iteration, require_regular, solve_with
 
 COLUMNS = 512
 """Of the inverse of a factor that are computed at once."""
@@ -56,7 +56,7 @@ class Kernel:
         """
         precision = torch.finfo(self.dtype).eps
         greatest = self.weight * self._largest + damping
-        require_regular(damping, greatest, precision, damping)
+        require_regular(damping, greatest, precision, damping, squares=True)
         return precision * greatest / damping
 
     @property
@@ -107,7 +107,7 @@ class Kernel:
             return basis @ ((basis.mT @ vectors) / shifted.unsqueeze(1))
         self.factorise(damping)
         assert self._lower is not None
-        return torch.cholesky_solve(vectors, self._lower)
+        return solve_with(self._lower, vectors)
 
 
 def _cholesky(matrix: Tensor, shift: float) -> Tensor:

@@ -11,7 +11,12 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import Block, NumericsError, Rows, Space
-from dattri_parts.solvers.factor import power_iteration, require_regular, triangular
+from dattri_parts.solvers.factor import (
+    power_iteration,
+    require_regular,
+    solve_with,
+    triangular,
+)
 
 
 @define(eq=False)
@@ -63,7 +68,7 @@ class Primal:
         self._lower = None
         found = triangular(self.matrix, damping)
         least, greatest = (found.least, found.greatest) if found else (0.0, self.trace + damping)
-        require_regular(least, greatest, torch.finfo(self.dtype).eps, damping)
+        require_regular(least, greatest, torch.finfo(self.dtype).eps, damping, squares=True)
         assert found is not None
         self._lower, self._damping, self._condition = found.lower, damping, greatest / least
 
@@ -93,7 +98,7 @@ class Primal:
         else:
             self.factorise(damping)
             assert self._lower is not None
-            solved = torch.cholesky_solve(vectors.mT, self._lower).mT
+            solved = solve_with(self._lower, vectors.mT).mT
         answer = Rows.from_flat(part.space, solved.to(flat), rows.index)
         return dict(answer.blocks)
 

@@ -12,6 +12,7 @@ from dattri_parts.curvatures.gauss_newton import GaussNewton
 from dattri_parts.curvatures.ggn import GGN
 from dattri_parts.solvers import dual, woodbury
 from dattri_parts.solvers.cholesky import Cholesky
+from dattri_parts.solvers.factor import require_regular
 from dattri_parts.solvers.woodbury import Woodbury
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -351,6 +352,16 @@ def test_what_is_singular_is_refused_with_the_cure():
         assert inverted(GaussNewton(), sketched, 0.0).stats["damping"] == 0.0
     once = problem_of(*network("perceptron", 2), batch=1, sketches=[FlatSketch(1)])
     assert inverted(GaussNewton(), once, 0.0).stats["dual_blocks"] == 0
+
+
+def test_the_cure_of_a_sum_of_squares_is_no_other_curvature():
+    task, train, test = wide(dtype=torch.bfloat16)
+    with pytest.raises(NumericsError, match=r"give a damping above .*, or model\.double") as told:
+        dattri.attribute(task, train, test, method="if-woodbury", damping=1e-9)
+    assert "'ggn'" not in str(told.value)
+    with pytest.raises(NumericsError, match=r"give a damping above .*, or model\.double") as told:
+        require_regular(1e-9, 1.0, 1e-3, 1e-9, squares=True)
+    assert "'ggn'" not in str(told.value)
 
 
 def test_rows_that_are_not_finite_and_other_spaces_are_refused():
