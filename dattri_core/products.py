@@ -101,11 +101,14 @@ def plan_slices(
 
     A step holds, for each of its vectors, the vector and its product, and for each pair of a vector
     and an example `TANGENTS` tangents of the activations. Examples come first, since each slice of
-    them has a graph of its own, but not at the price of fewer than `FEW` vectors at once.
+    them has a graph of its own, but not at the price of fewer than `FEW` vectors at once. Where
+    half of the limit holds `FEW` vectors with all examples, a processor is as fast within it.
     """
     count, examples = len(next(iter(vectors.values()))), batch_size(batch)
     each = 2 * sum(v[0].numel() * v.element_size() for v in vectors.values()) if count else 1
     pair = TANGENTS * activation_bytes(evaluator, batch)
+    if evaluator.device.type == "cpu" and FEW * (each + examples * pair) <= limit // 2:
+        limit //= 2
     chunk = min(count, limit // (each + examples * pair))
     if chunk < min(count, FEW):
         chunk = min(count, FEW, limit // (each + pair))

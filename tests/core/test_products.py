@@ -242,9 +242,13 @@ def test_slices_fit_the_limit_and_cover_the_work():
     each = 2 * 4 * sum(p.numel() for p in evaluator.selected.values())
     pair = products.TANGENTS * activation_bytes(evaluator, batch)
     assert pair >= products.TANGENTS * 4 * (40 + 3)
-    assert sizes(50 * (each + 64 * pair)) == (50, 64)
+    every = each + 64 * pair
+    assert sizes(100 * every) == (50, 64)
+    # Half of the limit, as long as it holds enough vectors with every example.
+    assert sizes(50 * every) == (25, 64)
+    assert sizes(2 * products.FEW * every) == (products.FEW, 64)
     # Fewer vectors first, as long as there are enough of them; then fewer examples.
-    assert sizes(25 * (each + 64 * pair)) == (25, 64)
+    assert sizes(2 * products.FEW * every - 1) == (13, 64)
     scarce = 3 * products.FEW // 4 * (each + 64 * pair)
     assert sizes(scarce)[0] >= 3 * products.FEW // 4
     assert sizes(scarce)[1] < 64
