@@ -146,7 +146,7 @@ class CurvatureInverse:
         if not isinstance(self.solver, PreconditionedSolver):
             raise SpecError(
                 f"inverse Hessian: the solver {_name(self.solver)} takes no preconditioner; use "
-                "the solver 'cg', or leave preconditioner= out"
+                "the solver 'cg' or 'lissa', or leave preconditioner= out"
             )
         self.preconditioner.check(space)
         if space_after(self.preconditioner, space) != space:

@@ -7,7 +7,7 @@ from attrs import define
 from torch import Tensor
 
 from dattri_core import DenseBlock, Inverse, NumericsError, Rows, Space
-from dattri_parts.solvers.rowwise import column, row_slices, squares, unit_rows
+from dattri_parts.solvers.rowwise import column, dots, row_slices, squares, unit_rows
 
 
 @define(eq=False)
@@ -94,7 +94,7 @@ class Columns:
         direction = {name: value[where] for name, value in self.direction.items()}
         residual = {name: value[where] for name, value in self.residuals.items()}
         length = squares(direction)
-        bend = _dots(direction, product)
+        bend = dots(direction, product)
         size = squares(product)
         if not bool(torch.isfinite(bend + size).all()):
             raise NumericsError(
@@ -127,7 +127,7 @@ class Columns:
             return
         found = self.preconditioner.apply(self._rows(self.residuals))
         moved = {n: found.blocks[n].dense().values.to(v.dtype) for n, v in self.residuals.items()}
-        slope = _dots(self.residuals, moved)
+        slope = dots(self.residuals, moved)
         if not bool((slope > 0).all()):
             raise NumericsError(
                 f"solver 'cg': the preconditioner M is not positive definite: <r, M r> is "
@@ -173,8 +173,3 @@ def _add(solution: Tensor, live: Tensor, direction: Tensor, rate: Tensor) -> Non
         solution[first : last + 1].addcmul_(direction, step)
     else:
         solution.index_add_(0, live, direction * step)
-
-
-def _dots(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
-    """Return the inner product of each row with the same row over all blocks, ``[B]``."""
-    return torch.stack([(left[n] * right[n]).flatten(1).sum(1) for n in left]).double().sum(0)

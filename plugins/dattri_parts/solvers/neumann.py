@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 from torch import Tensor
 
-from dattri_core import DenseBlock, NumericsError, Rows
-from dattri_parts.solvers.rowwise import Named, column, lengths, row_slices, squares, unit_rows
+from dattri_core import DenseBlock, Inverse, NumericsError, Rows
+from dattri_parts.solvers.rowwise import (
+    Named,
+    column,
+    dots,
+    lengths,
+    row_slices,
+    squares,
+    unit_rows,
+)
 
 CHECK = 10
 """Steps on samples between two looks at the lengths: each waits for the device."""
@@ -17,14 +25,18 @@ DOUBLINGS = 6
 """Of an estimated scale, for rows that diverge at it on samples."""
 PROBED = 4
 """Samples on which the curvature along a row that diverged is measured."""
+ROUNDED = 4.0
+"""Roots of a rounding, in the length of g, below which a step may be rounding that M stretches."""
 
 
 @define(eq=False)
 class NeumannSeries:
-    """v <- g + (I - (H + damping I) / s) v at one operator, damping and scale.
+    """v <- g + (I - (H + damping I) M / s) v at one operator, damping and scale.
 
-    A row that diverges on samples is summed again at twice the scale where that is allowed, and
-    the others go on without it: what is done with a row depends on the row and the draws alone.
+    M is the identity without a preconditioner, and M v / s the answer. Lengths are those of M:
+    |v|^2 = <v, M v>, in which a step is symmetric. A row that diverges on samples is summed again
+    at twice the scale where that is allowed, and the others go on without it: what is done with a
+    row depends on the row and the draws alone.
 
     Args:
         operator: H.
@@ -35,6 +47,7 @@ class NeumannSeries:
         damping: Absolute.
         scale: s.
         widens: Whether a row that diverges on samples is summed again at twice the scale.
+        preconditioner: M, positive definite; None for the identity.
     """
 
     operator: Any
@@ -45,6 +58,7 @@ class NeumannSeries:
     damping: float
     scale: float
     widens: bool = False
+    preconditioner: Inverse | None = None
     iterations: int = field(default=0, init=False)
     change: float = field(default=0.0, init=False)  # |v_t+1 - v_t| / |v_t|, largest of all rows
     residual: float | None = field(default=None, init=False)  # |g - A x| / |g|, on all data only
@@ -129,59 +143,116 @@ class NeumannSeries:
         return total, kept
 
     def _run(self, start: Named, index: Tensor, scale: float, repeat: int) -> tuple[Named, Tensor]:
-        """Return v after the last step, from v = g, for rows g of length 1 or 0 that keep it."""
+        """Return M v after the last step, from v = g, for rows g of length 1 or 0 that keep it."""
         depth, whole = self.depth, self.batch is None
         dtypes = [*(value.dtype for value in start.values()), self.operator.dtype]
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
         kept = torch.arange(len(index), device=self.device)
         current = {name: value.clone() for name, value in start.items()}
-        vectors = self._rows(current, index)  # follows what is written to ``current``
-        before = torch.full_like(lengths(start), float("inf"))
+        turned = self._turned(current)  # M v
+        unit = self._lengths(current, turned)
+        floor = 0.0 if self.preconditioner is None else ROUNDED * precision**0.5
+        before = torch.full_like(unit, float("inf"))
+        ended = torch.zeros_like(unit, dtype=torch.bool)  # a step is rounding
         for step in range(depth):
             last = step + 1 == depth
             looked = whole or last or step % CHECK == 0
+            vectors = self._rows(turned, index[kept.cpu()])
             # The product is not named, so that it is freed before the next one is made.
             product = self.product(vectors, repeat, step)
-            moved = self._advance(current, start, product, scale, looked=looked)
-            del product
-            if moved is None:
+            moves = self._advance(current, start, turned, product, scale, looked=looked)
+            del product, vectors
+            following = self._turned(current)
+            if moves is None:
+                turned = following
                 continue
-            reached = lengths(current)
+            moved, left = self._moved(moves, turned, following)
+            turned = following
+            reached = self._lengths(current, turned)
             if whole:
-                self._require_shrinking(moved, before + 64 * precision * reached, step, scale)
+                most = torch.maximum(before + 64 * precision * reached, floor * unit)
+                self._require_shrinking(moved, most, step, scale)
+                ended |= moved <= 4 * precision * reached
+                ended |= (moved <= floor * unit) & (moved >= before)
                 before = moved
             else:
                 # g and what t steps add to it is no longer than t + 2 times g if none expands.
-                bounded = reached <= 1.001 * (step + 2)
+                bounded = reached <= 1.001 * (step + 2) * unit
                 if not bool(bounded.all()):
-                    self._require_widening(vectors, ~bounded, scale, repeat, step)
-                    kept, moved, reached = kept[bounded], moved[bounded], reached[bounded]
-                    if not len(kept):
-                        return _some(current, kept), kept
+                    rows = self._rows(turned, index[kept.cpu()])
+                    self._require_widening(rows, ~bounded, scale, repeat, step)
+                    kept, moved, left = kept[bounded], moved[bounded], left[bounded]
+                    reached, unit = reached[bounded], unit[bounded]
                     still = torch.nonzero(bounded)[:, 0]
                     current, start = _some(current, still), _some(start, still)
-                    vectors = self._rows(current, index[kept.cpu()])
-            if last or (whole and bool((moved <= 4 * precision * reached).all())):
-                self._report(step + 1, moved, reached)
+                    turned = current if self.preconditioner is None else _some(turned, still)
+                    if not len(kept):
+                        return turned, kept
+            if last or (whole and bool(ended.all())):
+                self._report(step + 1, moved, reached, left)
                 break
-        return current, kept
+        return turned, kept
 
     def _advance(
-        self, current: Named, start: Named, products: Rows, scale: float, *, looked: bool
-    ) -> Tensor | None:
-        """Add g - (H + damping I) v / s to v, and return its lengths where they are asked for."""
-        moved = torch.zeros(len(products), dtype=torch.float64, device=self.device)
+        self,
+        current: Named,
+        start: Named,
+        turned: Named,
+        products: Rows,
+        scale: float,
+        *,
+        looked: bool,
+    ) -> _Moves | None:
+        """Add g - (H + damping I) M v / s to v, and return what was added where that is asked."""
+        squared = torch.zeros(len(products), dtype=torch.float64, device=self.device)
+        whole = looked and self.preconditioner is not None
+        every = {n: torch.empty_like(v) for n, v in current.items()} if whole else None
         found = {name: products.blocks[name].dense().values for name in current}
         for where in row_slices(current):
             moves = {}
             for name, value in current.items():
                 part = found[name][where].to(value.dtype)
-                move = torch.add(part, value[where], alpha=self.damping)
+                move = torch.add(part, turned[name][where], alpha=self.damping)
                 moves[name] = move.div_(-scale).add_(start[name][where])
                 value[where] += move
+                if every is not None:
+                    every[name][where] = move
             if looked:
-                moved[where] = squares(moves)
-        return moved.sqrt() if looked else None
+                squared[where] = squares(moves)
+        return _Moves(squared.sqrt(), every) if looked else None
+
+    def _turned(self, values: Named) -> Named:
+        """Return M v; the values themselves without a preconditioner."""
+        if self.preconditioner is None:
+            return values
+        count = len(next(iter(values.values())))
+        found = self.preconditioner.apply(self._rows(values, torch.arange(count)))
+        turned = {}
+        for name, value in values.items():
+            given = found.blocks[name].dense().values.to(value.dtype)
+            same = given.data_ptr() == value.data_ptr()  # of an identity; v is written to later
+            turned[name] = given.clone() if same else given
+        return turned
+
+    def _lengths(self, values: Named, turned: Named) -> Tensor:
+        """Return |v| in the inner product of M, given M v: ``[C]``."""
+        if self.preconditioner is None:
+            return lengths(values)
+        squared = dots(values, turned)
+        if not bool((squared >= 0).all()):
+            raise NumericsError(
+                "solver 'lissa': the preconditioner M is not positive definite: <v, M v> is "
+                f"{float(squared.min()):.3g} for a sum v; give its solver more damping, or take a "
+                "curvature without negative eigenvalues ('ggn') for it"
+            )
+        return squared.sqrt()
+
+    def _moved(self, moves: _Moves, before: Named, after: Named) -> tuple[Tensor, Tensor]:
+        """Return the lengths of what was added to v, in M and as they are, given M v around it."""
+        if moves.values is None:
+            return moves.lengths, moves.lengths
+        turned = {name: value - before[name] for name, value in after.items()}
+        return dots(moves.values, turned).clamp_min(0).sqrt(), moves.lengths
 
     def _require_shrinking(self, moved: Tensor, most: Tensor, step: int, scale: float) -> None:
         """Raise when a step is longer than the one before.
@@ -224,12 +295,20 @@ class NeumannSeries:
         blocks = {name: DenseBlock(value) for name, value in values.items()}
         return Rows(self.operator.space, blocks, index)
 
-    def _report(self, steps: int, moved: Tensor, reached: Tensor) -> None:
+    def _report(self, steps: int, moved: Tensor, reached: Tensor, left: Tensor) -> None:
         self.iterations = max(self.iterations, steps)
         change = (moved / reached)[reached > 0]
         self.change = max([self.change, *change.tolist()])
         if self.batch is None:
-            self.residual = max([self.residual or 0.0, *moved.tolist()])
+            self.residual = max([self.residual or 0.0, *left.tolist()])
+
+
+@frozen(eq=False)
+class _Moves:
+    """What one step added to the sums: the length of each row, and in a space of M all of it."""
+
+    lengths: Tensor  # [C]
+    values: Named | None
 
 
 def _some(values: Named, which: Tensor) -> Named:

@@ -73,6 +73,11 @@ def squares(values: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(norms).double().square().sum(0)
 
 
+def dots(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """Return the inner product of each row with the same row over all blocks, ``[C]``."""
+    return torch.stack([(left[n] * right[n]).flatten(1).sum(1) for n in left]).double().sum(0)
+
+
 def column(values: Tensor, like: Tensor) -> Tensor:
     """Return one number for each row, shaped to multiply the rows of ``like``, in its dtype."""
     return values.to(like.dtype).reshape(-1, *([1] * (like.dim() - 1)))
