@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattri_core.batch import tensors_of
+from dattri_core.dispatched import run_under
 
 DRAWS = 4
 """Of changes of the weights; one alone may leave a number where it is by chance."""
@@ -37,10 +38,12 @@ class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def coarsest(run: Callable[[], Any]) -> float:
-    """Return the epsilon of the dtype of fewest digits in a computation."""
+    """Return the epsilon of the dtype of fewest digits in a computation.
+
+    Operators that torch shows to nobody, such as ``flex_attention``, end the looking.
+    """
     seen = _Coarsest()
-    with seen:
-        run()
+    run_under(seen, run)
     return seen.epsilon
 
 

@@ -77,6 +77,7 @@ ORDER = [
     "checkpoint",
     "task",
     "experiment",
+    "dispatched",
     "rounding",
     "halving",
     "stream",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dattri_core import Evaluator
+from dattri_core import Evaluator, run_under
 from dattri_parts.sources.nest import pull
 from dattri_parts.sources.observe import removed
 
@@ -83,6 +83,8 @@ class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def routed(evaluator: Evaluator, sample: Any, roles: Iterable[str]) -> set[nn.Module]:
     """Return the modules that are given what a mask has chosen, with the loss or target of roles.
 
+    Operators that torch shows to nobody, such as ``flex_attention``, end the looking.
+
     Args:
         evaluator: The checkpoint.
         sample: A few examples on its device.
@@ -96,14 +98,16 @@ def routed(evaluator: Evaluator, sample: Any, roles: Iterable[str]) -> set[nn.Mo
             if any(seen.holds(tensor) for tensor in pull((args, kwargs))[0]):
                 found.add(module)
 
-        def run(model: nn.Module, role: Any = role) -> None:
+        def total(model: nn.Module, role: Any = role) -> None:
             evaluator.total_of(model, sample, role)
+
+        def run(total: Any = total) -> None:
+            evaluator.call(total)
 
         with evaluator.session(), torch.no_grad(), removed([]) as handles:
             for module in evaluator.task.model.modules():
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            with followed:
-                evaluator.call(run)
+            run_under(followed, run)
     return found
 
 

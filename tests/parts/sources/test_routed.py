@@ -4,6 +4,7 @@ import pytest
 import torch
 from dattri_parts.sources.routed import routed
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import cross_entropy
 
 import dattri_core as dattri
@@ -74,3 +75,27 @@ def test_modules_that_are_given_whole_examples_stay(choose):
     task, few = Task(model), (tokens[:3], labels[:3])
     found = routed(Evaluator(task, task.checkpoints[0], few), few, ("train",))
     assert found == (set() if choose is by_product else set(model.experts))
+
+
+class Flexible(nn.Module):
+    """An operator of higher order between an expert and the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert, self.heads, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, tokens):
+        found = by_mask(tokens, tokens[..., 0] > 0, self.expert, torch.zeros_like(tokens))
+        heads = self.heads(found).unsqueeze(1)
+        return self.out(flex_attention(heads, heads, heads).mean((1, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_an_operator_of_higher_order_ends_the_looking():
+    model, (tokens, labels) = Flexible(), world()
+    task, few = Task(model), (tokens[:3].float(), labels[:3])
+    evaluator = Evaluator(task, task.checkpoints[0], few)
+    assert routed(evaluator, few, ("train",)) == {model.expert}
+    assert evaluator.coarsest(few, "train") == torch.finfo(torch.float32).eps
+    with torch.no_grad():  # torch's own compilation is left as it was
+        assert model(few[0]).shape == (3, WIDTH)
