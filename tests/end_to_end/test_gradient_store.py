@@ -383,7 +383,6 @@ def test_inspect_says_what_a_store_holds(tmp_path, capsys):
 
 # --- killed --------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
-@pytest.mark.timeout(900)
 def test_a_build_that_is_killed_at_any_moment_gives_the_same_bits(tmp_path):
     environment = {
         **os.environ,
@@ -395,7 +394,7 @@ def test_a_build_that_is_killed_at_any_moment_gives_the_same_bits(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=840,  # many processes, on any machine
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
