@@ -12,12 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NARROW = 32
 """Outputs up to which one wide product beats a batch of narrow ones, in spite of its strides."""
+LARGE = 10**8
+"""Products of an entry of a vector with an example in a step, from which the mode pays."""
 
 
-def shared_operands(vectors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-    """Return `SharedOperands` where most entries of the vectors belong to narrow layers.
+def shared_operands(
+    vectors: Mapping[str, Tensor], slice_vectors: int, slice_examples: int
+) -> AbstractContextManager[Any]:
+    """Return `SharedOperands` where a step is large and most of it is of narrow layers.
 
-    Elsewhere it would only cost: every operation passes through it.
+    Elsewhere it would only cost: every operation passes through it, which for a small step takes
+    as long as the step.
+
+    Args:
+        vectors: By parameter name, ``[C, *parameter shape]``.
+        slice_vectors: How many of them a step takes.
+        slice_examples: How many examples a step takes.
     """
     if any(value.device.type != "cpu" for value in vectors.values()):
         return nullcontext()
@@ -27,7 +37,9 @@ def shared_operands(vectors: Mapping[str, Tensor]) -> AbstractContextManager[Any
         for name, size in sizes.items()
         if vectors[name].dim() == 3 and vectors[name].shape[1] <= NARROW
     )
-    return SharedOperands() if 2 * narrow > sum(sizes.values()) else nullcontext()
+    whole = sum(sizes.values())
+    large = slice_vectors * slice_examples * whole >= LARGE
+    return SharedOperands() if large and 2 * narrow > whole else nullcontext()
 
 
 class SharedOperands(TorchDispatchMode):

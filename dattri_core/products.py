@@ -79,18 +79,15 @@ def batch_product(
     if total is None:
         total = {name: torch.empty_like(value) for name, value in vectors.items()}
     examples = batch_size(batch)
-    with (
-        evaluator.session(),
-        differentiable_kernels(evaluator.task.model),
-        shared_operands(vectors),
-    ):
+    with evaluator.session(), differentiable_kernels(evaluator.task.model):
         require_second_derivative(evaluator, batch)
         size = plan_slices(evaluator, batch, vectors, limit)
-        for first in range(0, examples, size.examples):
-            part = take(batch, slice(first, first + size.examples))
-            work = _Work(evaluator, part, vectors, kind, total, size.vectors, count, first == 0)
-            if evaluator in _refusing or not _run_vectorised(work):
-                _run_looped(work)
+        with shared_operands(vectors, size.vectors, size.examples):
+            for first in range(0, examples, size.examples):
+                part = take(batch, slice(first, first + size.examples))
+                work = _Work(evaluator, part, vectors, kind, total, size.vectors, count, first == 0)
+                if evaluator in _refusing or not _run_vectorised(work):
+                    _run_looped(work)
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,7 @@ ORDER = [
 OUTSIDE = ("laws", "testing")
 
 
+@functools.cache  # each module is a test of its own
 def core_modules() -> dict[str, str]:
     return {module_name(path, CORE): path.read_text() for path in sorted(CORE.rglob("*.py"))}
 
@@ -212,20 +214,28 @@ def core_violations(name: str, source: str, order: list[str]) -> list[str]:
 
 def names_plugin(source: str, plugin: str) -> bool:
     """Whether code or a string that is no docstring names a plugin package."""
+    return any(plugin in text for text in names_in(source))
+
+
+@functools.cache
+def names_in(source: str) -> tuple[str, ...]:
+    """Return the strings that are no docstrings, and the imports."""
+    tree = ast.parse(source)
     documents = {
         id(node.body[0].value)
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
-    for node in ast.walk(ast.parse(source)):
+    found = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if plugin in node.value and id(node) not in documents:
-                return True
-        elif isinstance(node, (ast.Import, ast.ImportFrom)) and plugin in ast.unparse(node):
-            return True
-    return False
+            if id(node) not in documents:
+                found.append(node.value)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(ast.unparse(node))
+    return tuple(found)
 
 
 def plugin_violations(package: str, file: str, source: str) -> list[str]:

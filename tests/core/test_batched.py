@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dattri_core.batched import NARROW, SharedOperands, shared_operands
+from dattri_core import Task, batched
+from dattri_core.batched import LARGE, NARROW, SharedOperands, shared_operands
+from dattri_core.evaluate import Evaluator
+from dattri_core.products import batch_product
 
 
 class Counted(TorchDispatchMode):
@@ -74,4 +77,28 @@ def test_the_tangents_of_a_linear_layer_take_the_wide_product():
 )
 def test_it_is_used_where_narrow_layers_prevail(shapes, used):
     vectors = {str(at): torch.zeros(2, *shape) for at, shape in enumerate(shapes)}
-    assert isinstance(shared_operands(vectors), SharedOperands) is used
+    assert isinstance(shared_operands(vectors, 2, LARGE), SharedOperands) is used
+
+
+@pytest.mark.parametrize(("vectors", "examples", "used"), [(10, 1000, True), (1, 1000, False)])
+def test_it_is_used_for_large_steps(monkeypatch, vectors, examples, used):
+    monkeypatch.setattr(batched, "LARGE", 10 * 1000 * 50)
+    given = {"weight": torch.zeros(20, 10, 5)}
+    assert isinstance(shared_operands(given, vectors, examples), SharedOperands) is used
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_products_of_large_steps_are_those_of_small_ones(monkeypatch, kind):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    data = torch.randn(8, 6).double(), torch.randint(0, 3, (8,))
+    evaluator = Evaluator(Task(model), Task(model).checkpoints[0], data)
+    vectors = {name: torch.randn(5, *p.shape).double() for name, p in model.named_parameters()}
+    small = batch_product(evaluator, data, vectors, kind)
+    monkeypatch.setattr(batched, "LARGE", 0)
+    counted = Counted()
+    with counted:
+        large = batch_product(evaluator, data, vectors, kind)
+    assert counted.count(torch.ops.aten.bmm.default) == 0
+    for name, value in small.items():
+        torch.testing.assert_close(large[name], value, rtol=1e-12, atol=1e-14)
