@@ -346,6 +346,7 @@ def test_a_mean_that_is_none_of_its_examples_has_no_hessian_of_them(method):
     weight = torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64)
     test = examples(3, seed=300)
     options = {"method": method, "source": "functional", "damping": 3.0, "curvature": "hessian"}
+    options |= {"depth": 20} if method == "if-lissa" else {}
     task = Task(model, of_batch(model, weight, "mean"))
     with pytest.raises(InputError, match=r"examples together give .* one by one is"):
         dattri.attribute(task, (inputs, rare), test, **options)
