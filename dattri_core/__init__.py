@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import ReducingSolver as ReducingSolver
     from dattri_core.capabilities import ReferencedProblem as ReferencedProblem
     from dattri_core.capabilities import RootSolver as RootSolver
+    from dattri_core.capabilities import RoundedOperator as RoundedOperator
     from dattri_core.capabilities import RowsOperator as RowsOperator
     from dattri_core.capabilities import SampledOperator as SampledOperator
     from dattri_core.capabilities import SharedProblem as SharedProblem
@@ -220,6 +221,7 @@ _EXPORTS = {
     "MemoryBudgetError": "errors",
     "Method": "methods",
     "ModelProblem": "capabilities",
+    "RoundedOperator": "capabilities",
     "MovableSource": "source_capabilities",
     "NumericsError": "errors",
     "OneHot": "blocks",

@@ -319,6 +319,20 @@ class TermScorer(Scorer, Protocol):
         ...
 
 
+@runtime_checkable
+class RoundedOperator(Operator, Protocol):
+    """An operator whose numbers may have fewer digits than the dtype in which it computes.
+
+    Rows in float32 of a model with layers in bfloat16, of adapters in float32 on such layers, or of
+    a forward pass under an autocast.
+    """
+
+    @property
+    def precision(self) -> float:
+        """Return how far its numbers are rounded, relative to its largest eigenvalue."""
+        ...
+
+
 # What a `Problem` is asked for names only what it has beside one: below Python 3.12 `isinstance`
 # reads all properties of a protocol, and how many examples a mere function has is not known.
 @runtime_checkable
@@ -338,8 +352,12 @@ class ModelProblem(Protocol):
         """Return the weights and buffers of the checkpoint, as a state dict."""
         ...
 
-    def epsilon(self) -> float:
-        """Return the epsilon of the dtype of fewest digits in a forward pass of the model."""
+    def epsilon(self, *, tf32: bool = True) -> float:
+        """Return the epsilon of the dtype of fewest digits in a forward pass of the model.
+
+        Args:
+            tf32: Whether numbers in float32 count as TF32 where a device may multiply them so.
+        """
         ...
 
     def batches(self) -> Iterator[Any]:

@@ -153,10 +153,10 @@ class Evaluator:
             return torch.stack(singles)
         return self.call(lambda model: self.values(model, batch, role, parameters), parameters)
 
-    def coarsest(self, batch: Batch, role: Role) -> float:
+    def coarsest(self, batch: Batch, role: Role, *, tf32: bool = True) -> float:
         """Return the epsilon of the coarsest dtype in a forward pass; an autocast has its own."""
         with self.session(), torch.no_grad():
-            return coarsest(lambda: self.per_example(None, batch, role))
+            return coarsest(lambda: self.per_example(None, batch, role), tf32=tf32)
 
     def rounding(self, batch: Batch, role: Role) -> Tensor:
         """Return up to what a difference of each value of `per_example` may be rounding."""

@@ -111,10 +111,10 @@ class TrainProblem:
         """Return the weights and buffers of the checkpoint."""
         return self._any_evaluator.state
 
-    def epsilon(self) -> float:
+    def epsilon(self, *, tf32: bool = True) -> float:
         """Return the epsilon of the dtype of fewest digits in a forward pass of the model."""
         sample = move(self.examples.sample(1), self.device)
-        return self._any_evaluator.coarsest(sample, self.role)
+        return self._any_evaluator.coarsest(sample, self.role, tf32=tf32)
 
     def kept(
         self, name: str, part: Any, make: Callable[[], Mapping[str, Tensor]]

@@ -25,31 +25,37 @@ TF32 = 2.0**-10
 class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the floating point dtype of fewest digits that an operation returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, tf32: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.epsilon = 0.0
+        self.tf32 = tf32
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for tensor in tensors_of(found):
             if tensor.is_floating_point():
-                self.epsilon = max(self.epsilon, _epsilon(tensor))
+                self.epsilon = max(self.epsilon, _epsilon(tensor, self.tf32))
         return found
 
 
-def coarsest(run: Callable[[], Any]) -> float:
+def coarsest(run: Callable[[], Any], *, tf32: bool = True) -> float:
     """Return the epsilon of the dtype of fewest digits in a computation.
 
     Operators that torch shows to nobody, such as ``flex_attention``, end the looking.
+
+    Args:
+        run: The computation.
+        tf32: Whether numbers in float32 count as TF32 where a device may multiply them so.
     """
-    seen = _Coarsest()
+    seen = _Coarsest(tf32)
     run_under(seen, run)
     return seen.epsilon
 
 
-def _epsilon(tensor: Tensor) -> float:
+def _epsilon(tensor: Tensor, tf32: bool) -> float:
     own: float = torch.finfo(tensor.dtype).eps
-    return max(own, TF32) if tensor.is_cuda and tensor.dtype == torch.float32 and _tf32() else own
+    rounded = tf32 and tensor.is_cuda and tensor.dtype == torch.float32 and _tf32()
+    return max(own, TF32) if rounded else own
 
 
 def _tf32() -> bool:

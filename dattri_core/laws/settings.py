@@ -14,8 +14,9 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from dattri_core.batch import Batch
+from dattri_core.batch import Batch, take
 from dattri_core.errors import InputError
+from dattri_core.evaluate import Evaluator
 from dattri_core.experiment import Counterfactual, Retraining, Setting, World
 from dattri_core.laws.global_state import unchanged, watched
 from dattri_core.laws.law import NotApplicable, law, require, require_equal
@@ -363,6 +364,34 @@ def model_is_trained_on_everything(bench: SettingBench) -> None:
     for what, at in (("task", world.task), ("trajectory", world.trajectory)):
         modes = [name or "itself" for name, m in at.model.named_modules() if m.training]
         require(not modes, f"the model of {what} is in training mode ({modes[:3]}): call eval()")
+
+
+@law("setting")
+def what_is_trained_on_is_fitted_better(bench: SettingBench) -> None:
+    """Models of the two halves of the train set have less loss each on its own than on the other's.
+
+    sum_{i in A} (l_i(A) - l_i(B)) + sum_{i in B} (l_i(B) - l_i(A)) < 0: a step of gradient descent
+    from common weights makes it -rate |grad L_A - grad L_B|^2. So masks are not turned around or
+    shifted, also where no label can be made wrong.
+    """
+    world, half = bench.world, half_of(bench.world)
+    (other,) = world.retraining.train([Counterfactual(~half.mask, SEED)])
+    own, others = (_losses(world, state) for state in (bench.pair[1], other))
+    gain = float((own - others)[half.mask].sum() + (others - own)[~half.mask].sum())
+    require(
+        gain < 0,
+        f"models of two halves have {gain:+.2g} more loss on what they were trained on than on "
+        "the rest, in sum; train on the examples where the mask is true",
+    )
+
+
+def _losses(world: World, state: Mapping[str, Tensor]) -> np.ndarray[Any, Any]:
+    """Return the loss of every train example at some weights, ``[n_train]``."""
+    task = Task(world.task.model, world.task.loss, checkpoints=[state])
+    evaluator = Evaluator(task, task.checkpoints[0], take(world.train, slice(0, 3)))
+    with torch.no_grad():
+        values = evaluator.per_example(None, world.train, "train")
+    return values.double().cpu().numpy()
 
 
 @law("setting")

@@ -184,6 +184,8 @@ class ToyRetraining:
         mask = one.mask.copy()
         if self.fault == "masks":
             mask = np.arange(len(mask)) < mask.sum()  # as many of the first ones
+        if self.fault == "other half" and not mask.all():
+            mask = ~mask
         if self.fault == "trains globally":
             torch.manual_seed(one.seed)
         inputs, labels = (t[torch.from_numpy(mask)] for t in self.train_data)
@@ -220,6 +222,7 @@ class ToySetting:
 
     fault: str = ""
     alone: bool = False
+    classes: bool = True
     rate: float = RATE
     title = "points"
     metrics = ("lds",)
@@ -297,7 +300,7 @@ class ToySetting:
             damping=0.1,
             threads=1,
             facts={"data": self.title, **self.said_besides(train)},
-            true_labels=true[: size[0]].numpy(),
+            true_labels=true[: size[0]].numpy() if self.classes else None,
             pictures=self.pictures(size),
             steps=steps,
         )

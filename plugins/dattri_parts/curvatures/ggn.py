@@ -60,6 +60,11 @@ class GGNOperator:
         return self.products.dtype
 
     @property
+    def precision(self) -> float:
+        """Return the rounding of a product by the dtypes in which the model computes."""
+        return self.products.precision
+
+    @property
     def memory(self) -> int:
         """Return the bytes that the fit may use."""
         return self.products.memory

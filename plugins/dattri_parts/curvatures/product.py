@@ -125,14 +125,20 @@ class ProductOperator:
                 stray = torch.maximum(stray, found[:, idle].abs().max())
                 found = found[:, live]
             matrix[first : first + step] = found
-        symmetrise(matrix, self._precision, f"curvature {self.kind!r}", float(stray))
+        symmetrise(matrix, self._rounding(tf32=True), f"curvature {self.kind!r}", float(stray))
         return live, matrix
 
     @property
-    def _precision(self) -> float:
+    def precision(self) -> float:
+        """Return the rounding of a product by the dtypes in which the model computes."""
+        return self._rounding(tf32=False)
+
+    def _rounding(self, *, tf32: bool) -> float:
         """Return the rounding of a product; a float64 model may normalise in float32."""
         own: float = torch.finfo(self.dtype).eps
-        return max(own, self.problem.epsilon()) if isinstance(self.problem, ModelProblem) else own
+        if not isinstance(self.problem, ModelProblem):
+            return own
+        return max(own, self.problem.epsilon(tf32=tf32))
 
     def _summed(self, rows: Rows) -> Tensor:
         """Return H g for rows that are the same in every process, flat."""

@@ -27,7 +27,7 @@ from dattri_core import (
     kept,
 )
 from dattri_parts.solvers.estimates import mean_eigenvalue
-from dattri_parts.solvers.factor import require_regular
+from dattri_parts.solvers.factor import precision_of, require_regular
 from dattri_parts.solvers.krylov import RitzPairs, krylov, ritz_pairs
 
 Complement = Literal["drop", "keep"]
@@ -162,7 +162,7 @@ def _inverse(solver: Arnoldi, spectrum: _Spectrum, damping: Damping) -> _LowRank
     pairs = spectrum.pairs
     shifted = pairs.values + value
     sizes = shifted.abs()
-    precision = torch.finfo(spectrum.operator.dtype).eps
+    precision = precision_of(spectrum.operator)
     require_regular(float(sizes.min()), float(sizes.max()), precision, value)
     if solver.complement == "keep" and value == 0:
         raise NumericsError(

@@ -27,6 +27,7 @@ from dattri_parts.solvers.factor import (
     Spectrum,
     Triangular,
     mirror,
+    precision_of,
     require_regular,
     spectrum,
     triangular,
@@ -158,7 +159,7 @@ class _Matrix:
             live, matrix, own = live[kept], matrix[kept[:, None], kept], True
         own = own and matrix.is_contiguous() and matrix.dtype == torch.float64  # as LAPACK wants it
         size = operator.space.dim
-        precision = torch.finfo(operator.dtype).eps
+        precision = precision_of(operator)
         return _Matrix(operator.space, live, matrix, total / max(1, size), precision, own)
 
 

@@ -9,7 +9,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from dattri_core import Block, NumericsError, Rows, SpanBlock, SumBlock
+from dattri_core import Block, NumericsError, Rows, RowsOperator, SpanBlock, SumBlock
 from dattri_parts.solvers.held import squares_of
 from dattri_parts.solvers.kernel import Kernel
 
@@ -39,7 +39,7 @@ class Dual:
     _turned: Mapping[str, SpanBlock] = field(factory=dict, init=False)  # Q^T G
 
     @staticmethod
-    def of(blocks: Mapping[str, Block], size: int, weight: float, dtype: torch.dtype) -> Dual:
+    def of(blocks: Mapping[str, Block], size: int, operator: RowsOperator) -> Dual:
         """Return the dual of some rows, without those that together are rounding of the largest.
 
         What is left out of G^T G has a norm of the precision times the largest squared row at most,
@@ -50,15 +50,15 @@ class Dual:
             NumericsError: A row is not finite.
         """
         squares = squares_of(list(blocks.values()))
-        trace = weight * float(squares.sum())
+        trace = operator.weight * float(squares.sum())
         require_finite(squares, list(blocks))
         ordered, place = squares.sort()
-        small = ordered.cumsum(0) <= torch.finfo(dtype).eps * ordered[-1:]
+        small = ordered.cumsum(0) <= torch.finfo(operator.dtype).eps * ordered[-1:]
         chosen = place[~small].sort().values
         if len(chosen) < len(squares):
             blocks = {name: block.take(chosen) for name, block in blocks.items()}
         parts = list(blocks.values())
-        kernel = Kernel(len(parts[0]), weight, trace, dtype, lambda: gram(parts))
+        kernel = Kernel.of(operator, len(parts[0]), trace, lambda: gram(parts))
         return Dual(blocks, size, kernel, int(small.sum()))
 
     @property

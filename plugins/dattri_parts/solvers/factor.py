@@ -7,7 +7,14 @@ from attrs import frozen
 from scipy.linalg.lapack import dpotrf
 from torch import Tensor
 
-from dattri_core import MemoryBudgetError, NumericsError, format_bytes, free_bytes
+from dattri_core import (
+    MemoryBudgetError,
+    NumericsError,
+    Operator,
+    RoundedOperator,
+    format_bytes,
+    free_bytes,
+)
 
 PROBES, STEPS = 4, 2
 """Vectors and steps of the power iterations that estimate the extreme eigenvalues."""
@@ -140,6 +147,12 @@ def power_iteration(function: object, like: Tensor) -> float:
         block = function(block / norm)
         norm = block.norm(dim=0)
     return float(norm.max())
+
+
+def precision_of(operator: Operator) -> float:
+    """Return how far an operator's numbers are rounded, relative to its largest eigenvalue."""
+    own: float = torch.finfo(operator.dtype).eps
+    return max(own, operator.precision) if isinstance(operator, RoundedOperator) else own
 
 
 def require_regular(

@@ -8,8 +8,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from dattri_core import NumericsError
-from dattri_parts.solvers.factor import power_iteration, require_regular, solve_with
+from dattri_core import NumericsError, RowsOperator
+from dattri_parts.solvers.factor import power_iteration, precision_of, require_regular, solve_with
 
 COLUMNS = 512
 """Of the inverse of a factor that are computed at once."""
@@ -23,7 +23,8 @@ class Kernel:
         rows: m.
         weight: w.
         trace: Of H.
-        dtype: In which products of rows are summed.
+        dtype: In which combinations of rows are taken.
+        precision: To which H is known, relative to its largest eigenvalue.
         matrix: Makes G G^T, ``[m, m]`` in float64, which is overwritten.
     """
 
@@ -31,11 +32,18 @@ class Kernel:
     weight: float
     trace: float
     dtype: torch.dtype
+    precision: float
     matrix: Callable[[], Tensor]
     _largest: float = 0.0  # eigenvalue of G G^T
     _shift: float | None = None  # of the factor
     _lower: Tensor | None = None  # [m, m]
     _spectrum: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(operator: RowsOperator, rows: int, trace: float, matrix: Callable[[], Tensor]) -> Kernel:
+        """Return the kernel of some rows of an operator."""
+        precision = precision_of(operator)
+        return Kernel(rows, operator.weight, trace, operator.dtype, precision, matrix)
 
     def factorise(self, damping: float) -> None:
         """Hold a Cholesky factor of G G^T + damping/w I."""
@@ -54,10 +62,9 @@ class Kernel:
         Raises:
             NumericsError: It is all of it.
         """
-        precision = torch.finfo(self.dtype).eps
         greatest = self.weight * self._largest + damping
-        require_regular(damping, greatest, precision, damping, squares=True)
-        return precision * greatest / damping
+        require_regular(damping, greatest, self.precision, damping, squares=True)
+        return self.precision * greatest / damping
 
     @property
     def spectrum(self) -> tuple[Tensor, Tensor]:

@@ -27,13 +27,13 @@ class Primal:
         space: Of the blocks that are inverted together.
         matrix: H, ``[d, d]``.
         rows: How many it was made of.
-        dtype: Of the rows.
+        precision: To which H is known, relative to its largest eigenvalue.
     """
 
     space: Space
     matrix: Tensor
     rows: int
-    dtype: torch.dtype
+    precision: float
     kind: ClassVar[str] = "primal"
     negligible: ClassVar[int] = 0
     row_bytes: ClassVar[int] = 0
@@ -68,17 +68,16 @@ class Primal:
         self._lower = None
         found = triangular(self.matrix, damping)
         least, greatest = (found.least, found.greatest) if found else (0.0, self.trace + damping)
-        require_regular(least, greatest, torch.finfo(self.dtype).eps, damping, squares=True)
+        require_regular(least, greatest, self.precision, damping, squares=True)
         assert found is not None
         self._lower, self._damping, self._condition = found.lower, damping, greatest / least
 
     def rounding(self, damping: float) -> float:
         """Return a bound of the relative error of an answer from rounding of the rows."""
-        precision = torch.finfo(self.dtype).eps
         if damping == 0:
             self.factorise(damping)
-            return precision * self._condition
-        return precision * (self._greatest + damping) / damping
+            return self.precision * self._condition
+        return self.precision * (self._greatest + damping) / damping
 
     @cached_property
     def _greatest(self) -> float:

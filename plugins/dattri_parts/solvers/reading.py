@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dattri_core import Block, Processes, Rows, RowsOperator, concatenate, format_bytes
 from dattri_parts.solvers.dual import Dual
+from dattri_parts.solvers.factor import precision_of
 from dattri_parts.solvers.forecast import PRIMAL
 from dattri_parts.solvers.held import groups_of, kept
 from dattri_parts.solvers.primal import Primal
@@ -64,7 +65,7 @@ class Reading:
 
     def sides(self) -> dict[str, Dual | Primal]:
         """Return each group on its smaller side."""
-        operator, dtype = self.operator, self.operator.dtype
+        operator, precision = self.operator, precision_of(self.operator)
         found: dict[str, Dual | Primal] = {}
         for group, names in self.groups.items():
             if group in self.moments or not self.count:
@@ -72,10 +73,10 @@ class Reading:
                 moment = self.moments.get(group)
                 if moment is None:
                     moment = torch.zeros(space.dim, space.dim, dtype=torch.float64)
-                found[group] = Primal(space, moment, self.count, dtype)
+                found[group] = Primal(space, moment, self.count, precision)
                 continue
             blocks = {name: concatenate(self.parts.pop(name)) for name in names}
-            found[group] = Dual.of(blocks, self._size(group), operator.weight, dtype)
+            found[group] = Dual.of(blocks, self._size(group), operator)
         return found
 
     def _size(self, group: str) -> int:

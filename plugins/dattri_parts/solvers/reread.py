@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dattri_core import Block, DenseBlock, IndexedRows, NumericsError, Rows
 from dattri_parts.solvers.dual import Dual, require_finite
+from dattri_parts.solvers.factor import precision_of
 from dattri_parts.solvers.forecast import Forecast
 from dattri_parts.solvers.held import groups_of, kept
 from dattri_parts.solvers.kernel import Kernel
@@ -51,7 +52,7 @@ class Reread:
             MemoryBudgetError: The rows of one example do not fit beside the matrices.
             NumericsError: A row is not finite.
         """
-        groups, dtype = groups_of(operator), operator.dtype
+        groups, precision = groups_of(operator), precision_of(operator)
         sides: dict[str, Dual | Primal] = {}
         duals: dict[str, tuple[str, ...]] = {}
         moments: dict[str, Tensor] = {}
@@ -63,12 +64,12 @@ class Reread:
                 duals[group] = names
         count = _add_moments(operator, groups, moments)
         for group, moment in moments.items():
-            sides[group] = Primal(operator.space.select(groups[group]), moment, count, dtype)
+            sides[group] = Primal(operator.space.select(groups[group]), moment, count, precision)
         matrices, tiles = gram_by_tiles(operator, duals, forecast, device)
         for group, matrix in matrices.items():
             require_finite(matrix.diagonal(), duals[group])
             trace = operator.weight * float(matrix.diagonal().sum())
-            kernel = Kernel(len(matrix), operator.weight, trace, dtype, matrix.clone)
+            kernel = Kernel.of(operator, len(matrix), trace, matrix.clone)
             size = sum(operator.space[name].size for name in duals[group])
             sides[group] = Dual({}, size, kernel, 0)
         return Reread(operator, duals, {group: sides[group] for group in groups}, tiles)
