@@ -327,7 +327,6 @@ class RoundedOperator(Operator, Protocol):
     a forward pass under an autocast.
     """
 
-    @property
     def precision(self) -> float:
         """Return how far its numbers are rounded, relative to its largest eigenvalue."""
         ...

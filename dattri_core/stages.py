@@ -376,12 +376,14 @@ def taken(step: Step, rows: Rows) -> Rows:
     Raises:
         SpecError: The step gives something that is no rows.
     """
-    mapped = isinstance(step, LinearMap)
-    after: Any = step.map(rows) if isinstance(step, LinearMap) else step.apply(rows)
+    after: Any
+    if isinstance(step, LinearMap):
+        kind, after = ("map", "map"), step.map(rows)
+    else:
+        kind, after = ("inverse", "apply"), step.apply(rows)
     if not isinstance(after, Rows):
         raise SpecError(
-            f"{'map' if mapped else 'inverse'} {type(step).__name__}: "
-            f"{'map' if mapped else 'apply'} gives a {type(after).__name__}, expected "
+            f"{kind[0]} {type(step).__name__}: {kind[1]} gives a {type(after).__name__}, expected "
             "dattri_core.Rows: Rows(space, {name: DenseBlock(values)}, rows.index, rows.aux)"
         )
     return after

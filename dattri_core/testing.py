@@ -14,8 +14,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from dattri_core.batch import tensors_of
 from dattri_core.laws import Law, LawBroken, bench_of, find, laws_of, part_of
 from dattri_core.laws.oracles import ggn, gradients, hessian, place, plain_rows, plain_space
 from dattri_core.laws.problems import DenseProblem, problem_of
@@ -119,13 +119,11 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count the storages of its results."""
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, new=False)
+        for tensor in tensors_of((args, kwargs)):
+            self._see(tensor, new=False)
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, new=True)
+        for tensor in tensors_of(result):
+            self._see(tensor, new=True)
         return result
 
     def _see(self, tensor: Tensor, *, new: bool) -> None:

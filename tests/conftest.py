@@ -34,6 +34,11 @@ LONGEST = frozenset(
         "test_builtin_parts.py::test_other_settings_of_built_ins[solver-lissa-changes4]",
         "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes6]",
         "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes7]",
+        "test_leverages.py::test_others_are[ggn-relatif-ggn-2MiB]",
+        "test_pages.py::test_a_run_in_cut_batches_gives_the_scores_of_one_batch[grad-dot]",
+        "test_queries_on_disk.py::test_every_scorer_and_sweeps_read_them[cosine]",
+        "test_routes.py::test_no_route_shows[network-ekfac, cosine]",
+        "test_routes.py::test_no_route_shows[network-ekfac, distance]",
         "test_on_a_device.py::test_small_memory_and_scores_on_disk[if-arnoldi-pretended]",
         "test_on_a_device.py::test_a_fitted_method_and_its_store[if-arnoldi-pretended]",
         (

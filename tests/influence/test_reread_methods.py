@@ -64,7 +64,7 @@ def test_a_ggn_of_too_many_rows_leaves_the_fisher_and_both_are_named(setting, ca
     close(scores.values, torch.cat([want] * 3))
 
 
-def test_sweeps_parts_and_self_influence(setting):
+def test_sweeps_and_parts(setting):
     task, train, test, left, right, curvatures = setting
     fitted = dattri.method("if-woodbury", damping=0.05).fit(task, train, memory=SMALL)
     assert fitted.stats[0]["rows_held"] == 0.0
@@ -73,6 +73,14 @@ def test_sweeps_parts_and_self_influence(setting):
     answers = solved(curvatures["ggn"], 0.05, right)
     parts = fitted.attribute(test, by="block")
     close(torch.stack([part.values for part in parts.values()]).sum(0), left @ answers.T)
+
+
+@pytest.mark.slow
+def test_self_influence(setting):
+    """Every train row is inverted, by readings of all others; test_leverages.py has some of it."""
+    task, train, test, left, right, curvatures = setting
+    fitted = dattri.method("if-woodbury", damping=0.05).fit(task, train, memory=SMALL)
+    answers = solved(curvatures["ggn"], 0.05, right)
     own = (left * solved(curvatures["ggn"], 0.05, left)).sum(1)
     close(fitted.self_influence(), own)
     relative = dattri.method("relatif-explicit", damping=0.05, largest=100)

@@ -35,7 +35,17 @@ def test_the_built_ins_are_found():
     assert {kind for kind, _ in CASES} == kinds
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+# A recipe of an attributor is the attributor, and every step of a series is like the one before.
+LONG = {
+    *((kind, name) for kind, name in CASES if kind == "attributor" and ("method", name) in CASES),
+    ("solver", "lissa"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case in LONG)) for case in CASES],
+)
 def test_built_in(kind, name):
     if name == "bm25":
         pytest.importorskip("bm25s")
@@ -61,6 +71,7 @@ def test_built_in(kind, name):
         ("source", "last-layer", {"target": 0, "l2": 0.1}),
         ("solver", "arnoldi", {"reduced": True}),
         ("solver", "arnoldi", {"complement": "keep"}),
+        ("solver", "lissa", {"depth": 60}),
         ("solver", "lissa", {"batch": None}),
         ("solver", "lissa", {"repeats": 3, "depth": 200}),
         ("curvature", "diagonal", {"fisher": "ggn"}),

@@ -31,7 +31,7 @@ from toy_world_parts import (
 )
 
 import dattri_core as dattri
-from dattri_core.laws import KINDS, check, laws_of
+from dattri_core.laws import KINDS, bench_of, check, find, laws_of
 from dattri_core.registry import Registry, using
 
 PLAIN = dattri.Method()
@@ -405,8 +405,37 @@ def test_good_parts_break_no_law_and_meet_them_all(kind):
     assert held == {law.name for law in laws_of(kind)}
 
 
-@pytest.mark.parametrize(("kind", "law"), [(kind, law) for kind in BROKEN for law in BROKEN[kind]])
+def mutants(*kinds):
+    return pytest.mark.parametrize(
+        ("kind", "law"), [(kind, law) for kind in kinds for law in BROKEN[kind]]
+    )
+
+
+LONG = ("source", "method")
+"""All laws of a mutant of these take a second."""
+
+
+@mutants(*LONG)
+def test_a_mutant_breaks_its_law(kind, law):
+    by_name = {one.name: one for one in laws_of(kind)}
+    with using(registry()):
+        finding = find(by_name[law], bench_of(kind, made(BROKEN[kind][law])))
+    assert finding.status == "failed"
+    assert "Error:" not in finding.detail  # caught by its numbers, not by a crash
+
+
+@mutants(*(kind for kind in BROKEN if kind not in LONG))
 def test_a_mutant_breaks_its_law_alone(kind, law):
+    alone(kind, law)
+
+
+@pytest.mark.slow
+@mutants(*LONG)
+def test_a_mutant_of_long_laws_breaks_its_law_alone(kind, law):
+    alone(kind, law)
+
+
+def alone(kind, law):
     report = check(kind, made(BROKEN[kind][law]), registry=registry())
     broken = {finding.law for finding in report.failures}
     assert broken == {law} | ALSO.get((kind, law), set()), str(report)

@@ -59,10 +59,9 @@ class GGNOperator:
         """Return the dtype of the rows."""
         return self.products.dtype
 
-    @property
     def precision(self) -> float:
         """Return the rounding of a product by the dtypes in which the model computes."""
-        return self.products.precision
+        return self.products.precision()
 
     @property
     def memory(self) -> int:

@@ -128,7 +128,6 @@ class ProductOperator:
         symmetrise(matrix, self._rounding(tf32=True), f"curvature {self.kind!r}", float(stray))
         return live, matrix
 
-    @property
     def precision(self) -> float:
         """Return the rounding of a product by the dtypes in which the model computes."""
         return self._rounding(tf32=False)

@@ -152,7 +152,7 @@ def power_iteration(function: object, like: Tensor) -> float:
 def precision_of(operator: Operator) -> float:
     """Return how far an operator's numbers are rounded, relative to its largest eigenvalue."""
     own: float = torch.finfo(operator.dtype).eps
-    return max(own, operator.precision) if isinstance(operator, RoundedOperator) else own
+    return max(own, operator.precision()) if isinstance(operator, RoundedOperator) else own
 
 
 def require_regular(
