@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, cast
 
 import attrs
 from attrs import field, frozen, validators
@@ -376,14 +376,13 @@ def taken(step: Step, rows: Rows) -> Rows:
     Raises:
         SpecError: The step gives something that is no rows.
     """
-    after: Any
     if isinstance(step, LinearMap):
-        kind, after = ("map", "map"), step.map(rows)
+        verb, after = "map", cast("Any", step.map(rows))
     else:
-        kind, after = ("inverse", "apply"), step.apply(rows)
+        verb, after = "apply", step.apply(rows)
     if not isinstance(after, Rows):
         raise SpecError(
-            f"{kind[0]} {type(step).__name__}: {kind[1]} gives a {type(after).__name__}, expected "
+            f"stage {type(step).__name__}: {verb} gives a {type(after).__name__}, expected "
             "dattri_core.Rows: Rows(space, {name: DenseBlock(values)}, rows.index, rows.aux)"
         )
     return after

@@ -97,8 +97,8 @@ class DenseProblem:
         """Return the weights of the world's model."""
         return self.task.model.state_dict()
 
-    def epsilon(self) -> float:
-        """Return the epsilon of the dtype of the model."""
+    def epsilon(self, *, tf32: bool = True) -> float:
+        """Return the epsilon of the dtype of the model, which rounds no products."""
         return torch.finfo(self.dtype).eps
 
     def on(self, device: torch.device) -> DenseProblem:

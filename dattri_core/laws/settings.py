@@ -368,12 +368,10 @@ def model_is_trained_on_everything(bench: SettingBench) -> None:
 
 @law("setting")
 def what_is_trained_on_is_fitted_better(bench: SettingBench) -> None:
-    """Models of the two halves of the train set have less loss each on its own than on the other's.
-
-    sum_{i in A} (l_i(A) - l_i(B)) + sum_{i in B} (l_i(B) - l_i(A)) < 0: a step of gradient descent
-    from common weights makes it -rate |grad L_A - grad L_B|^2. So masks are not turned around or
-    shifted, also where no label can be made wrong.
-    """
+    """Models of two halves of the train set have less loss on their own half, in sum."""
+    # sum_{i in A} (l_i(A) - l_i(B)) + sum_{i in B} (l_i(B) - l_i(A)) < 0: a step of gradient
+    # descent from common weights makes it -rate |grad L_A - grad L_B|^2 times the size of a half.
+    # So masks are not turned around or shifted, also where no label can be made wrong.
     world, half = bench.world, half_of(bench.world)
     (other,) = world.retraining.train([Counterfactual(~half.mask, SEED)])
     own, others = (_losses(world, state) for state in (bench.pair[1], other))

@@ -94,6 +94,29 @@ def register(registry: dattri.Registry) -> None:
         "in Linear Time (arXiv 1602.03943); Koh and Liang 2017, section 3 (arXiv 1703.04730)",
     )
     registry.method(
+        "astra",
+        {
+            "source": "per-example",
+            "inverse_hessian": {
+                "curvature": "ggn",
+                "solver": {"name": "lissa", "damping": 1e-2, "batch": 256, "depth": 100},
+                "preconditioner": {
+                    "curvature": {"name": "ekfac", "fisher": "ggn"},
+                    "solver": {"name": "spectral", "damping": {"relative": 0.1}},
+                },
+            },
+            "scorer": "dot",
+            "fold": "mean",
+        },
+        summary="Influence function by a series on samples of the train set that EK-FAC "
+        "preconditions, from EK-FAC's answer to that of the Gauss-Newton matrix",
+        formula="S_ij = <g_i, v_j>, v <- v - M ((G_S + damping I) v - h_j) / s for 100 samples S, "
+        "M the inverse of EK-FAC at its own damping, G_S the GGN of the mean loss over S; the "
+        "limit is (G + damping I)^-1 h_j whatever M is",
+        citation="Wang et al. 2025, Better Training Data Attribution via Better Inverse "
+        "Hessian-Vector Products (arXiv 2507.14740)",
+    )
+    registry.method(
         "if-arnoldi",
         {
             "source": "per-example",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -246,6 +247,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
+    os._exit(0)  # a thread of gloo that outlives the interpreter would abort the process, rarely
 
 
 if __name__ == "__main__":

@@ -362,3 +362,21 @@ def test_an_ekfac_makes_the_series_of_a_network_converge():
         far = plain.attribute(task, train, test).values
         found = helped.attribute(task, train, test).values
     assert gap(found, exact.values) < 0.6 * gap(far, exact.values)
+
+
+def test_the_recipe_goes_from_ekfac_to_the_exact_matrix():
+    """Of all data its limit is the dense solve, whatever EK-FAC is; few steps are on the way."""
+    task, train, test = dattri.Task(mlp()), examples(20), examples(4, seed=300)
+    exact = dattri.attribute(task, train, test, method="if-woodbury", damping=0.05).values
+
+    def off(depth):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = dattri.attribute(
+                task, train, test, method="astra", damping=0.05, batch=None, depth=depth
+            )
+        return float((found.values - exact).norm() / exact.norm())
+
+    far, nearer, there = off(1), off(20), off(3000)
+    assert far > 2 * nearer > 4 * there
+    assert there < 1e-8

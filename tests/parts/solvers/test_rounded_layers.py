@@ -6,13 +6,23 @@ import warnings
 
 import pytest
 import torch
+from dattri_parts.solvers.cholesky import Cholesky
+from dattri_parts.solvers.factor import precision_of
+from oracles.dense import MatrixOperator, symmetric
 from torch import nn
 
 import dattri_core as dattri
-from dattri_core import NumericsError, Task
+from dattri_core import NumericsError, RoundedOperator, Task
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 METHODS = ["if-woodbury", "if-explicit"]
+
+
+class Coarse(MatrixOperator):
+    """A matrix that is known to a quarter of its largest eigenvalue."""
+
+    def precision(self) -> float:
+        return 0.25
 
 
 class Cast(nn.Module):
@@ -128,6 +138,17 @@ def test_what_rounding_leaves_of_scores_is_said_and_holds(name: str) -> None:
     unit = lengths[0][:, None] * lengths[1] / damping
     off = ((found.values.double() - want).abs() / unit).max()
     assert 1e-4 < float(off) <= found.provenance["solver"][0]["rounding"]
+
+
+def test_who_is_asked() -> None:
+    """An operator that says more of its rounding than its dtype does is believed."""
+
+    matrix = symmetric(torch.linspace(0.1, 1.0, 6), 0)
+    assert isinstance(Coarse(matrix), RoundedOperator)
+    assert precision_of(Coarse(matrix)) == 0.25
+    assert precision_of(MatrixOperator(matrix)) == torch.finfo(F64).eps
+    with pytest.raises(NumericsError, match=r"known to 0\.2 of its largest"):
+        Cholesky(dattri.Damping(0.1)).solve_for(Coarse(matrix), torch.device("cpu"))
 
 
 def test_a_model_in_one_dtype_is_judged_by_it() -> None:
