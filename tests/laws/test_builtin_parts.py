@@ -39,6 +39,7 @@ def test_the_built_ins_are_found():
 LONG = {
     *((kind, name) for kind, name in CASES if kind == "attributor" and ("method", name) in CASES),
     ("solver", "lissa"),
+    ("method", "astra"),
 }
 
 
@@ -97,6 +98,11 @@ def test_built_in(kind, name):
 def test_other_settings_of_built_ins(kind, name, changes):
     part = attrs.evolve(default_registry().make(kind, name), **changes)
     report = check(kind, part)
+    assert report.ok, str(report)
+
+
+def test_a_series_that_is_preconditioned_meets_the_laws_of_methods_after_two_steps():
+    report = check("method", dattri.method("astra", depth=2))
     assert report.ok, str(report)
 
 
