@@ -102,7 +102,7 @@ def test_other_settings_of_built_ins(kind, name, changes):
 
 
 def test_a_series_that_is_preconditioned_meets_the_laws_of_methods_after_two_steps():
-    report = check("method", dattri.method("astra", depth=2))
+    report = check("method", dattri.method("astra", batch=8, depth=2))
     assert report.ok, str(report)
 
 
