@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.checkpoint import TrainingStep as TrainingStep
     from dattri_core.contract import limit_now as limit_now
+    from dattri_core.dispatched import DispatchMode as DispatchMode
     from dattri_core.dispatched import run_under as run_under
     from dattri_core.errors import ConvergenceWarning as ConvergenceWarning
     from dattri_core.errors import DattriError as DattriError
@@ -326,6 +327,7 @@ _EXPORTS = {
     "parse_bytes": "memory",
     "pick_entries": "blocks",
     "run_under": "dispatched",
+    "DispatchMode": "dispatched",
     "share": "blocks",
     "sides_differ": "source_capabilities",
     "source_needs": "source_capabilities",

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dattri_core.dispatched import DispatchMode
 
 NARROW = 32
 """Outputs up to which one wide product beats a batch of narrow ones, in spite of its strides."""
@@ -42,7 +43,7 @@ def shared_operands(
     return SharedOperands() if large and 2 * narrow > whole else nullcontext()
 
 
-class SharedOperands(TorchDispatchMode):
+class SharedOperands(DispatchMode):
     """While entered, ``bmm`` on the CPU spares work where the whole batch shares an operand.
 
     With many tangents V_c at one activation X, vmap asks for ``X V_c`` as a batch over c with X
@@ -52,7 +53,7 @@ class SharedOperands(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
 
     def __torch_dispatch__(
         self,

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattri_core.batch import tensors_of
-from dattri_core.dispatched import run_under
+from dattri_core.dispatched import DispatchMode, run_under
 
 DRAWS = 4
 """Of changes of the weights; one alone may leave a number where it is by chance."""
@@ -22,11 +21,11 @@ TF32 = 2.0**-10
 """The epsilon of products of float32 numbers on a device, where they may be rounded."""
 
 
-class _Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Coarsest(DispatchMode):
     """Sees the floating point dtype of fewest digits that an operation returns."""
 
     def __init__(self, tf32: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.epsilon = 0.0
         self.tf32 = tf32
 

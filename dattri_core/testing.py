@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dattri_core.batch import tensors_of
+from dattri_core.dispatched import DispatchMode
 from dattri_core.laws import Law, LawBroken, bench_of, find, laws_of, part_of
 from dattri_core.laws.oracles import ggn, gradients, hessian, place, plain_rows, plain_space
 from dattri_core.laws.problems import DenseProblem, problem_of
@@ -97,7 +97,7 @@ def law_cases(kind: str, name_or_part: Any) -> list[LawCase]:
     return [LawCase(law, bench) for law in laws_of(kind)]
 
 
-class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakMemory(DispatchMode):
     """Count the bytes of tensors made inside the block that are alive, and their maximum.
 
     Deterministic and the same on every machine: storages are counted as torch makes and frees them,
@@ -108,7 +108,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live = 0
         self.peak = 0
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}

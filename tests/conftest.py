@@ -30,10 +30,10 @@ LONGEST = frozenset(
     {
         "test_builtin_parts.py::test_built_in[method-if-lissa]",
         "test_builtin_parts.py::test_built_in[method-if-cg]",
-        "test_builtin_parts.py::test_other_settings_of_built_ins[solver-lissa-changes3]",
         "test_builtin_parts.py::test_other_settings_of_built_ins[solver-lissa-changes4]",
-        "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes6]",
+        "test_builtin_parts.py::test_other_settings_of_built_ins[solver-lissa-changes5]",
         "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes7]",
+        "test_builtin_parts.py::test_other_settings_of_built_ins[curvature-leading-ggn-changes8]",
         "test_leverages.py::test_others_are[ggn-relatif-ggn-2MiB]",
         "test_pages.py::test_a_run_in_cut_batches_gives_the_scores_of_one_batch[grad-dot]",
         "test_queries_on_disk.py::test_every_scorer_and_sweeps_read_them[cosine]",

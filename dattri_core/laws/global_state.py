@@ -24,7 +24,8 @@ def settings_kept() -> Iterator[None]:
     finally:
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(deterministic)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:  # it loads a compiler
+            torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from pathlib import Path
 import attrs
 import numpy as np
 import torch
-import torch._dynamo  # loaded by the first dispatch mode: here once, not in every child
 from killed_run import die_at, forked
 from oracles.toy_tasks import examples, mlp, states
 

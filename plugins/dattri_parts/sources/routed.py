@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dattri_core import Evaluator, run_under
+from dattri_core import DispatchMode, Evaluator, run_under
 from dattri_parts.sources.nest import pull
 from dattri_parts.sources.observe import removed
 
@@ -50,11 +49,11 @@ _BACK = {
 """They bring what was chosen back to its places in their first argument."""
 
 
-class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Followed(DispatchMode):
     """Remembers the memory of what was chosen, and of what is made of it line by line."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._chosen: dict[int, Tensor] = {}  # held, so that no memory is another's later
 
     def __torch_dispatch__(
