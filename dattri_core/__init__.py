@@ -105,6 +105,7 @@ if TYPE_CHECKING:
     from dattri_core.moments import factor_sums as factor_sums
     from dattri_core.moments import square_sum as square_sum
     from dattri_core.origins import origins_of as origins_of
+    from dattri_core.pages import reused_rows as reused_rows
     from dattri_core.plans import Plan as Plan
     from dattri_core.precision import exactly as exactly
     from dattri_core.problem import TrainProblem as TrainProblem
@@ -327,6 +328,7 @@ _EXPORTS = {
     "parse_bytes": "memory",
     "pick_entries": "blocks",
     "run_under": "dispatched",
+    "reused_rows": "pages",
     "DispatchMode": "dispatched",
     "share": "blocks",
     "sides_differ": "source_capabilities",

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 
 REUSED = 32 * 2**20
 """Bytes of the largest tensor whose memory the allocator keeps for the next: glibc's own limit."""
+FEW = 8
+"""Rows at least that are taken at once for the sake of their memory."""
 PAGE_BYTE = 64
 """Multiply-adds in the time in which the system gives one byte anew."""
 NUMBER = 64
@@ -26,6 +28,21 @@ def fresh_bytes(tensors: Sequence[int], batch: int) -> int:
         batch: Examples at a time.
     """
     return sum(size for size in tensors if size * batch > REUSED)
+
+
+def reused_rows(row: int, count: int) -> int:
+    """Return how many rows to take at once, in even pieces, so that their memory is reused.
+
+    All of them where that leaves fewer than `FEW`: what they share would be done too often.
+
+    Args:
+        row: Bytes of a row in the largest tensor that is made again and again.
+        count: Rows.
+    """
+    kept = REUSED // max(1, row)
+    if kept >= count or kept < FEW:
+        return count
+    return -(-count // -(-count // kept))
 
 
 def batch_work(tensors: Sequence[int], total: int, batch: int, each: int = 0) -> int:

@@ -37,7 +37,7 @@ GROUPS = {
         "What plugins are written with.",
         (
             "registry hookspecs assemble problem evaluate stream batch precision contract origins "
-            "progress memory atomic tied dispatched"
+            "progress memory atomic tied dispatched pages"
         ),
     ),
 }

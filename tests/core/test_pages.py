@@ -29,6 +29,7 @@ from dattri_core.pages import (
     batch_work,
     best_batch,
     fresh_bytes,
+    reused_rows,
 )
 from dattri_core.plans import Costs, Route, Work, make_plan
 from dattri_core.problem import collect
@@ -217,3 +218,19 @@ def test_an_example_counts_where_its_pass_keeps_no_tensor():
         task.device,
     )
     assert of_pool.outline.activations == LEAST
+
+
+@pytest.mark.parametrize(
+    ("row", "count", "taken"),
+    [
+        (2**20, 20, 20),  # all are kept
+        (2**20, 33, 17),
+        (2**20, 100, 25),
+        (4 * 2**20, 100, 8),
+        (4 * 2**20 + 1, 100, 100),  # seven rows share too little
+        (0, 5, 5),
+        (2**20, 0, 0),
+    ],
+)
+def test_rows_are_taken_in_even_pieces_whose_memory_is_reused(row, count, taken):
+    assert reused_rows(row, count) == taken

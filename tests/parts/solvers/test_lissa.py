@@ -18,7 +18,15 @@ from oracles.dense import MatrixOperator, factored, matrix_space, rows_of, symme
 from oracles.toy_tasks import examples, mlp, world
 
 import dattri_core as dattri
-from dattri_core import ConvergenceWarning, Damping, NumericsError, RandomStream, Rows, SpecError
+from dattri_core import (
+    ConvergenceWarning,
+    Damping,
+    NumericsError,
+    RandomStream,
+    Rows,
+    SpecError,
+    pages,
+)
 
 CPU = torch.device("cpu")
 
@@ -250,6 +258,19 @@ def test_draws_depend_on_the_seed_alone():
     other = squares()
     other.seed = 1
     assert not torch.allclose(solver.solve_for(other, CPU).apply(given_rows).flat(), whole)
+
+
+def test_rows_are_summed_in_pieces_whose_memory_is_reused(monkeypatch):
+    given_rows = rows(6, 20)
+    solver = LiSSA(damping=0.5, batch=3, depth=50)
+    whole, parted = squares(), squares()
+    want = solver.solve_for(whole, CPU).apply(given_rows).flat()
+    assert max(count for count, _ in whole.drawn) == 20
+    largest = max(spec.size for spec in given_rows.space) * 8
+    monkeypatch.setattr(pages, "REUSED", 9 * largest)
+    got = solver.solve_for(parted, CPU).apply(given_rows).flat()
+    assert max(count for count, _ in parted.drawn) == 7
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 def test_factors_half_precision_and_scales_of_rows():
