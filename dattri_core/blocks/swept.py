@@ -20,6 +20,8 @@ from dattri_core.interpolate import Piece, Pieces, pieces_of
 
 TERMS = 64
 """Functions that are gathered before they are added to every damping."""
+FARTHEST = 100
+"""Power of two by which a row is made larger or smaller at most."""
 Entries = Callable[[Tensor], Tensor]
 
 
@@ -109,10 +111,12 @@ class SweptBlock:
         shape = (len(self.dampings), len(self.rows), len(other))
         total = torch.zeros(shape, dtype=dtype, device=self.device)
         for columns in theirs:
-            entries = _entries(other.take(columns))
+            entries, grown = _entries(other.take(columns))
             for rows in mine:
+                own, scale = _entries(self.rows.take(rows))
                 into = total[:, rows, columns]
-                into += self._met(_entries(self.rows.take(rows)), entries, into.shape, limit)
+                met = self._met(own, entries, into.shape, limit)
+                into += met.div_(scale[:, None]).div_(grown)
         return total.flatten(0, 1)
 
     def pair_inner(
@@ -204,15 +208,39 @@ class SweptBlock:
         return (functions.unsqueeze(2) * entries.unsqueeze(1)).flatten(1).mT
 
 
-def _entries(block: Block) -> Entries:
-    """Return what gives some entries of all rows, ``[n, B]``; of one position, from the factors."""
+def _entries(block: Block) -> tuple[Entries, Tensor]:
+    """Return what gives some entries of all rows, ``[n, B]``, and the powers of two in them, [B].
+
+    Of rows of one position, from their factors. Every row is taken to a size of about 1, since its
+    entries where the curvature has none are rounding, and those of a row that the model is sure of
+    are small: a product below what float32 has in full takes a processor a hundred times as long.
+    """
     if _from_factors(block):
         assert isinstance(block, OuterBlock)
         inputs = accumulate(held_by(block.own_inputs))[:, 0].mT.contiguous()
         outputs, width = accumulate(block.outputs)[:, 0].mT.contiguous(), block.shape[1]
-        return lambda index: outputs[index // width] * inputs[index % width]
+        scale = _powers(_largest(outputs, 0) * _largest(inputs, 0)).to(outputs)
+        outputs = outputs * scale
+        return lambda index: outputs[index // width] * inputs[index % width], scale
     formed = accumulate(block.flat())
-    return lambda index: formed.index_select(1, index).mT
+    scale = _powers(_largest(formed, 1)).to(formed)
+    formed = formed * scale[:, None]
+    return lambda index: formed.index_select(1, index).mT, scale
+
+
+def _largest(values: Tensor, axis: int) -> Tensor:
+    """Return the largest size along an axis, in float64, which holds products of them."""
+    if not values.numel():
+        return values.new_zeros(values.shape[1 - axis], dtype=torch.float64)
+    largest: Tensor = torch.linalg.vector_norm(values, math.inf, dim=axis)
+    return largest.double()
+
+
+def _powers(sizes: Tensor) -> Tensor:
+    """Return the power of two that takes each size near 1, as far as float32 has its inverse."""
+    powers = torch.where(sizes > 0, sizes, 1.0).log2().round()
+    found: Tensor = (-powers.clamp(-FARTHEST, FARTHEST)).exp2()
+    return found
 
 
 def _from_factors(block: Block) -> bool:

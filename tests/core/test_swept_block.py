@@ -56,6 +56,32 @@ def test_inner_products_are_those_of_the_formed_rows(ours, theirs, limit):
         assert bool(((got - want).abs() <= 1e-14 * size).all())
 
 
+@pytest.mark.parametrize("ours", KINDS)
+@pytest.mark.parametrize("theirs", KINDS)
+def test_rows_of_any_size_keep_their_digits(ours, theirs):
+    """Products of small entries, as of rows that a model is sure of, are below float32's range."""
+    sizes = 10.0 ** torch.tensor([0, -20, -28, 15], dtype=torch.float64)
+    left, right = rows(ours, 4, 10).scale(sizes), rows(theirs, 4, 20).scale(sizes.flip(0))
+    left, right = left.to(None, torch.float32), right.to(None, torch.float32)
+    found = SweptBlock(left, eigenvalues().float(), DAMPINGS).inner(right)
+    exact = formed(left.to(None, torch.float64), eigenvalues().float().double())
+    other = right.flat().double()
+    want, size = exact.flatten(1) @ other.T, exact.flatten(1).abs() @ other.abs().T
+    known = size > 1e-37
+    assert 0.5 < known.double().mean() < 0.95 or ours == theirs == "one-hot"
+    assert bool(((found - want).abs() <= 1e-6 * size)[known].all())
+    assert bool((found[~known].abs() <= 1e-37).all())
+
+
+def test_a_row_of_zeros_and_one_that_is_not_finite():
+    left = DenseBlock(torch.stack([torch.zeros(OUTPUTS, INPUTS), torch.ones(OUTPUTS, INPUTS)]))
+    right = DenseBlock(left.values.clone())
+    right.values[1, 0, 0] = float("inf")
+    found = SweptBlock(left, eigenvalues().float(), DAMPINGS).inner(right).view(-1, 2, 2)
+    assert bool((found[:, 0, 0] == 0).all()) and bool((found[:, 1, 0] == 0).all())
+    assert not bool(found[:, 1, 1].isfinite().any())
+
+
 def test_these_spectra_are_interpolated():
     """What the tests here compare is not the same product twice."""
     for dtype in (torch.float32, torch.float64):
