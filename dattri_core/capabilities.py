@@ -6,11 +6,12 @@ Those of sources are in `source_capabilities`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core.protocols import (
     CurvatureKind,

@@ -8,11 +8,12 @@ other train sets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from attrs import field, frozen
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core.errors import InputError
 from dattri_core.task import Task

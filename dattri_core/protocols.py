@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import frozen
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core.blocks import Block
 from dattri_core.errors import NumericsError, SpecError

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core.blocks import Block
 from dattri_core.protocols import BoundSource, Sink, Source

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
 from attrs import define, frozen
 from torch import Tensor
+from typing_extensions import Protocol
 
 from dattri_core.blocks.finite import all_finite
 from dattri_core.checkpoint import Checkpoint

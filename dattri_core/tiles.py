@@ -9,12 +9,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from attrs import field, frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from typing_extensions import Protocol
 
 from dattri_core.atomic import atomic_file, disk_errors, remove_folder, write_text
 from dattri_core.errors import StoreError

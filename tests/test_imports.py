@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "dattri_core"
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
-DEPENDENCIES = {"torch", "pluggy", "attrs", "numpy", "scipy", "safetensors", "tomli", "tomllib"}
+DEPENDENCIES = {
+    *("torch", "pluggy", "attrs", "numpy", "scipy", "safetensors", "tomli", "tomllib"),
+    "typing_extensions",
+}
 SHARED = "dattri_parts"
 LONGEST = 500
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core.contract import Order, Plan, Shape, plan_inner, with_rows
 from dattri_core.errors import SpecError

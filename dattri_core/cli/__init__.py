@@ -7,7 +7,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import cast
+
+from typing_extensions import Protocol
 
 from dattri_core import __version__
 from dattri_core.entries import load_target

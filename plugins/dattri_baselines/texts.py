@@ -6,10 +6,11 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from attrs import AttrsInstance, asdict, frozen
+from typing_extensions import Protocol
 
 from dattri_baselines.documents import read_documents
 from dattri_baselines.written import Array, Columns, provenance_of, write_columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from attrs import asdict, evolve, frozen
@@ -15,6 +15,7 @@ from dattri_parts.measuring.attribution import (
     referenced,
     self_influence,
 )
+from typing_extensions import Protocol
 
 from dattri_bench.records import Records
 from dattri_core import FittedMethod, Method, Task, World

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor
+from typing_extensions import Protocol
 
 from dattri_core import Block, SpecError
 from dattri_knn.columns import Column

@@ -8,10 +8,10 @@ not the same over the interval: it falls towards the bound.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 from attrs import frozen
 from scipy import optimize, stats
+from typing_extensions import Protocol
 
 from dattri_metrics.spread import Spread
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
+from typing_extensions import Protocol
 
 from dattri_core import (
     BoundSource,

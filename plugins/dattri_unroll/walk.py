@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Protocol
 
 from dattri_core import Scores, ScoresWriter, bar, describe_part
 from dattri_unroll.points import Points

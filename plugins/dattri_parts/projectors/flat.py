@@ -9,11 +9,12 @@ into blocks, batches or parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core import Block, BlockSpec, DenseBlock, LinearMap, Rows, Space
 

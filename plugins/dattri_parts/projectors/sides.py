@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from attrs import define, evolve, frozen
 from torch import Tensor
+from typing_extensions import Protocol
 
 from dattri_core import Block, BlockSpec, DenseBlock, Rows, Selection, Space, SpecError
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from attrs import define, evolve, field, frozen, validators
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core import (
     ConvergenceWarning,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from dattri_core import (
     Damping,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from torch import Tensor, nn
+from typing_extensions import Protocol
 
 from dattri_core import Block, BlockSpec, default_registry
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
+
+from typing_extensions import Protocol
 
 BOOKKEEPING = frozenset(
     f"__{name}__"
