@@ -333,8 +333,7 @@ class RoundedOperator(Operator, Protocol):
         ...
 
 
-# What a `Problem` is asked for names only what it has beside one: below Python 3.12 `isinstance`
-# reads all properties of a protocol, and how many examples a mere function has is not known.
+# What a `Problem` is asked for names only what it has beside one: a check looks for what it names.
 @runtime_checkable
 class ModelProblem(Protocol):
     """A problem that shows its model and its data, for adapters to libraries of curvature.

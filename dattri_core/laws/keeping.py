@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dattri_core import assemble, describe
 from dattri_core.laws.curvatures import CurvatureBench
+from dattri_core.laws.forwarding import standing_before
 from dattri_core.laws.law import law, require_close
 from dattri_core.laws.solvers import DAMPING, POSITIVE, SolverBench
 from dattri_core.laws.spaces import GIVEN, toy_rows
@@ -49,9 +50,9 @@ class Keeping:
         """Return what a part computes, from the keeper."""
         return self.keeper.kept(name, part, make)
 
-    def __getattr__(self, name: str) -> Any:
-        """Return a member of the inner one."""
-        return getattr(self.inner, name)
+    def __new__(cls, inner: Any, keeper: Keeper) -> Keeping:
+        """Return one that shows all members of the inner one."""
+        return standing_before(cls, inner, "inner")
 
 
 @law("curvature")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dattri_core.batch import Batch, take
 from dattri_core.blocks import Block
+from dattri_core.laws.forwarding import standing_before
 from dattri_core.laws.problems import DenseProblem
 from dattri_core.laws.worlds import cast
 from dattri_core.protocols import CurvatureKind, Problem, RowKind
@@ -33,7 +34,12 @@ class PartedProblem:
     whole: DenseProblem
     span: tuple[int, int] | None = None
 
+    def __new__(cls, whole: DenseProblem, span: tuple[int, int] | None = None) -> PartedProblem:
+        """Return one that shows all members of the whole."""
+        return standing_before(cls, whole, "whole")
+
     def __getattr__(self, name: str) -> Any:
+        """Return a member of the whole, for who reads no class."""
         return getattr(self.whole, name)
 
     def summed(self, read: Callable[[Problem], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
