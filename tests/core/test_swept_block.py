@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dattri_core import DenseBlock, OuterBlock, SpecError
-from dattri_core.blocks import OneHot, SweptBlock
+from dattri_core.blocks import OneHot, SweptBlock, swept
 
 OUTPUTS, INPUTS = 15, 17
 DAMPINGS = torch.logspace(-4, 0, 20, dtype=torch.float64)
@@ -71,6 +71,18 @@ def test_rows_of_any_size_keep_their_digits(ours, theirs):
     assert 0.5 < known.double().mean() < 0.95 or ours == theirs == "one-hot"
     assert bool(((found - want).abs() <= 1e-6 * size)[known].all())
     assert bool((found[~known].abs() <= 1e-37).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_are_near_one_so_that_no_product_of_large_ones_is_subnormal(kind):
+    block = rows(kind, 4, 10).scale(10.0 ** torch.tensor([0, -20, -28, 15], dtype=torch.float64))
+    block = block.to(None, torch.float32)
+    entries, scale = swept._entries(block)
+    found = entries(torch.arange(OUTPUTS * INPUTS)).T  # [4, d]
+    assert bool((scale.log2() == scale.log2().round()).all())
+    torch.testing.assert_close(found / scale[:, None], block.flat(), rtol=1e-6, atol=0)
+    largest = found.abs().amax(1)
+    assert 0.2 < float(largest.min()) <= float(largest.max()) < 2
 
 
 def test_a_row_of_zeros_and_one_that_is_not_finite():
