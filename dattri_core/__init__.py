@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from dattri_core.capabilities import WeighingScorer as WeighingScorer
     from dattri_core.capabilities import kept as kept
     from dattri_core.capabilities import summed as summed
+    from dattri_core.checkpoint import AdamRule as AdamRule
     from dattri_core.checkpoint import Checkpoint as Checkpoint
     from dattri_core.checkpoint import TrainingStep as TrainingStep
     from dattri_core.contract import limit_now as limit_now
@@ -281,6 +282,7 @@ _EXPORTS = {
     "Task": "task",
     "TermScorer": "capabilities",
     "TrainProblem": "problem",
+    "AdamRule": "checkpoint",
     "TrainingStep": "checkpoint",
     "WeighingScorer": "capabilities",
     "as_damping": "protocols",

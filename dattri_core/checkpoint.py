@@ -26,31 +26,74 @@ ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], Any]
 """Module, arguments and output to another output, or None; as torch has it."""
 
 
+@frozen
+class AdamRule:
+    """How Adam and AdamW turn the mean gradient of a batch into a step, as torch has them.
+
+    d = gradient, and with weight decay that is not decoupled + weight_decay theta; m' = b1 m + (1 -
+    b1) d, v' = b2 v + (1 - b2) d^2, and after t steps theta' = theta - eta (m' / (1 - b1^t)) /
+    (sqrt(v' / (1 - b2^t)) + epsilon), where decoupled decay takes eta weight_decay theta off too.
+
+    Source: Kingma and Ba 2015, Adam: A Method for Stochastic Optimization, algorithm 1 (arXiv
+    1412.6980); Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2
+    (arXiv 1711.05101).
+
+    Args:
+        betas: (b1, b2).
+        epsilon: Added to the root.
+        decoupled: Whether weight decay is that of AdamW.
+    """
+
+    betas: tuple[float, float]
+    epsilon: float
+    decoupled: bool
+
+
 @frozen(eq=False)
 class TrainingStep:
-    """The step of gradient descent that was taken from a checkpoint.
+    """The step of an optimiser that was taken from a checkpoint.
 
-    theta' = theta - eta d with d = (1/|B|) sum_{i in B} grad loss_i(theta) + weight_decay theta,
-    eta the learning rate of the checkpoint and theta' the next one. With momentum it is theta' =
-    theta - eta v', v' = momentum v + (1 - dampening) d, where the first step of a run has v' = d;
-    with Nesterov's, theta' = theta - eta (d + momentum v').
+    theta' = theta - eta d with d = g + weight_decay theta, g = (scale/|B|) sum_{i in B} grad
+    loss_i(theta), eta the learning rate of the checkpoint and theta' the next one. With momentum it
+    is theta' = theta - eta v', v' = momentum v + (1 - dampening) d, where the first step of a run
+    has v' = d; with Nesterov's, theta' = theta - eta (d + momentum v'). With `adam` it is a step of
+    Adam. With `clip` g is shortened to g min(1, clip / (|g| + 1e-6)) first.
 
     Args:
         batch: B, positions in the train set ``[B]``, an example as often as it was drawn; None: the
             whole train set. An empty batch is no step: the end of the run.
-        weight_decay: As optimisers define it.
+        weight_decay: As optimisers define it; by name of parameter where they have different ones.
         epoch: Which pass over the train set the step belongs to.
         momentum: As `torch.optim.SGD` defines it, the same at all steps of a run.
         dampening: Likewise.
         nesterov: Likewise.
+        adam: How Adam steps; its moments before the step are the checkpoint's `optimiser`, those
+            after it the next one's. None: gradient descent.
+        clip: Largest norm of the gradient of all trained parameters, as
+            `torch.nn.utils.clip_grad_norm_` has it; None: any.
+        scale: What was minimised over the mean loss of the batch. Of a mean over tokens, where the
+            loss of an example is the sum of its own, |B| / their number.
     """
 
     batch: Tensor | None
-    weight_decay: float = 0.0
+    weight_decay: float | Mapping[str, float] = 0.0
     epoch: int = 0
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    adam: AdamRule | None = None
+    clip: float | None = None
+    scale: float = 1.0
+
+    @property
+    def linear(self) -> bool:
+        """Return whether the step is a sum of gradients, as those of gradient descent are."""
+        return self.adam is None and self.clip is None
+
+    def decay_of(self, parameter: str) -> float:
+        """Return the weight decay of a parameter."""
+        decay = self.weight_decay
+        return float(decay.get(parameter, 0.0) if isinstance(decay, Mapping) else decay)
 
 
 @frozen(eq=False)

@@ -24,6 +24,8 @@ FAMILIES = {
         "less",
         "dvemb",
         "in-run-",
+        "magic",
+        "magic",
         "source",
     ),
     "Features, neighbours, representer points": ("embedding-", "knn-", "rps-"),

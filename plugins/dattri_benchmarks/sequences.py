@@ -149,6 +149,7 @@ class SequenceSetting:
                 "test_accuracy": right[1] / (scale.length - 1),
                 **made.data.facts,
             },
+            steps=lambda: Task(model, LOSS, checkpoints=retraining.steps(whole)),
         )
 
     def retraining(

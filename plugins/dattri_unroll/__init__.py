@@ -1,4 +1,4 @@
-"""Influence along a recorded training run: the recorder, and Data Value Embedding."""
+"""Influence along a recorded training run: the recorder, what is said of a run, and it again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from dattri_unroll.lightning import lightning_callback as lightning_callback
     from dattri_unroll.recorder import Recorder as Recorder
     from dattri_unroll.recorder import record as record
+    from dattri_unroll.replay import RunRetraining as RunRetraining
     from dattri_unroll.run_folder import read_run as read_run
 
 _EXPORTS = {
     "Recorder": "recorder",
+    "RunRetraining": "replay",
     "hugging_face_callback": "hugging_face",
     "lightning_callback": "lightning",
     "read_run": "run_folder",

@@ -8,7 +8,16 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from dattri_core import Checkpoint, Evaluator, Examples, InputError, leaves, map_tensors
+from dattri_core import (
+    Checkpoint,
+    Evaluator,
+    Examples,
+    InputError,
+    TrainingStep,
+    leaves,
+    map_tensors,
+)
+from dattri_unroll.clipping import Clipping
 
 ROUNDING = 8
 """Units in the last place by which weights may differ besides the tolerance."""
@@ -88,8 +97,9 @@ def require_step(
             f"its batch of {len(batch)} examples: the weights end {gap**0.5:.3g} from where the "
             f"mean gradient of the task's loss leads, a step of {move**0.5:.3g}; the train set "
             "must be the one that was trained on, in its order, the checkpoints those of every "
-            "step, and the loss the one that was minimised, a mean over the batch, without "
-            "clipping, dropout or batch statistics; "
+            "step, and the loss the one that was minimised, a mean over the batch (else "
+            "record its scale), without dropout, batch statistics or clipping that was not "
+            "recorded; "
             f"where this is known, dattri.method({name!r}, tolerance=...) accepts it"
         )
 
@@ -97,12 +107,17 @@ def require_step(
 def descent_of(
     evaluator: Evaluator, checkpoint: Checkpoint, batch: Tensor, train: Examples, size: int
 ) -> dict[str, Tensor]:
-    """Return d = mean gradient of the batch + weight_decay theta by parameter, in float64."""
-    assert checkpoint.step is not None
-    decay = checkpoint.step.weight_decay
-    gradient = _mean_gradient(evaluator, batch, train, size)
+    """Return d = scaled mean gradient of the batch, clipped, + weight_decay theta, in float64.
+
+    Weight decay that is decoupled is no part of it.
+    """
+    step = checkpoint.step
+    assert step is not None
+    gradient = slope_of(evaluator, step, batch, train, size)
+    share = 1.0 if step.clip is None else Clipping.of(gradient, step.clip).share
+    apart = step.adam is not None and step.adam.decoupled
     return {
-        name: gradient[name].double() + decay * theta.double()
+        name: share * gradient[name] + (0.0 if apart else step.decay_of(name)) * theta.double()
         for name, theta in evaluator.selected.items()
     }
 
@@ -122,9 +137,10 @@ def _velocity(previous: Previous, now: Evaluator, train: Examples, size: int) ->
     return {name: (value - descent[name]) / step.momentum for name, value in found.items()}
 
 
-def _mean_gradient(
-    evaluator: Evaluator, batch: Tensor, train: Examples, size: int
+def slope_of(
+    evaluator: Evaluator, step: TrainingStep, batch: Tensor, train: Examples, size: int
 ) -> dict[str, Tensor]:
+    """Return g = scale times the mean gradient of the batch, by parameter in float64."""
     total: dict[str, Tensor] = {}
     for positions in torch.split(batch, size):
         nest = map_tensors(lambda t: t.to(evaluator.device), train.take(positions))
@@ -136,4 +152,4 @@ def _mean_gradient(
             )
         for name, part in zip(variables, found, strict=True):
             total[name] = total[name] + part if name in total else part
-    return {name: value / len(batch) for name, value in total.items()}
+    return {name: value.double() * (step.scale / len(batch)) for name, value in total.items()}

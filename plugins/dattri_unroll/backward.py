@@ -15,6 +15,7 @@ from dattri_core import (
     DenseBlock,
     NumericsError,
     Rows,
+    TrainProblem,
 )
 from dattri_unroll.points import Points
 from dattri_unroll.step_problem import StepProblem
@@ -38,6 +39,11 @@ class Backward:
 
     where u is what the batch's rows meet; Nesterov's has t = eta m psi + phi and u = (1 - d) t +
     eta psi. After the last step phi is zero, and at the first d is. Without momentum u = eta psi.
+
+    Adam's steps carry two matrices beside psi, of his moments; see `AdamStep.through`. Of a clipped
+    gradient u is taken through the derivative of the clipping, `Clipping.back`, before it meets
+    rows and H. Decay that is decoupled takes eta weight_decay psi off psi in place of weight_decay
+    u.
 
     Args:
         steps: Of the run.
@@ -70,7 +76,8 @@ class Backward:
         points, checkpoints = self.points, self.points.task.checkpoints
         checked = self.steps.checked
         psi: Named | None = None  # written over step by step: nothing here is as large
-        turned: Named | None = None  # t of the step after
+        turned: Named | None = None  # t of the step after, of Adam mu
+        bent: Named | None = None  # nu
         size = growth = torch.zeros(())  # of the rows at the end, and the most since then
         after: Mapping[str, Tensor] = {}
         index = torch.arange(columns.start, columns.stop)
@@ -87,42 +94,81 @@ class Backward:
             after = problem.evaluator.selected
             if not len(batch):
                 continue
-            direction, rate, turned = self.steps.through(psi, turned, checkpoint)
-            blocks = {name: DenseBlock(values) for name, values in direction.items()}
+            if self.steps.taken(checkpoint).adam is None:
+                direction, rate, turned = self.steps.through(psi, turned, checkpoint)
+            else:
+                step = self.steps.adam_step(checkpoint)
+                direction, turned, bent = step.through(problem.space, psi, turned, bent)
+                rate = 1.0
+            met = self.steps.before_clipping(problem, checkpoint, direction)
+            blocks = {name: DenseBlock(values) for name, values in met.items()}
             taken = Rows(problem.space, blocks, index)
             seen = StepProblem(problem, batch, points.memory // 4)
-            scale = rate * len(points.train) / len(batch)
+            along = rate * self.steps.taken(checkpoint).scale
+            scale = along * len(points.train) / len(batch)
             for part in seen.rows():
                 epoch = self.steps.taken(checkpoint).epoch
                 add(epoch, part.index, columns, part.inner(taken) * scale)
                 advance(len(part))
             if checkpoint.position > 0:
-                self._go_back(psi, taken, rate, seen, checkpoint)
+                pull = self._pull(problem, checkpoint, psi, direction, rate)
+                self._go_back(psi, taken, along, seen, pull)
                 reached = lengths(psi)
                 _require_finite(reached, checkpoint)
                 growth = torch.maximum(growth, (reached / size.clamp_min(TINY)).max().cpu())
         if float(growth) > GROWTH:
-            warnings.warn(
-                f"dvemb: on the way back a test row grew to {float(growth):.3g} times its length "
-                "at the end, and so did what is said of early steps: the learning rate times an "
-                "eigenvalue of the curvature is above 2 in some steps, where the run itself may "
-                "have been stable; use the curvature 'ggn', or 'hessian', which is that of the run",
-                RuntimeWarning,
-                stacklevel=2,
+            self._warn(float(growth))
+
+    def _warn(self, growth: float) -> None:
+        """Say that what is said of early steps may be of no use."""
+        curvature = self.points.curvature
+        if curvature is not None and "hessian-product" in curvature.needs:
+            why = (
+                "the run itself was unstable, so that the effect of an example that is left out "
+                "may be another one than its derivative; train with a smaller learning rate, or of "
+                "Adam with a larger eps"
             )
+        else:
+            why = (
+                "the learning rate times an eigenvalue of the curvature is above 2 in some steps, "
+                "where the run itself may have been stable; use the curvature 'ggn', or 'hessian', "
+                "which is that of the run"
+            )
+        warnings.warn(
+            f"dvemb: on the way back a test row grew to {growth:.3g} times its length at the end, "
+            f"and so did what is said of early steps: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _pull(
+        self,
+        problem: TrainProblem,
+        checkpoint: Checkpoint,
+        psi: Named,
+        direction: Named,
+        rate: float,
+    ) -> Named:
+        """Return what weight decay takes off psi, in new tensors; nothing where there is none."""
+        step = self.steps.taken(checkpoint)
+        if not step.weight_decay:
+            return {}
+        if step.adam is not None and step.adam.decoupled:
+            direction, rate = psi, checkpoint.learning_rate or 0.0
+        decay = self.steps.decay(problem, checkpoint)
+        return {name: values * (decay[name] * rate) for name, values in direction.items()}
 
     def _go_back(
-        self, psi: Named, taken: Rows, rate: float, seen: StepProblem, checkpoint: Checkpoint
+        self, psi: Named, taken: Rows, rate: float, seen: StepProblem, pull: Named
     ) -> None:
-        """Write psi - (H + weight_decay I) u over psi, u being rate times what was taken."""
+        """Write psi - H u - pull over psi, u being rate times what was taken."""
         operator = self.points.fit(seen)
         product = operator.apply(taken.to(dtype=operator.dtype))
-        decay = self.steps.taken(checkpoint).weight_decay
         for name, values in psi.items():
-            move = product.blocks[name].dense().values.to(values.dtype)
-            if decay:  # in a new tensor: what was taken may be psi, and the product what was taken
-                move = torch.add(move, taken.blocks[name].dense().values, alpha=decay)
-            values.sub_(move, alpha=rate)
+            # What was taken may be psi, and the product what was taken.
+            values.sub_(product.blocks[name].dense().values.to(values.dtype), alpha=rate)
+            if pull:
+                values.sub_(pull[name])
 
 
 def _require_finite(reached: Tensor, checkpoint: Checkpoint) -> None:

@@ -34,7 +34,8 @@ class DataValueEmbedding:
     from where they did, H_k the curvature of the step's own batch. The product is taken from the
     left: psi_(T-1)j = h_j(theta_T), psi_(s-1)j = ((1 - eta_s weight_decay) I - eta_s H_s) psi_sj,
     so that no matrix is formed, and only the rows of the batch are evaluated at each step. Of a run
-    with momentum, Nesterov's too, the velocity is carried back beside psi: see `Backward`.
+    with momentum, Nesterov's too, the velocity is carried back beside psi, of Adam both moments,
+    and clipped gradients are followed: see `Backward`.
 
     ``removal_effect()``, S / n, is the predicted change of the test loss of this one run, its order
     and its batches, were i left out wherever it occurred and the sums still divided by |B_s|. An
@@ -42,8 +43,9 @@ class DataValueEmbedding:
 
     Source: Wang et al. 2024, Capturing the Temporal Dependence of Training Data Influence (arXiv
     2412.09538), who approximate H_k by the outer products of the batch's gradients, the default;
-    with the curvature ``"hessian"`` it is exact unrolled differentiation of the run (Hara et al.
-    2019, Data Cleansing for Models Trained with SGD, arXiv 1906.08473).
+    with the curvature ``"hessian"``, the method ``"magic"``, it is exact unrolled differentiation
+    of the run (Hara et al. 2019, Data Cleansing for Models Trained with SGD, arXiv 1906.08473;
+    Ilyas and Engstrom 2025, MAGIC, arXiv 2504.16430).
 
     Args:
         source: Gives the gradients.
@@ -87,7 +89,7 @@ class DataValueEmbedding:
 
         Raises:
             SpecError: Parts do not fit each other, or the checkpoints are no recorded run.
-            InputError: A recorded step is not that of gradient descent on its batch.
+            InputError: A recorded step is not that of its optimiser on its batch.
             NumericsError: The carried rows grow beyond all numbers.
         """
         walk = self._walk(task, train, test, memory)

@@ -40,7 +40,8 @@ class InRun:
         steps: Of the run. Its points have the curvature of the target, or none for the first order.
 
     Raises:
-        SpecError: The curvature cannot be that of the target.
+        SpecError: The curvature cannot be that of the target, or a step is none of gradient
+            descent.
     """
 
     steps: Steps
@@ -48,6 +49,13 @@ class InRun:
 
     def __attrs_post_init__(self) -> None:
         points, queries = self.points, None
+        bent = [c.name for c in points.task.checkpoints if c.step and not c.step.linear]
+        if bent:
+            raise SpecError(
+                f"{points.name}: the step at {bent[0]!r} is one of Adam or of a clipped gradient, "
+                "and no sum of the gradients of its batch, which alone can be shared out; use "
+                "'dvemb', or train with SGD without clipping"
+            )
         curvature, target = points.curvature, points.task.target
         if curvature is not None and not curvature.needs <= PRODUCTS:
             raise SpecError(
@@ -106,8 +114,9 @@ class InRun:
                     Rows(problem.space, blocks, index),
                     self.steps.taken(checkpoint).epoch,
                 )
+                scale = rate * self.steps.taken(checkpoint).scale / len(batch)
                 for part in problem.rows(batch):
-                    add(epoch, part.index, columns, part.inner(taken) * (rate / len(batch)))
+                    add(epoch, part.index, columns, part.inner(taken) * scale)
                     advance(len(part))
             after = problem.evaluator.selected
 

@@ -16,16 +16,20 @@ from dattri_unroll.recorder import Recorder
 Indices = Callable[[Any], "Tensor | Sequence[int]"]
 
 
-def lightning_callback(folder: str | Path, indices: Indices) -> Any:
+def lightning_callback(
+    folder: str | Path, indices: Indices, scale: Callable[[Any], float] | None = None
+) -> Any:
     """Return a callback for ``lightning.Trainer(callbacks=[...])`` that records the run.
 
-    The run must be one of a single device, of SGD with automatic optimisation, one batch a
-    step (``accumulate_grad_batches=1``) and without clipping; see `record`.
+    The run must be one of a single device, of SGD, Adam or AdamW with automatic optimisation and
+    one batch a step (``accumulate_grad_batches=1``); see `record`. Clipping to a norm is recorded.
 
     Args:
         folder: Of the run.
         indices: Gives the positions in the train set of the examples of a batch, ``[B]``; let the
             data set return the position beside each example.
+        scale: Given a batch, what is minimised over the mean of the task's loss; None: 1, a mean
+            over examples. See `Recorder.step`.
 
     Raises:
         InputError: Lightning is not installed, or, when the training begins, it steps otherwise.
@@ -42,19 +46,22 @@ def lightning_callback(folder: str | Path, indices: Indices) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             """Begin, or go on with, the run."""
-            plain = {"accumulate_grad_batches": 1, "world_size": 1, "gradient_clip_val": None}
+            plain: dict[str, Any] = {"accumulate_grad_batches": 1, "world_size": 1}
+            if trainer.gradient_clip_val:
+                plain["gradient_clip_algorithm"] = "norm"
             wrong = {
                 name: getattr(trainer, name)
                 for name, value in plain.items()
-                if (getattr(trainer, name) or None) != value
+                if str(getattr(trainer, name) or value) not in (str(value), f"GradClip.{value}")
             }
             if wrong or len(trainer.optimizers) != 1:
                 raise InputError(
                     f"record: the Lightning trainer has {len(trainer.optimizers)} optimisers and "
                     f"{wrong}; a recorded run has one optimiser, one device, one batch a step and "
-                    "no clipping"
+                    "no clipping but that to a norm"
                 )
-            self.recorder = Recorder(pl_module, trainer.optimizers[0], Path(folder))
+            clip = trainer.gradient_clip_val or None
+            self.recorder = Recorder(pl_module, trainer.optimizers[0], Path(folder), clip)
 
         def on_train_batch_start(
             self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -65,7 +72,8 @@ def lightning_callback(folder: str | Path, indices: Indices) -> Any:
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             """Write the step down."""
             assert self.recorder is not None
-            self.recorder.step(indices(self.batch), epoch=trainer.current_epoch)
+            over = 1.0 if scale is None else float(scale(self.batch))
+            self.recorder.step(indices(self.batch), epoch=trainer.current_epoch, scale=over)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             """End the run."""

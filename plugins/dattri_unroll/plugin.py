@@ -49,6 +49,18 @@ def register(registry: dattri.Registry) -> None:
         "(arXiv 2412.09538)",
     )
     registry.method(
+        "magic",
+        {"attributor": {"name": "dvemb", "curvature": "hessian"}},
+        summary="MAGIC: the exact derivative of a test loss in the weight of each train example "
+        "through a whole recorded run, of SGD or Adam; "
+        "Task(checkpoints=dattri_unroll.read_run(folder))",
+        formula="S_ij = -n d loss_j(theta_T(w)) / d w_i at w = 1, where step s goes along "
+        "(1 / |B_s|) sum_{i in B_s} w_i g_i(theta_s)",
+        citation="Ilyas and Engstrom 2025, MAGIC: Near-Optimal Data Attribution for Deep Learning "
+        "(arXiv 2504.16430); Engstrom et al. 2025, Optimizing ML Training with Metagradient "
+        "Descent (arXiv 2503.13751)",
+    )
+    registry.method(
         "in-run-shapley",
         {"attributor": "in-run-shapley"},
         summary="In-Run Data Shapley: what each example did to the test loss in the steps of a "

@@ -32,6 +32,8 @@ from dattri_core import (
 
 COPIES = 6
 """Of the carried test rows that are alive at once: two of them, a product, what they become."""
+OF_ADAM = 3
+"""Further ones of a run of Adam: of both moments, and what comes of them."""
 LARGEST_BATCH = 4096
 SAMPLE = 3
 
@@ -127,7 +129,9 @@ class Points:
 
     def columns(self) -> list[slice]:
         """Return the test examples that are carried at once, group by group."""
-        each = COPIES * self.problem(-1).space.dim * self.dtype.itemsize
+        adam = any(c.step is not None and c.step.adam for c in self.task.checkpoints)
+        copies = COPIES + OF_ADAM if adam else COPIES
+        each = copies * self.problem(-1).space.dim * self.dtype.itemsize
         size, count = max(1, self.memory // 2 // each), len(self.test)
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from dattri_core import InputError, discard_leftovers
+from dattri_core import AdamRule, InputError, discard_leftovers
+from dattri_unroll.moments_file import held, moments_file, require_same, write_moments
 from dattri_unroll.run_folder import (
     StepFacts,
     read_weights,
@@ -25,12 +26,19 @@ from dattri_unroll.run_folder import (
 BUFFER = "momentum_buffer"
 """Of a parameter, in the state of `torch.optim.SGD`."""
 
+Decay = float | dict[str, float]
+"""Weight decay of all parameters, or by name."""
+
 _log = logging.getLogger("dattri")
 
 
 @contextmanager
 def record(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: str | Path,
+    *,
+    clip: float | None = None,
 ) -> Iterator[Recorder]:
     """Record the training that runs inside of the block; it is whole when the block ends well.
 
@@ -44,20 +52,23 @@ def record(
                 optimizer.step()
 
     Every step keeps the weights that it was taken from, T + 1 files of the size of the model for T
-    steps. A block that ends with an error leaves a run that another call goes on with: see
-    `Recorder`.
+    steps, and of Adam the moments as well, three times as much. A block that ends with an error
+    leaves a run that another call goes on with: see `Recorder`.
 
     Args:
         model: In training; only read.
-        optimizer: `torch.optim.SGD`, of all trainable parameters. Weight decay and changing
-            learning rates are followed, and momentum, Nesterov's too, that stays the same.
+        optimizer: `torch.optim.SGD`, `Adam` or `AdamW`, of all trainable parameters. Changing
+            learning rates and weight decay are followed, that of groups of parameters too, and
+            momentum, Nesterov's too, or betas that stay the same.
         folder: Of the run; made where there is none.
+        clip: What `torch.nn.utils.clip_grad_norm_` shortens the gradient of all parameters to
+            before each step, where it is called.
 
     Raises:
         InputError: Another optimiser, or weights that fit no recorded step.
         StoreError: The folder holds a damaged run.
     """
-    run = Recorder(model, optimizer, Path(folder))
+    run = Recorder(model, optimizer, Path(folder), clip)
     try:
         yield run
         run.finish()
@@ -70,58 +81,78 @@ class Recorder:
     """A run that is being recorded.
 
     In a folder that holds a run that was stopped, it goes on at the last recorded step whose
-    weights the model has now, as restored by the user, and with momentum the state of the optimiser
-    too; from there on steps are recorded again. `position` says which step comes next.
+    weights the model has now, as restored by the user, and with momentum, or of Adam, the state of
+    the optimiser too; from there on steps are recorded again. `position` says which step comes
+    next.
 
     Args:
         model: In training.
         optimizer: Takes the steps.
         folder: Of the run.
+        clip: Largest norm of the gradient.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     folder: Path
+    clip: float | None = None
     position: int = field(default=0, init=False)
     _run: str = field(default="", init=False)
     _found: int = field(default=0, init=False)  # files of the run that was stopped
     _recorded: int = field(default=0, init=False)  # since this object was made
     _taken: int = field(default=0, init=False)  # by the optimiser, since then
     _hook: Any = field(default=None, init=False)
-    _momentum: _Momentum = field(init=False)
+    _rule: _Rule = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._momentum = _settings(self.optimizer)[2]
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise InputError(
+                f"record: clip is {self.clip}; give the largest norm of the gradient, above 0, or "
+                "None where it is not clipped"
+            )
         _require_all_parameters(self.model, self.optimizer)
+        self._rule = _settings(self.optimizer, self.model)[2]
         steps = recorded_steps(self.folder) if self.folder.exists() else []
         self._run = steps[0].run if steps else secrets.token_hex(8)
         self._found = len(steps)
         for position in (len(steps), len(steps) - 1):  # one of them was being written at a kill
             discard_leftovers(step_file(self.folder, position))
+            discard_leftovers(moments_file(self.folder, position))
+        moments_file(self.folder, len(steps)).unlink(missing_ok=True)  # its step was not written
         if steps:
             self.position = self._resume(steps)
             self._require_buffers()
         self._hook = self.optimizer.register_step_post_hook(self._count)
 
-    def step(self, batch: Tensor | Sequence[int] | None = None, *, epoch: int = 0) -> None:
+    def step(
+        self,
+        batch: Tensor | Sequence[int] | None = None,
+        *,
+        epoch: int = 0,
+        scale: float = 1.0,
+    ) -> None:
         """Write down the step that the optimiser is about to take; call it just before.
 
         Args:
             batch: Positions of the batch's examples in the train set, ``[B]``; None: all of it.
             epoch: Which pass over the train set the step belongs to.
+            scale: What is minimised over the mean loss of the batch. A mean over the tokens of a
+                batch, of a loss that sums those of an example, has |B| / their number.
 
         Raises:
             InputError: The optimiser has taken a step that was not recorded, or has another
-                momentum than before; or the batch is empty or holds no positions.
+                momentum or other betas than before; or the batch is empty or holds no positions.
         """
         self._require_in_step("step")
-        rate, decay, momentum = _settings(self.optimizer)
-        if momentum != self._momentum:
+        rate, decay, rule = _settings(self.optimizer, self.model)
+        if rule != self._rule:
             raise InputError(
-                f"record: the momentum of the optimiser changed from {self._momentum} to "
-                f"{momentum} at step {self.position}; a recorded run has one at all steps"
+                f"record: the momentum of the optimiser changed from {self._rule} to "
+                f"{rule} at step {self.position}; a recorded run has one at all steps"
             )
-        self._write(rate, decay, epoch, None if batch is None else _positions(batch))
+        if not 0 < scale < float("inf"):
+            raise InputError(f"record: scale is {scale} at step {self.position}, expected above 0")
+        self._write(rate, decay, epoch, None if batch is None else _positions(batch), scale)
         self._recorded += 1
 
     def finish(self) -> None:
@@ -132,17 +163,33 @@ class Recorder:
                 "record: the training ended and no step was recorded; call run.step(indices) "
                 "before every optimizer.step()"
             )
-        self._write(0.0, 0.0, 0, [])
+        self._write(0.0, 0.0, 0, [], 1.0)
 
     def close(self) -> None:
         """Let go of the optimiser; without `finish` the run can be gone on with."""
         self._hook.remove()
 
-    def _write(self, rate: float, decay: float, epoch: int, batch: list[int] | None) -> None:
-        facts = StepFacts(self._run, self.position, rate, decay, epoch, batch, *self._momentum)
+    def _write(
+        self, rate: float, decay: Decay, epoch: int, batch: list[int] | None, scale: float
+    ) -> None:
         while self._found > self.position + 1:  # steps of the run that was stopped, the last first
             self._found -= 1
             step_file(self.folder, self._found).unlink()
+            moments_file(self.folder, self._found).unlink(missing_ok=True)
+        moments = held(self.optimizer, self.model) if self._rule.adam else {}
+        digest = write_moments(self.folder, self.position, moments)
+        facts = StepFacts(
+            self._run,
+            self.position,
+            rate,
+            decay,
+            epoch,
+            batch,
+            *self._rule,
+            self.clip,
+            float(scale),
+            digest,
+        )
         write_step(self.folder, facts, own_state(self.model))
         self.position += 1
 
@@ -167,6 +214,9 @@ class Recorder:
         now = own_state(self.model)
         for facts in reversed(steps):
             if _same(read_weights(step_file(self.folder, facts.position)), now):
+                if facts.moments:
+                    moments = held(self.optimizer, self.model) if self._rule.adam else {}
+                    require_same(self.folder, facts.position, moments, self.model)
                 break
         else:
             raise InputError(
@@ -183,7 +233,7 @@ class Recorder:
         groups = self.optimizer.param_groups
         known = self.optimizer.state
         lacking = sum(known.get(p, {}).get(BUFFER) is None for g in groups for p in g["params"])
-        if self.position and self._momentum.momentum and lacking:
+        if self.position and self._rule.momentum and lacking:
             raise InputError(
                 f"record: a run with momentum goes on at step {self.position}, and the optimiser "
                 f"has no momentum of {lacking} parameters; load its state of that step "
@@ -206,42 +256,53 @@ def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-class _Momentum(NamedTuple):
+class _Rule(NamedTuple):
     """How a step depends on those before it; as `StepFacts` has it."""
 
-    momentum: float
-    dampening: float
-    nesterov: bool
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    adam: AdamRule | None = None
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> tuple[float, float, _Momentum]:
-    """Return learning rate, weight decay and momentum of SGD."""
-    if type(optimizer) is not torch.optim.SGD:
+def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[float, Decay, _Rule]:
+    """Return learning rate, weight decay and rule of SGD or Adam."""
+    kind, groups = type(optimizer), optimizer.param_groups
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise InputError(
-            f"record: the optimiser is {type(optimizer).__name__}, whose steps are not those of "
-            "gradient descent; a recorded run is one of torch.optim.SGD; of another optimiser save "
-            "some checkpoints with their learning rates, for the method 'tracin'"
+            f"record: the optimiser is {kind.__name__}, whose steps are not known; a recorded run "
+            "is one of torch.optim.SGD, Adam or AdamW; of another optimiser save some checkpoints "
+            "with their learning rates, for the method 'tracin'"
         )
-    if any(group.get("maximize") for group in optimizer.param_groups):
+    if any(group.get("maximize") or group.get("amsgrad") for group in groups):
         raise InputError(
-            "record: SGD with maximize=True climbs; a recorded run is one of gradient descent, "
-            "torch.optim.SGD(lr=..., weight_decay=..., momentum=...)"
+            f"record: {kind.__name__} with maximize=True or amsgrad=True takes other steps; a "
+            "recorded run is one of descent, torch.optim.SGD(lr=..., weight_decay=..., "
+            "momentum=...) or torch.optim.AdamW(lr=..., betas=..., weight_decay=...)"
         )
-    found = {
-        (
-            float(g["lr"]),
-            float(g["weight_decay"]),
-            _Momentum(float(g["momentum"]), float(g["dampening"]), bool(g["nesterov"])),
-        )
-        for g in optimizer.param_groups
-    }
+    found = {(float(g["lr"]), _rule_of(g, kind is torch.optim.AdamW)) for g in groups}
     if len(found) != 1:
         raise InputError(
-            f"record: parameter groups with different (lr, weight_decay, momentum): "
-            f"{sorted(found)}; a recorded run has one of each at a step"
+            f"record: parameter groups with different learning rates, momentum or betas: "
+            f"{sorted(found, key=repr)}; a recorded run has one of each at a step"
         )
-    rate, decay, momentum = found.pop()
-    return rate, decay, momentum if momentum.momentum else _Momentum(0.0, 0.0, False)
+    ((rate, rule),) = found
+    decays = {float(g["weight_decay"]) for g in groups}
+    if len(decays) == 1:
+        return rate, decays.pop(), rule
+    names = {id(p): name for name, p in model.named_parameters()}
+    named = {names[id(p)]: float(g["weight_decay"]) for g in groups for p in g["params"]}
+    return rate, named, rule
+
+
+def _rule_of(group: Mapping[str, Any], decoupled: bool) -> _Rule:
+    if "betas" in group:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        apart = decoupled or bool(group.get("decoupled_weight_decay"))  # of Adam since torch 2.6
+        return _Rule(adam=AdamRule((beta1, beta2), float(group["eps"]), apart))
+    if not group["momentum"]:
+        return _Rule()
+    return _Rule(float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]))
 
 
 def _require_all_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

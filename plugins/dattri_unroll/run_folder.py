@@ -1,4 +1,7 @@
-"""The folder of a recorded run: one file for each step, which holds its weights and its facts."""
+"""The folder of a recorded run: a file for each step, of its weights and its facts.
+
+Of a run of Adam a second file beside it holds the moments before the step.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dattri_core import Checkpoint, InputError, StoreError, TrainingStep, atomic_file
+from dattri_core import (
+    AdamRule,
+    AdamState,
+    Checkpoint,
+    InputError,
+    StoreError,
+    TrainingStep,
+    atomic_file,
+)
+from dattri_unroll.moments_file import moments_file, require_moments
 
 FACTS, DIGEST = "dattri_step", "dattri_sha256"
 """Keys in the header of a file: what was recorded of the step, a hash of that and the weights."""
 NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def _rule(found: AdamRule | Mapping[str, Any] | None) -> AdamRule | None:
+    if found is None or isinstance(found, AdamRule):
+        return found
+    beta1, beta2 = found["betas"]
+    return AdamRule((beta1, beta2), found["epsilon"], found["decoupled"])
 
 
 @frozen
@@ -30,23 +49,31 @@ class StepFacts:
         run: Drawn when the recording began, so that files of two runs are not mixed.
         position: Of the step in the run, from 0.
         learning_rate: Of the optimiser at the step.
-        weight_decay: Likewise.
+        weight_decay: Likewise; by name of parameter where groups have different ones.
         epoch: Which pass over the train set.
         batch: Positions of its examples; None: all of them. Empty at the end of the run.
         momentum: Of the optimiser, the same at all steps.
         dampening: Likewise.
         nesterov: Likewise.
+        adam: How Adam steps, the same at all steps; None: the optimiser is SGD.
+        clip: Largest norm of the gradient, where it was clipped.
+        scale: What was minimised over the mean loss of the batch.
+        moments: SHA-256 of the file of Adam's moments before the step; empty: it has none yet.
     """
 
     run: str
     position: int
     learning_rate: float
-    weight_decay: float
+    weight_decay: float | dict[str, float]
     epoch: int
     batch: list[int] | None
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    adam: AdamRule | None = field(default=None, converter=_rule)
+    clip: float | None = None
+    scale: float = 1.0
+    moments: str = ""
 
     @property
     def ends(self) -> bool:
@@ -151,9 +178,11 @@ def read_run(folder: str | Path, *, verify: bool = True) -> tuple[Checkpoint, ..
             "weights at its end are not known; go on with the training, from the weights of a "
             "recorded step and with the same folder, and leave record(...) without an error"
         )
-    if verify:
-        for facts in steps:
+    for facts in steps:
+        if verify:
             read_weights(step_file(folder, facts.position))
+        if facts.moments:
+            require_moments(folder, facts.position, facts.moments, whole=verify)
     return tuple(_checkpoint(folder, facts, len(steps)) for facts in steps)
 
 
@@ -173,7 +202,11 @@ def _checkpoint(folder: Path, facts: StepFacts, count: int) -> Checkpoint:
             facts.momentum,
             facts.dampening,
             facts.nesterov,
+            facts.adam,
+            facts.clip,
+            facts.scale,
         ),
+        optimiser=AdamState(moments_file(folder, facts.position)) if facts.moments else None,
     )
 
 

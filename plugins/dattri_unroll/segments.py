@@ -80,12 +80,24 @@ class Segments:
                 "dattri_unroll.read_run(folder)"
             )
         share = 1.0 if self.iterations is None else self.iterations / len(standing)
+        bent = [c.name for c in standing if c.step is not None and not c.step.linear]
+        if bent:
+            raise SpecError(
+                f"source: the step at {bent[0]!r} is one of Adam or of a clipped gradient, and "
+                "segments are of gradient descent; use 'magic', which follows those too, or take "
+                "the run as one of SGD by giving its weights alone, Task(..., checkpoints=[paths], "
+                "learning_rates=[...]) and iterations="
+            )
         made = []
         for places in np.array_split(np.arange(len(standing)), self.count):
             chosen = tuple(standing[at] for at in places)
             rates = [_rate(checkpoint) * share for checkpoint in chosen]
             decays = [rate * self._decay(c) for rate, c in zip(rates, chosen, strict=True)]
-            made.append(Segment(chosen, sum(rates), sum(decays)))
+            along = [
+                rate * (1.0 if c.step is None else c.step.scale)
+                for rate, c in zip(rates, chosen, strict=True)
+            ]
+            made.append(Segment(chosen, sum(along), sum(decays)))
         return made
 
     def run(self, columns: slice, add: Add, advance: Callable[[int], None]) -> None:
@@ -127,7 +139,13 @@ class Segments:
     def _decay(self, checkpoint: Checkpoint) -> float:
         if self.weight_decay is not None:
             return self.weight_decay
-        return 0.0 if checkpoint.step is None else checkpoint.step.weight_decay
+        decay = 0.0 if checkpoint.step is None else checkpoint.step.weight_decay
+        if isinstance(decay, Mapping):
+            raise SpecError(
+                f"source: parameters have different weight decays, {sorted(set(decay.values()))}, "
+                "and a segment has one; give weight_decay="
+            )
+        return decay
 
 
 def through(operator: SpectralOperator, segment: Segment, carried: Rows) -> tuple[Rows, Rows]:

@@ -1,17 +1,20 @@
-"""The steps of a recorded run: what each saw, and whether they are those of gradient descent."""
+"""The steps of a recorded run: what each saw, and whether they are those of its optimiser."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from dattri_parts.solvers.rowwise import Named
 from torch import Tensor
 
 from dattri_core import Checkpoint, SpecError, TrainingStep, TrainProblem
-from dattri_unroll.agreement import Previous, require_step
+from dattri_unroll.adam_steps import AdamStep, Moments, require_adam_step, rows_of
+from dattri_unroll.agreement import Previous, descent_of, require_step, slope_of
+from dattri_unroll.clipping import Clipping
 from dattri_unroll.points import Points
 
 CHECKED = 8
@@ -27,11 +30,14 @@ class Steps:
         tolerance: Of `require_step`.
 
     Raises:
-        SpecError: A step was not recorded, or saw an example that the train set does not have.
+        SpecError: A step was not recorded, or saw an example that the train set does not have; or
+            was one of Adam and his moments are not known, or clipped and not all parameters are
+            attributed.
     """
 
     points: Points
     tolerance: float
+    _read: dict[int, Moments] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         n_train = len(self.points.train)
@@ -43,6 +49,52 @@ class Steps:
                     f"{int(batch.max())}, and the train set has {n_train}; give the train set that "
                     "the run was recorded with, in its order"
                 )
+        self._require_moments()
+        self._require_all_parameters()
+        self._require_entries()
+
+    def _require_moments(self) -> None:
+        """Raise `SpecError` where a step of Adam is not known whole."""
+        checkpoints = self.points.task.checkpoints
+        for checkpoint, after in pairwise(checkpoints):
+            if self.taken(checkpoint).adam is not None and after.optimiser is None:
+                raise SpecError(
+                    f"{self.points.name}: the step at {checkpoint.name!r} is one of Adam, and the "
+                    f"moments after it, of {after.name!r}, are not known; give "
+                    "Task(..., optimisers=[...]), or record the run with dattri_unroll.record"
+                )
+        if self.taken(checkpoints[-1]).adam is not None and len(self.batch(checkpoints[-1])):
+            raise SpecError(
+                f"{self.points.name}: the last checkpoint, {checkpoints[-1].name!r}, has a step of "
+                "Adam, and the moments after it are not known; give the whole run, "
+                "dattri_unroll.read_run(folder)"
+            )
+
+    def _require_all_parameters(self) -> None:
+        """Raise `SpecError` where a gradient was clipped of which a part alone is known."""
+        task = self.points.task
+        if all(self.taken(c).clip is None for c in task.checkpoints):
+            return
+        trained = {name for name, p in task.model.named_parameters() if p.requires_grad}
+        left = sorted(trained - set(task.parameter_names))
+        if left:
+            raise SpecError(
+                f"{self.points.name}: gradients were clipped to the norm of all parameters, and "
+                f"{left[:6]} are not attributed; give all that were trained, parameters='*'"
+            )
+
+    def _require_entries(self) -> None:
+        """Raise `SpecError` where steps are made of single parameters, and rows are a sketch."""
+        steps = map(self.taken, self.points.task.checkpoints)
+        if all(s.linear and not isinstance(s.weight_decay, Mapping) for s in steps):
+            return
+        space = self.points.problem(-1).space
+        if not space.covers_parameters:
+            raise SpecError(
+                f"{self.points.name}: steps of Adam, clipped gradients and groups with different "
+                f"weight decays are made entry by entry, and the rows have {space.dim} entries "
+                "that are no parameters; use no projector, projector='identity'"
+            )
 
     @property
     def work(self) -> int:
@@ -93,6 +145,18 @@ class Steps:
         """
         points, before = self.points, None
         at = checkpoint.position
+        if self.taken(checkpoint).adam is not None:
+            evaluator, batch = problem.evaluator, self.batch(checkpoint)
+            require_adam_step(
+                points.name,
+                self.adam_step(checkpoint),
+                self._moments(at),
+                descent_of(evaluator, checkpoint, batch, points.train, problem.batch),
+                (evaluator.selected, after),
+                checkpoint,
+                self.tolerance,
+            )
+            return
         if self.taken(checkpoint).momentum and at > 0:
             previous = points.task.checkpoints[at - 1]
             evaluator = points.problem(at - 1, along=True).evaluator
@@ -108,6 +172,54 @@ class Steps:
             problem.batch,
             before,
         )
+
+    def adam_step(self, checkpoint: Checkpoint) -> AdamStep:
+        """Return a step of Adam, from the moments before and after it.
+
+        Raises:
+            InputError: A parameter took no part in it.
+        """
+        at = checkpoint.position
+        return AdamStep.of(self.points.name, checkpoint, self._moments(at), self._moments(at + 1))
+
+    def _moments(self, position: int) -> Moments:
+        """Return Adam's moments at a checkpoint; the last two that were read are kept."""
+        if position not in self._read:
+            task, names = self.points.task, self.points.task.parameter_names
+            state = task.checkpoints[position].optimiser
+            for old in [known for known in self._read if abs(known - position) > 1]:
+                del self._read[old]
+            found = {} if state is None else state.load(task.model, names)
+            self._read[position] = {name: found[name] for name in names if name in found}
+        return self._read[position]
+
+    def before_clipping(self, problem: TrainProblem, checkpoint: Checkpoint, rows: Named) -> Named:
+        """Return what the gradients of a step meet, given what the clipped one meets.
+
+        Args:
+            problem: At the checkpoint.
+            checkpoint: Of the step.
+            rows: ``[C, ...]`` by block; only read.
+
+        Returns:
+            New tensors, or the rows themselves where nothing was clipped.
+        """
+        step, batch = self.taken(checkpoint), self.batch(checkpoint)
+        if step.clip is None:
+            return rows
+        gradient = slope_of(problem.evaluator, step, batch, self.points.train, problem.batch)
+        clipping = Clipping.of(gradient, step.clip)
+        like = next(iter(rows.values()))
+        return clipping.back(rows, rows_of(problem.space, gradient, like))
+
+    def decay(self, problem: TrainProblem, checkpoint: Checkpoint) -> dict[str, float | Tensor]:
+        """Return the weight decay of each block, a number or one for each of its entries."""
+        step = self.taken(checkpoint)
+        if not isinstance(step.weight_decay, Mapping):
+            return {spec.name: step.weight_decay for spec in problem.space}
+        chosen = problem.evaluator.selected
+        each = {name: torch.full_like(t, step.decay_of(name)) for name, t in chosen.items()}
+        return dict(rows_of(problem.space, each, next(iter(chosen.values()))))
 
     def through(
         self, rows: Named, turned: Named | None, checkpoint: Checkpoint

@@ -22,6 +22,10 @@ class Descent:
         momentum, dampening, nesterov: Of the velocity v' = momentum v + (1 - dampening) d, where d
             is the gradient with decay and the first v' is d; theta' = theta - rate v', or theta -
             rate (d + momentum v').
+        adam: (b1, b2, epsilon, whether decay is decoupled); None: gradient descent.
+        clip: Largest norm of the gradient without decay, as torch clips it.
+        frozen: Parameters that are not trained.
+        scale: What is minimised over the mean loss.
     """
 
     model: torch.nn.Module
@@ -29,10 +33,26 @@ class Descent:
     train: tuple[Tensor, Tensor]
     batches: list[list[int]]
     rates: list[float]
-    decay: float = 0.0
+    decay: float | dict[str, float] = 0.0
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    adam: tuple[float, float, float, bool] | None = None
+    clip: float | None = None
+    frozen: tuple[str, ...] = ()
+    scale: float = 1.0
+
+    def moving(self) -> Tensor:
+        """Return 1 for each number that is trained, else 0."""
+        named = self.model.named_parameters()
+        return torch.cat([torch.full_like(p, n not in self.frozen).flatten() for n, p in named])
+
+    def decays(self) -> Tensor | float:
+        """Return the weight decay of each number, or of all."""
+        if not isinstance(self.decay, dict):
+            return self.decay
+        named = self.model.named_parameters()
+        return torch.cat([torch.full_like(p, self.decay[n]).flatten() for n, p in named])
 
     def start(self) -> Tensor:
         """Return the weights now, flat."""
@@ -54,6 +74,7 @@ class Descent:
     def path(self, weights: Tensor) -> list[Tensor]:
         """Return the weights before each step and after the last, with w_i on example i."""
         theta, path, velocity = self.start(), [], None
+        first = second = torch.zeros_like(theta)
         for step, rate in enumerate(self.rates):
             path.append(theta)
             index = torch.tensor(self.batches[step])
@@ -61,7 +82,21 @@ class Descent:
             def mean(theta: Tensor, step: int = step, index: Tensor = index) -> Tensor:
                 return (weights[index] * self.losses(theta, self.batch(step))).sum() / len(index)
 
-            slope = grad(mean)(theta) + self.decay * theta
+            slope = self.scale * grad(mean)(theta) * self.moving()
+            if self.clip is not None:
+                slope = slope * (self.clip / (slope.norm() + 1e-6)).clamp(max=1)
+            if self.adam is not None:
+                beta1, beta2, epsilon, decoupled = self.adam
+                shrunk = self.decays() * theta
+                slope = slope if decoupled else slope + shrunk
+                first = beta1 * first + (1 - beta1) * slope
+                second = beta2 * second + (1 - beta2) * slope**2
+                still = 1 - self.moving()  # the root has no derivative at 0
+                root = (second / (1 - beta2 ** (step + 1)) + still).sqrt() + epsilon
+                theta = theta - rate * (first / (1 - beta1 ** (step + 1)) / root)
+                theta = theta - rate * shrunk if decoupled else theta
+                continue
+            slope = slope + self.decays() * theta
             if velocity is None:
                 velocity = slope
             else:

@@ -54,18 +54,57 @@ def train_step(model, optimizer, loss, data, indices):
     loss(model(data[0][indices]), data[1][indices]).mean().backward()
 
 
-def run_recorded(world, folder, *, batches=None, rates=None, decay=0.0, **momentum):
+def groups_of(model, decay):
+    """Return groups of parameters with a weight decay of their own, where it is a dict."""
+    if not isinstance(decay, dict):
+        return [{"params": list(model.parameters()), "weight_decay": decay}]
+    return [{"params": [p], "weight_decay": decay[n]} for n, p in model.named_parameters()]
+
+
+def run_recorded(
+    world,
+    folder,
+    *,
+    batches=None,
+    rates=None,
+    decay=0.0,
+    adam=None,
+    clip=None,
+    scale=1.0,
+    **momentum,
+):
     """Train the model and record it; return the run as the oracles take it."""
     model, loss, train, _ = world
     if batches is None:
         batches, rates = schedule()
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=decay, **momentum)
-    with record(model, optimizer, folder) as run:
+    groups = groups_of(model, decay)
+    if adam is None:
+        optimizer = torch.optim.SGD(groups, lr=1.0, **momentum)
+    else:
+        kind = torch.optim.AdamW if adam[3] else torch.optim.Adam
+        optimizer = kind(groups, lr=1.0, betas=adam[:2], eps=adam[2])
+    with record(model, optimizer, folder, clip=clip) as run:
         for step, (indices, rate) in enumerate(zip(batches, rates, strict=True)):
-            optimizer.param_groups[0]["lr"] = rate
-            train_step(model, optimizer, LOSSES[loss], train, indices)
-            run.step(indices, epoch=step * len(indices) // N)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            train_step(
+                model, optimizer, lambda *given: scale * LOSSES[loss](*given), train, indices
+            )
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            run.step(indices, epoch=step * len(indices) // N, scale=scale)
             optimizer.step()
     model.load_state_dict(start)  # the oracle begins where the run did
-    return Descent(model, LOSSES[loss], train, batches, rates, decay, **momentum)
+    return Descent(
+        model,
+        LOSSES[loss],
+        train,
+        batches,
+        rates,
+        decay,
+        adam=adam,
+        clip=clip,
+        scale=scale,
+        **momentum,
+    )

@@ -266,22 +266,25 @@ def test_no_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: torch.optim.AdamW(p), "the optimiser is AdamW"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "SGD with maximize=True climbs"),
+        (lambda p: torch.optim.RMSprop(p), "the optimiser is RMSprop"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "SGD with maximize=True or amsgrad"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "AdamW with maximize=True or amsgrad=True"),
         (lambda p: torch.optim.SGD(list(p)[:2], lr=0.1), r"parameters \['2.weight', '2.bias'\]"),
         (
             lambda p: torch.optim.SGD([*p, nn.Parameter(torch.ones(1))], lr=0.1),
             "has 1 that are not the model's",
         ),
         (
-            lambda p: torch.optim.SGD(
-                [{"params": [q], "weight_decay": 0.1 * (q.dim() > 1)} for q in p], lr=0.1
-            ),
-            r"different \(lr, weight_decay, momentum\)",
+            lambda p: torch.optim.SGD([{"params": [q], "lr": 0.1 * q.dim()} for q in p]),
+            "groups with different learning rates, momentum or betas",
+        ),
+        (
+            lambda p: torch.optim.Adam([{"params": [q], "betas": (0.1 * q.dim(), 0.9)} for q in p]),
+            "groups with different learning rates, momentum or betas",
         ),
     ],
 )
-def test_steps_that_are_not_plain_gradient_descent_are_refused(make, message, tmp_path):
+def test_optimisers_whose_steps_are_not_known_are_refused(make, message, tmp_path):
     model = network()[0]
     with (
         pytest.raises(dattri.InputError, match=message),

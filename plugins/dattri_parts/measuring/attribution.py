@@ -151,14 +151,14 @@ def task_of(made: Any, world: Any) -> Task:
     """Return what a method is asked about: the end of training, or checkpoints along the run.
 
     Raises:
-        SpecError: It reads every step, and the world was not trained by gradient descent.
+        SpecError: It reads every step, and those of the world are not known.
     """
     if getattr(made, "reads", None) == STEPS:
         if world.steps is None:
             raise SpecError(
-                f"{type(made).__name__} reads every step of a run of SGD, and this setting was "
-                "trained by another optimiser, or with clipped gradients; take a setting that was "
-                "not, such as 'mnist-mlp', or a run of your own (dattri_unroll.record)"
+                f"{type(made).__name__} reads every step of a run, and this setting does not give "
+                "them; take one that does, such as 'mnist-mlp', or a run of your own "
+                "(dattri_unroll.record)"
             )
         return referenced(made, world.steps(), world)
     return referenced(made, world.trajectory if follows_run(made) else world.task, world)

@@ -61,7 +61,7 @@ def fingerprint(
         "model": first.of(models[0]),
         "recipe": [other.of(type(recipe)), other.of(parts)],
         "code": other.of(code),
-        "data": [_digest(part) for part in data],
+        "data": [digest_of(part) for part in data],
         "words": _plain(words),
     }
     second.of(models[1])
@@ -130,7 +130,8 @@ def _plain(words: Mapping[str, Any]) -> str:
         ) from error
 
 
-def _digest(data: Any) -> str:
+def digest_of(data: Any) -> str:
+    """Return a hash of a nest of tensors, bit by bit."""
     state = hashlib.sha256()
 
     def add(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dattri_core import (
     InputError,
     Loss,
+    batch_size,
     causal_lm,
     cross_entropy,
     labels_of,
@@ -85,6 +86,17 @@ def mean_loss(loss: Loss, model: Callable[..., Any], batch: Any) -> Tensor:
     """
     values = loss(model, batch)  # type: ignore[arg-type]
     if loss.name in SHIFTS:
-        predicted = (labels_of(batch)[:, SHIFTS[loss.name] :] != IGNORED).sum()
-        return values.sum() / torch.clamp_min(predicted, 1)
+        return values.sum() / torch.clamp_min(_predicted(loss, batch), 1)
     return values.mean()
+
+
+def scale_of(loss: Loss, batch: Any) -> float:
+    """Return `mean_loss` over the mean of the loss over examples, one number for a batch."""
+    if loss.name not in SHIFTS:
+        return 1.0
+    return batch_size(batch) / max(1, int(_predicted(loss, batch)))
+
+
+def _predicted(loss: Loss, batch: Any) -> Tensor:
+    """Return the number of tokens that are predicted in a batch."""
+    return (labels_of(batch)[:, SHIFTS[loss.name] :] != IGNORED).sum()

@@ -230,8 +230,7 @@ class ModelRetraining:
         """Return the checkpoints of a run before each of its steps and at its end.
 
         Raises:
-            InputError: The mask is not one of this train set, or the recipe's steps are not those
-                of SGD without clipping.
+            InputError: The mask is not one of this train set, or the recipe has no steps.
             MemoryBudgetError: They do not fit the free memory.
             NumericsError: The loss is not finite.
         """

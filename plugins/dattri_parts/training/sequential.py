@@ -18,8 +18,8 @@ from dattri_parts.training.recorded import Gradients, RecordedGradients
 from dattri_parts.training.run import Run, copy_of
 
 Build = Callable[[], nn.Module]
-Before = Callable[[nn.Module, Tensor, float, int], None]
-"""Called before a step with the model, the positions of its batch, its rate and its epoch."""
+Before = Callable[[nn.Module, torch.optim.Optimizer, Tensor, float, int], None]
+"""Called before a step with model, optimiser, positions of the batch, rate and epoch."""
 RECORDING = ("cuda",)
 """Devices that can record a step."""
 _seeding = threading.RLock()  # torch has one generator for all threads
@@ -126,7 +126,7 @@ def train_one(
             for chosen in torch.split(order.to(device), recipe.batch):
                 rate = recipe.rate(step, per_epoch)
                 if before is not None:
-                    before(model, chosen, rate, epoch)
+                    before(model, optimizer, chosen, rate, epoch)
                 total += gradients(chosen)
                 _step(optimizer, rate, recipe.clip)
                 step += 1

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from dattri_core import (
+    AdamRule,
+    AdamState,
     Checkpoint,
-    InputError,
     Loss,
     MemoryBudgetError,
     TrainingStep,
     format_bytes,
     free_bytes,
+    take,
 )
+from dattri_parts.training.objective import scale_of
 from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.run import copy_of
 from dattri_parts.training.sequential import Build, train_one
@@ -38,31 +41,53 @@ def step_by_step(
     end. The arguments are those of `train_one`.
 
     Raises:
-        InputError: The steps are not those of gradient descent: another optimiser, or clipping.
-        MemoryBudgetError: The weights of all steps are more than half of the free memory.
+        MemoryBudgetError: The weights of all steps, and Adam's moments, are more than half of the
+            free memory.
         NumericsError: The loss is not finite.
     """
-    if recipe.optimizer != "sgd" or recipe.clip is not None:
-        clipped = "" if recipe.clip is None else f" with gradients clipped to {recipe.clip}"
-        raise InputError(
-            f"steps of a run: it was trained by {recipe.optimizer!r}{clipped}, and only steps of "
-            "SGD without clipping are linear in the gradients of their batches"
-        )
+    adam = recipe.optimizer == "adamw"
     count = recipe.epochs * recipe.steps(len(index))
     kept: list[Checkpoint] = []
+    at_work: list[torch.optim.Optimizer] = []
 
-    def before(model: nn.Module, chosen: Tensor, rate: float, epoch: int) -> None:
+    def before(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        chosen: Tensor,
+        rate: float,
+        epoch: int,
+    ) -> None:
         state = {name: tensor.cpu() for name, tensor in copy_of(model).items()}
         if not kept:
-            _require_room(count + 1, state)
-        step = TrainingStep(chosen.cpu(), recipe.weight_decay, epoch - 1, recipe.momentum)
-        name = f"step {len(kept)}"
-        kept.append(Checkpoint(name, len(kept), count + 1, rate, state, step=step))
+            _require_room((count + 1) * (3 if adam else 1), state)
+            at_work.append(optimizer)
+        step = TrainingStep(
+            chosen.cpu(),
+            recipe.weight_decay,
+            epoch - 1,
+            recipe.momentum,
+            adam=_rule_of(optimizer) if adam else None,
+            clip=recipe.clip,
+            scale=scale_of(loss, take(data, chosen)),
+        )
+        moments = AdamState.of(optimizer, model) if adam and kept else None
+        at = len(kept)
+        kept.append(
+            Checkpoint(f"step {at}", at, count + 1, rate, state, step=step, optimiser=moments)
+        )
 
     run = train_one(build, recipe, loss, data, index, seed, (), device, before, tf32=tf32)
     end = {name: tensor.cpu() for name, tensor in run.states[-1].items()}
     nothing = TrainingStep(torch.empty(0, dtype=torch.long))
-    return (*kept, Checkpoint("end", count, count + 1, 0.0, end, step=nothing))
+    moments = AdamState.of(at_work[0], run.model) if adam else None
+    last = Checkpoint("end", count, count + 1, 0.0, end, step=nothing, optimiser=moments)
+    return (*kept, last)
+
+
+def _rule_of(optimizer: torch.optim.Optimizer) -> AdamRule:
+    group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    return AdamRule((beta1, beta2), group["eps"], decoupled=True)
 
 
 def _require_room(states: int, one: dict[str, Tensor]) -> None:
@@ -70,7 +95,7 @@ def _require_room(states: int, one: dict[str, Tensor]) -> None:
     available = free_bytes(torch.device("cpu")) // SHARE
     if needed > available:
         raise MemoryBudgetError(
-            f"steps of a run: the weights of {states} steps take {format_bytes(needed)}, "
+            f"steps of a run: the weights and moments of all take {format_bytes(needed)}, "
             f"{format_bytes(available)} may be used; take fewer train examples or larger batches, "
             "or keep them on a disk with dattri_unroll.record"
         )

@@ -1,0 +1,84 @@
+"""What predicts a recorded run without some of its examples: the same run, taken again, decides.
+
+No goal was set.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from dattri_metrics import lds
+from dattri_parts.measuring.attribution import task_of
+from dattri_parts.training import random_subsets
+from dattri_retrain import CounterfactualStore
+from dattri_unroll import RunRetraining
+from processes import ROOT
+from table import Table, Theme, seconds
+
+import dattri_core as dattri
+
+pytestmark = pytest.mark.timeout(0)
+SUBSETS = 50
+LEFT_OUT = (0.02, 0.1, 0.5)
+THEME = Theme(
+    "one_run",
+    "One run without some of its examples",
+    f"LDS where the truth is the very run that is attributed, taken again with the same start, "
+    f"batches and rates, and {SUBSETS} random sets of examples left out, 2, 10 or 50 % of all: of "
+    "MNIST with the MLP, 1000 x 100 (200 steps of SGD with momentum), and of Shakespeare with the "
+    "small nanoGPT, 200 x 40 (200 steps of AdamW with clipped gradients and warm-up). Intervals "
+    "are over test examples and subsets. `tracin` reads checkpoints of the run, `if-ekfac` and "
+    "`grad-dot` its end; dampings are those of the setting. Times are of an attribution, on one "
+    "thread.",
+)
+SETTINGS = {"mnist-mlp": (1000, 100), "shakespeare-nanogpt": (200, 40)}
+METHODS: dict[str, dict[str, Any]] = {
+    "magic": {},
+    "dvemb": {"curvature": "ggn"},
+    "source": {},
+    "if-ekfac": {},
+    "tracin": {},
+    "grad-dot": {},
+}
+
+
+@lru_cache(maxsize=1)
+def _world(name: str) -> Any:
+    size = SETTINGS[name]
+    world = dattri.default_registry().make("setting", name).load(size=size, seed=0)
+    return world, world.steps()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_run(benchmark: Any, table: Table, name: str, method: str) -> None:
+    """Attribute, and compare with the run taken again."""
+    torch.set_num_threads(1)
+    world, run = _world(name)
+    if method == "source" and not all(c.step.linear for c in run.checkpoints):
+        pytest.skip("SOURCE is of gradient descent")
+    changes = dict(METHODS[method])
+    if method == "if-ekfac":
+        changes["damping"] = world.damping
+    made = dattri.method(method, **changes)
+    task = run if method in ("magic", "dvemb", "source") else task_of(made, world)
+    start = time.perf_counter()
+    scores = benchmark.pedantic(
+        made.attribute, (task, world.train, world.test), {"progress": False}, rounds=1
+    )
+    took = time.perf_counter() - start
+    again = RunRetraining(run, world.train, world.test, "loss")
+    store = CounterfactualStore(ROOT / ".benchmarks" / "replayed" / name, again)
+    cells = {}
+    for share in LEFT_OUT:
+        plan = random_subsets(len(world.train_ids), SUBSETS, fraction=1 - share, seed=0)
+        losses = store.outcomes(plan, "loss")
+        found = lds(scores, [c.mask for c in plan], losses, higher_is_better=False)
+        cells[f"{share:.0%} left out"] = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+        benchmark.extra_info[f"lds {share}"] = found.value
+    called = ", ".join([method, *(f"{k}={v}" for k, v in METHODS[method].items())])
+    table.put(f"{name}, {called}", **cells, time=seconds(took))
