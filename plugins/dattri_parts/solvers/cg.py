@@ -21,6 +21,7 @@ from dattri_core import (
 )
 from dattri_parts.solvers.columns import Columns
 from dattri_parts.solvers.estimates import mean_eigenvalue
+from dattri_parts.solvers.factor import precision_of
 
 NEGLIGIBLE = 0.1
 """Eigenvalues of a preconditioner, in units of its damping, that are not worth their rotation."""
@@ -45,7 +46,8 @@ class CG:
     p^T (H + damping I) p <= 0, the row keeps its last iterate, and g itself when that happens at
     the first step, as in truncated Newton methods (Steihaug 1983; Nocedal and Wright 2006,
     algorithm 7.1). A row that is zero stays zero. Rows that miss the tolerance, or that meet
-    negative curvature, are counted in ``stats`` and warned about.
+    negative curvature, are counted in ``stats`` and warned about; so is a damping below what the
+    products of a model in mixed precision are rounded to.
 
     With a preconditioner M, positive definite and near to (H + damping I)^-1, directions come from
     M r (Nocedal and Wright 2006, algorithm 5.3). Residual, tolerance and the answer stay those of
@@ -107,6 +109,7 @@ class _CGInverse:
             outcomes.append(outcome)
         self.stats = _summary(outcomes, damping)
         self._warn()
+        self._warn_of_rounding(max((o.reach for o in outcomes), default=0.0), damping)
         return Rows.concatenate(answers)
 
     def with_damping(self, damping: Damping) -> Inverse:
@@ -125,7 +128,12 @@ class _CGInverse:
             )
             iterations += 1
         outcome = _Outcome(
-            iterations, columns.residual, columns.converged, columns.negative, len(rows)
+            iterations,
+            columns.residual,
+            columns.converged,
+            columns.negative,
+            len(rows),
+            float(columns.reach.max()) if len(rows) else 0.0,
         )
         return columns.answer(rows), outcome
 
@@ -160,6 +168,20 @@ class _CGInverse:
                 stacklevel=3,
             )
 
+    def _warn_of_rounding(self, reach: float, damping: float) -> None:
+        """Warn where a model computes in fewer digits than its rows have, and it shows."""
+        precision = precision_of(self.operator)
+        if precision <= torch.finfo(self.operator.dtype).eps or damping > precision * reach:
+            return
+        warnings.warn(
+            f"solver 'cg': the damping {damping:.3g} is below what the products of this model are "
+            f"rounded to, {precision:.1g} of eigenvalues up to {reach:.3g}: along directions of "
+            f"little curvature answers are rounding; give a damping above {precision * reach:.1g}, "
+            "or model.double() for more precision",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+
 
 @frozen
 class _Outcome:
@@ -168,6 +190,7 @@ class _Outcome:
     converged: int
     negative: int
     rows: int
+    reach: float
 
 
 def _summary(outcomes: list[_Outcome], damping: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from dattri_core import DenseBlock, Inverse, NumericsError, Rows
+from dattri_parts.solvers.factor import precision_of
 from dattri_parts.solvers.rowwise import (
     Named,
     column,
@@ -147,6 +148,7 @@ class NeumannSeries:
         depth, whole = self.depth, self.batch is None
         dtypes = [*(value.dtype for value in start.values()), self.operator.dtype]
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
+        coarse = max(precision, precision_of(self.operator))  # of a model in mixed precision
         kept = torch.arange(len(index), device=self.device)
         current = {name: value.clone() for name, value in start.items()}
         turned = self._turned(current)  # M v
@@ -170,7 +172,7 @@ class NeumannSeries:
             turned = following
             reached = self._lengths(current, turned)
             if whole:
-                most = torch.maximum(before + 64 * precision * reached, floor * unit)
+                most = torch.maximum(before + 64 * coarse * reached, floor * unit)
                 self._require_shrinking(moved, most, step, scale)
                 ended |= moved <= 4 * precision * reached
                 ended |= (moved <= floor * unit) & (moved >= before)

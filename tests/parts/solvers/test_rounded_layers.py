@@ -140,6 +140,45 @@ def test_what_rounding_leaves_of_scores_is_said_and_holds(name: str) -> None:
     assert 1e-4 < float(off) <= found.provenance["solver"][0]["rounding"]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_conjugate_gradients_say_when_answers_are_rounding(name: str) -> None:
+    model, same = made(name, F32)
+    with pytest.warns(dattri.ConvergenceWarning, match=r"rounded to, 0\.008 of eigenvalues"):
+        attribute(model, F32, "if-cg", 1e-5)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        attribute(same, F32, "if-cg", 1e-5)
+        attribute(model, F32, "if-cg", 0.5)
+    assert not [w for w in heard if "rounded to" in str(w.message)]
+
+
+class Uneven(Coarse):
+    """Every second product is off by as much as the matrix is known to."""
+
+    calls = 0
+
+    def apply(self, rows: dattri.Rows) -> dattri.Rows:
+        self.calls += 1
+        found = super().apply(rows).flat()
+        noise = 0.2 * rows.flat().roll(1, 1) * (self.calls % 2)
+        return dattri.Rows.from_flat(rows.space, found + noise, rows.index)
+
+
+def test_steps_of_a_series_that_grow_by_rounding_are_no_divergence() -> None:
+    matrix = symmetric(torch.linspace(0.1, 1.0, 6), 0)
+    rows = dattri.Rows.from_flat(
+        MatrixOperator(matrix).space, torch.eye(6, dtype=F64), torch.arange(6)
+    )
+    solver = dattri.default_registry().make(
+        "solver", "lissa", damping=0.1, depth=60, batch=None, scale=1.2
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dattri.ConvergenceWarning)
+        found = solver.solve_for(Uneven(matrix), torch.device("cpu")).apply(rows).flat()
+    want = torch.linalg.inv(matrix + 0.1 * torch.eye(6, dtype=F64))
+    assert (found - want).norm() < 0.5 * want.norm()
+
+
 def test_who_is_asked() -> None:
     """An operator that says more of its rounding than its dtype does is believed."""
 
