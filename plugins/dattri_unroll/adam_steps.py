@@ -46,7 +46,14 @@ class AdamStep:
     turns: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, name: str, checkpoint: Checkpoint, before: Moments, after: Moments) -> AdamStep:
+    def of(
+        cls,
+        name: str,
+        checkpoint: Checkpoint,
+        before: Moments,
+        after: Moments,
+        device: torch.device,
+    ) -> AdamStep:
         """Return the step between moments before it, empty at the first, and after it.
 
         Raises:
@@ -65,8 +72,10 @@ class AdamStep:
                     "is attributed takes part in every step: leave it out with "
                     f"parameters='!{key}', or zero its gradient in place of setting it to None"
                 )
-            first[key], second[key] = own.first.double(), own.second.double()
-            held = before[key].first.double() if key in before else torch.zeros_like(first[key])
+            first[key], second[key] = (m.to(device).double() for m in (own.first, own.second))
+            held = torch.zeros_like(first[key])
+            if key in before:
+                held = before[key].first.to(device).double()
             slope[key] = (first[key] - beta1 * held) / (1 - beta1)
             turns[key] = (1 - beta1**own.step, 1 - beta2**own.step)
             root[key] = (second[key] / turns[key][1]).sqrt()
@@ -164,7 +173,9 @@ def require_adam_step(
         own = before.get(key)
         rounding = ROUNDING * torch.finfo(theta.dtype).eps
         compare(0, step.slope[key], slope[key], step.first[key], rounding / (1 - beta1))
-        held = torch.zeros_like(step.second[key]) if own is None else own.second.double()
+        held = torch.zeros_like(step.second[key])
+        if own is not None:
+            held = own.second.to(held)
         second = beta2 * held + (1 - beta2) * slope[key].square()
         compare(1, step.second[key], second, second, rounding)
         start = theta.double()

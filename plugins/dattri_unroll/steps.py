@@ -179,8 +179,9 @@ class Steps:
         Raises:
             InputError: A parameter took no part in it.
         """
-        at = checkpoint.position
-        return AdamStep.of(self.points.name, checkpoint, self._moments(at), self._moments(at + 1))
+        at, device = checkpoint.position, self.points.task.device
+        before, after = self._moments(at), self._moments(at + 1)
+        return AdamStep.of(self.points.name, checkpoint, before, after, device)
 
     def _moments(self, position: int) -> Moments:
         """Return Adam's moments at a checkpoint; the last two that were read are kept."""

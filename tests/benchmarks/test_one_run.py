@@ -9,10 +9,11 @@ import time
 from functools import lru_cache
 from typing import Any
 
+import attrs
+import numpy as np
 import pytest
 import torch
 from dattri_metrics import lds
-from dattri_parts.measuring.attribution import task_of
 from dattri_parts.training import random_subsets
 from dattri_retrain import CounterfactualStore
 from dattri_unroll import RunRetraining
@@ -29,13 +30,19 @@ THEME = Theme(
     "One run without some of its examples",
     f"LDS where the truth is the very run that is attributed, taken again with the same start, "
     f"batches and rates, and {SUBSETS} random sets of examples left out, 2, 10 or 50 % of all: of "
-    "MNIST with the MLP, 1000 x 100 (200 steps of SGD with momentum), and of Shakespeare with the "
-    "small nanoGPT, 200 x 40 (200 steps of AdamW with clipped gradients and warm-up). Intervals "
-    "are over test examples and subsets. `tracin` reads checkpoints of the run, `if-ekfac` and "
-    "`grad-dot` its end; dampings are those of the setting. Times are of an attribution, on one "
-    "thread.",
+    "MNIST with the MLP, 1000 x 100 (200 steps of SGD with momentum), the same at a tenth of the "
+    "learning rate, and of Shakespeare with the small nanoGPT, 200 x 40 (200 steps of AdamW with "
+    "clipped gradients and warm-up). Intervals are over test examples and subsets. A derivative "
+    "says what a run does where the run is smooth: at the rate of the setting the MLP has an "
+    "accuracy of 0.92 and rows that `magic` carries back grow, at a tenth of it 0.86 and they do "
+    "not. `tracin` reads checkpoints of the run, `if-ekfac` and `grad-dot` its end; dampings are "
+    "those of the setting. Times are of an attribution, on one thread.",
 )
-SETTINGS = {"mnist-mlp": (1000, 100), "shakespeare-nanogpt": (200, 40)}
+WORLDS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
+    "mnist-mlp": ("mnist-mlp", (1000, 100), {}),
+    "mnist-mlp, a tenth of the rate": ("mnist-mlp", (1000, 100), {"learning_rate": 0.005}),
+    "shakespeare-nanogpt": ("shakespeare-nanogpt", (200, 40), {}),
+}
 METHODS: dict[str, dict[str, Any]] = {
     "magic": {},
     "dvemb": {"curvature": "ggn"},
@@ -47,32 +54,46 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @lru_cache(maxsize=1)
-def _world(name: str) -> Any:
-    size = SETTINGS[name]
-    world = dattri.default_registry().make("setting", name).load(size=size, seed=0)
-    return world, world.steps()
+def _world(name: str) -> tuple[Any, dattri.Task, dattri.Task, dattri.Task]:
+    """Return a world, and its run by all steps, by some checkpoints and at its end."""
+    setting, size, changes = WORLDS[name]
+    world = dattri.default_registry().make("setting", setting).load(size=size, seed=0)
+    if not changes:
+        return world, world.steps(), world.trajectory, world.task
+    recipe = attrs.evolve(world.retraining.recipe, **changes)
+    retraining = attrs.evolve(world.retraining, recipe=recipe)
+    whole = dattri.Counterfactual(np.ones(size[0], dtype=bool), 0)
+    states = retraining.run(whole)
+    model, loss = states.model, world.task.loss
+    rates = list(states.learning_rates)
+    return (
+        world,
+        dattri.Task(model, loss, checkpoints=retraining.steps(whole)),
+        dattri.Task(model, loss, checkpoints=list(states.states), learning_rates=rates),
+        dattri.Task(model, loss),
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", WORLDS)
 def test_one_run(benchmark: Any, table: Table, name: str, method: str) -> None:
     """Attribute, and compare with the run taken again."""
     torch.set_num_threads(1)
-    world, run = _world(name)
+    world, run, along, end = _world(name)
     if method == "source" and not all(c.step.linear for c in run.checkpoints):
         pytest.skip("SOURCE is of gradient descent")
     changes = dict(METHODS[method])
     if method == "if-ekfac":
         changes["damping"] = world.damping
     made = dattri.method(method, **changes)
-    task = run if method in ("magic", "dvemb", "source") else task_of(made, world)
+    task = {"tracin": along, "if-ekfac": end, "grad-dot": end}.get(method, run)
     start = time.perf_counter()
     scores = benchmark.pedantic(
         made.attribute, (task, world.train, world.test), {"progress": False}, rounds=1
     )
     took = time.perf_counter() - start
     again = RunRetraining(run, world.train, world.test, "loss")
-    store = CounterfactualStore(ROOT / ".benchmarks" / "replayed" / name, again)
+    store = CounterfactualStore(ROOT / ".benchmarks" / "replayed", again)
     cells = {}
     for share in LEFT_OUT:
         plan = random_subsets(len(world.train_ids), SUBSETS, fraction=1 - share, seed=0)

@@ -12,7 +12,7 @@ from dattri_influence import (
     ihvp_at_x_lissa,
 )
 from dattri_parts.training import ModelRetraining, Optimum, Recipe, random_subsets
-from dattri_unroll import read_run, record
+from dattri_unroll import RunRetraining, read_run, record
 from oracles.devices import ACCELERATORS
 from oracles.toy_tasks import examples, mlp, normal, states
 from torch import nn
@@ -144,12 +144,14 @@ def test_training_again(device, recipe, together):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_the_steps_of_a_run(device):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_steps_of_a_run(device, optimizer):
     found = []
+    how = {"momentum": 0.9} if optimizer == "sgd" else {"optimizer": "adamw", "clip": 0.5}
     for place in ("cpu", device):
         held = ModelRetraining(
             lambda: nn.Linear(4, 3, dtype=torch.float64),
-            Recipe(2, 4, 0.1, momentum=0.9),
+            Recipe(2, 4, 0.1, **how),
             "cross-entropy",
             TRAIN,
             TEST,
@@ -163,22 +165,39 @@ def test_the_steps_of_a_run(device):
         for name, tensor in want.source.items():
             assert got.source[name].device.type == "cpu"
             close(got.source[name], tensor)
+        for name, moments in (want.optimiser.source if want.optimiser else {}).items():
+            own = got.optimiser.source[name]
+            assert own.first.device.type == own.second.device.type == "cpu"
+            close(own.first, moments.first)
+            close(own.second, moments.second)
+    assert (found[1][-1].optimiser is not None) == (optimizer == "adamw")
 
 
-def test_a_recorded_run(device, tmp_path):
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_recorded_run(device, tmp_path, kind):
     found = []
     for place in ("cpu", device):
         model = mlp().to(place)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = (
+            torch.optim.SGD(model.parameters(), lr=0.1)
+            if kind == "sgd"
+            else torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+        )
         folder = tmp_path / place
-        with record(model, optimizer, folder) as run:
+        with record(model, optimizer, folder, clip=0.5) as run:
             for start in (0, 7):
                 index = torch.arange(start, start + 7)
                 x, y = (side[index].to(place) for side in TRAIN)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x), y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 run.step(index)
                 optimizer.step()
         here = Task(model, checkpoints=read_run(folder))
-        found.append(dattri.method("dvemb").attribute(here, TRAIN, TEST).values)
-    close(found[1], found[0])
+        scores = [dattri.attribute(here, TRAIN, TEST, method=m).values for m in ("dvemb", "magic")]
+        again = RunRetraining(here, TRAIN, TEST, "loss")
+        ends = again.train(random_subsets(len(TRAIN[1]), 2))
+        losses = [torch.from_numpy(again.measure(end)["loss"]) for end in ends]
+        found.append([*scores, *losses])
+    for want, got in zip(*found, strict=True):
+        close(got, want)

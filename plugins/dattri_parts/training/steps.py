@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from dattri_core import (
@@ -70,7 +73,7 @@ def step_by_step(
             clip=recipe.clip,
             scale=scale_of(loss, take(data, chosen)),
         )
-        moments = AdamState.of(optimizer, model) if adam and kept else None
+        moments = _moments(optimizer, model) if adam and kept else None
         at = len(kept)
         kept.append(
             Checkpoint(f"step {at}", at, count + 1, rate, state, step=step, optimiser=moments)
@@ -79,9 +82,21 @@ def step_by_step(
     run = train_one(build, recipe, loss, data, index, seed, (), device, before, tf32=tf32)
     end = {name: tensor.cpu() for name, tensor in run.states[-1].items()}
     nothing = TrainingStep(torch.empty(0, dtype=torch.long))
-    moments = AdamState.of(at_work[0], run.model) if adam else None
+    moments = _moments(at_work[0], run.model) if adam else None
     last = Checkpoint("end", count, count + 1, 0.0, end, step=nothing, optimiser=moments)
     return (*kept, last)
+
+
+def _moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
+    """Return copies of the moments on the CPU."""
+    held = AdamState.of(optimizer, model).source
+    assert isinstance(held, Mapping)
+    return AdamState(
+        {
+            name: evolve(own, first=own.first.cpu(), second=own.second.cpu())
+            for name, own in held.items()
+        }
+    )
 
 
 def _rule_of(optimizer: torch.optim.Optimizer) -> AdamRule:
