@@ -224,3 +224,27 @@ def test_a_chaotic_run_is_warned_of(tmp_path):
     run_recorded(made, tmp_path, batches=schedule()[0], rates=[6.0] * 9)
     with pytest.warns(RuntimeWarning, match="the run itself was unstable"):
         scores_of(made, tmp_path)
+
+
+@pytest.mark.parametrize(("method", "changes"), [("in-run-shapley", {}), ("dvemb", {})])
+def test_scores_are_in_the_unit_of_what_was_minimised(method, changes, tmp_path):
+    """Gradients count by the scale; what a curvature says of a longer step is another thing."""
+    made = network()
+    run_recorded(made, tmp_path, batches=schedule()[0][:1], rates=[0.1], scale=0.3)
+    run = read_run(tmp_path)
+    plain = [attrs.evolve(c, step=attrs.evolve(c.step, scale=1.0)) for c in run]
+    got = attributed(made, run, method, **changes).values
+    want = attributed(made, plain, method, tolerance=10.0, **changes).values
+    close(got, 0.3 * want, 1e-12)
+    assert float(got.abs().max()) > 0
+
+
+def test_source_goes_as_far_as_the_scale_says(tmp_path):
+    made = network()
+    run_recorded(made, tmp_path, scale=0.3)
+    run = read_run(tmp_path)
+    other = [
+        attrs.evolve(c, learning_rate=0.3 * c.learning_rate, step=attrs.evolve(c.step, scale=1.0))
+        for c in run
+    ]
+    close(attributed(made, run, "source").values, attributed(made, other, "source").values, 1e-12)
