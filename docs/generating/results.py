@@ -23,12 +23,9 @@ SHORT = 60
 
 BEFORE = frozenset(
     {
-        "bench_maestro_small",
         "bench_mnist_mlp",
-        "bench_mnist_mlp_ensemble",
         "bench_mnist_mlp_tuned",
         "bench_mnist_mlp_tuned_trak",
-        "bench_shakespeare_small",
         "bench_wikitext2_small",
     }
 )
