@@ -31,7 +31,7 @@ THEME = Theme(
     f"LDS where the truth is the very run that is attributed, taken again with the same start, "
     f"batches and rates, and {SUBSETS} random sets of examples left out, 2, 10 or 50 % of all: of "
     "MNIST with the MLP, 1000 x 100 (200 steps of SGD with momentum), the same at a tenth of the "
-    "learning rate, and of Shakespeare with the small nanoGPT, 200 x 40 (200 steps of AdamW with "
+    "learning rate, and of Shakespeare with the small nanoGPT, 200 x 20 (200 steps of AdamW with "
     "clipped gradients and warm-up). Intervals are over test examples and subsets. A derivative "
     "says what a run does where the run is smooth: at the rate of the setting the MLP has an "
     "accuracy of 0.92 and rows that `magic` carries back grow, at a tenth of it 0.86 and they do "
@@ -41,7 +41,7 @@ THEME = Theme(
 WORLDS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
     "mnist-mlp": ("mnist-mlp", (1000, 100), {}),
     "mnist-mlp, a tenth of the rate": ("mnist-mlp", (1000, 100), {"learning_rate": 0.005}),
-    "shakespeare-nanogpt": ("shakespeare-nanogpt", (200, 40), {}),
+    "shakespeare-nanogpt": ("shakespeare-nanogpt", (200, 20), {}),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "magic": {},
