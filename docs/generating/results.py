@@ -24,8 +24,6 @@ SHORT = 60
 BEFORE = frozenset(
     {
         "bench_mnist_mlp",
-        "bench_mnist_mlp_tuned",
-        "bench_mnist_mlp_tuned_trak",
         "bench_wikitext2_small",
     }
 )
