@@ -136,12 +136,13 @@ def test_a_run_goes_on_at_its_beginning_without_moments(tmp_path):
         assert same(read(checkpoint, model), moments)
 
 
-def test_other_moments_of_one_parameter_are_refused(tmp_path):
+@pytest.mark.parametrize(("what", "factor"), [("exp_avg_sq", 1.001), ("exp_avg", -1), ("step", 2)])
+def test_other_moments_of_one_parameter_are_refused(what, factor, tmp_path):
     model = network()[0]
     with pytest.raises(StoppedError) as raised:
         train(model, tmp_path, stop=3)
     state = raised.value.args[0]
-    state["state"][2]["exp_avg_sq"] *= 1.001
+    state["state"][2][what] *= factor
     with pytest.raises(dattri.InputError, match=r"other moments than .* of \['2.weight'\]"):
         train(model, tmp_path, state=state)
 
