@@ -129,7 +129,7 @@ class RunRetraining:
                 "data": [digest_of(part) for part in (self.train_data, self.test_data)],
                 "targets": sorted(self.targets),
             }
-            self._held.fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+            self._held.fingerprint = _hash_of(said)
         return self._held.fingerprint
 
     def train(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
@@ -189,7 +189,7 @@ class RunRetraining:
         assert checkpoint.step is not None
         facts = asdict(checkpoint.step, recurse=True)
         facts["batch"] = self._batch(checkpoint).tolist()
-        return [checkpoint.learning_rate, sorted(facts.items(), key=lambda item: item[0])]
+        return [checkpoint.learning_rate, facts]
 
     def _placed(self, data: Any, index: Any) -> Any:
         return map_tensors(lambda tensor: tensor.to(self.task.device), take(data, index))
@@ -267,6 +267,10 @@ class RunRetraining:
                 "clipping that was not recorded"
             )
         self._held.checked = True
+
+
+def _hash_of(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _optimizer_of(model: nn.Module, first: Checkpoint) -> torch.optim.Optimizer:

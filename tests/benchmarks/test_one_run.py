@@ -30,13 +30,13 @@ THEME = Theme(
     "One run without some of its examples",
     f"LDS where the truth is the very run that is attributed, taken again with the same start, "
     f"batches and rates, and {SUBSETS} random sets of examples left out, 2, 10 or 50 % of all: of "
-    "MNIST with the MLP, 1000 x 100 (200 steps of SGD with momentum), the same at a tenth of the "
-    "learning rate, and of Shakespeare with the small nanoGPT, 200 x 20 (200 steps of AdamW with "
-    "clipped gradients and warm-up). Intervals are over test examples and subsets. A derivative "
-    "says what a run does where the run is smooth: at the rate of the setting the MLP has an "
-    "accuracy of 0.92 and rows that `magic` carries back grow, at a tenth of it 0.86 and they do "
-    "not. `tracin` reads checkpoints of the run, `if-ekfac` and `grad-dot` its end; dampings are "
-    "those of the setting. Times are of an attribution, on one thread.",
+    "MNIST with the MLP, 1000 x 100 (200 steps of SGD with momentum), and of Shakespeare with the "
+    "small nanoGPT, 200 x 20 (200 steps of AdamW with clipped gradients and warm-up), as their "
+    "settings train them and at a tenth of the learning rate. Intervals are over test examples and "
+    "subsets. A derivative says what a run does as far as the run is smooth: of Shakespeare at the "
+    "rate of its setting, rows that `magic` carries back grow 15,000 times, of which it warns. "
+    "`tracin` reads checkpoints of the run, `if-ekfac` and `grad-dot` its end; dampings are those "
+    "of the setting. Times are of an attribution, on one thread of a busy machine.",
 )
 WORLDS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
     "mnist-mlp": ("mnist-mlp", (1000, 100), {}),
