@@ -34,7 +34,8 @@ THEME = Theme(
     "small nanoGPT, 200 x 20 (200 steps of AdamW with clipped gradients and warm-up), as their "
     "settings train them and at a tenth of the learning rate. Intervals are over test examples and "
     "subsets. A derivative says what a run does as far as the run is smooth: of Shakespeare at the "
-    "rate of its setting, rows that `magic` carries back grow 15,000 times, of which it warns. "
+    "rate of its setting, rows that `magic` carries back grow 15,000 times, of which it warns; at "
+    "a tenth of it they do not, and the derivative says nearly all. "
     "`tracin` reads checkpoints of the run, `if-ekfac` and `grad-dot` its end; dampings are those "
     "of the setting. Times are of an attribution, on one thread of a busy machine.",
 )
