@@ -24,7 +24,6 @@ SHORT = 60
 BEFORE = frozenset(
     {
         "bench_mnist_mlp",
-        "bench_wikitext2_small",
     }
 )
 """Tables whose intervals are those of the bootstrap of before."""

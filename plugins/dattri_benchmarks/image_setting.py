@@ -154,7 +154,12 @@ class ImageSetting:
             facts=facts,
             true_labels=train.labels.astype(np.int64),
             pictures=(self.scaling.pictures(train.images), self.scaling.pictures(test.images)),
-            steps=lambda: Task(model, retraining.loss, checkpoints=along.steps(whole)),
+            # The path towards an optimum ends short of it: no run of the task's model.
+            steps=(
+                None
+                if self.path is not None
+                else lambda: Task(model, retraining.loss, checkpoints=retraining.steps(whole))
+            ),
         )
 
     def retraining(
