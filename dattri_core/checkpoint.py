@@ -48,6 +48,15 @@ class AdamRule:
     epsilon: float
     decoupled: bool
 
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> AdamRule:
+        """Return the rule of a group of parameters of ``torch.optim.Adam`` or ``AdamW``."""
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        apart = isinstance(optimizer, torch.optim.AdamW) or bool(
+            group.get("decoupled_weight_decay")  # of Adam since torch 2.6
+        )
+        return AdamRule((beta1, beta2), float(group["eps"]), apart)
+
 
 @frozen(eq=False)
 class TrainingStep:

@@ -280,7 +280,7 @@ def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[float
             "recorded run is one of descent, torch.optim.SGD(lr=..., weight_decay=..., "
             "momentum=...) or torch.optim.AdamW(lr=..., betas=..., weight_decay=...)"
         )
-    found = {(float(g["lr"]), _rule_of(g, kind is torch.optim.AdamW)) for g in groups}
+    found = {(float(g["lr"]), _rule_of(optimizer, g)) for g in groups}
     if len(found) != 1:
         raise InputError(
             f"record: parameter groups with different learning rates, momentum or betas: "
@@ -295,11 +295,9 @@ def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[float
     return rate, named, rule
 
 
-def _rule_of(group: Mapping[str, Any], decoupled: bool) -> _Rule:
+def _rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> _Rule:
     if "betas" in group:
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        apart = decoupled or bool(group.get("decoupled_weight_decay"))  # of Adam since torch 2.6
-        return _Rule(adam=AdamRule((beta1, beta2), float(group["eps"]), apart))
+        return _Rule(adam=AdamRule.of(optimizer, group))
     if not group["momentum"]:
         return _Rule()
     return _Rule(float(group["momentum"]), float(group["dampening"]), bool(group["nesterov"]))

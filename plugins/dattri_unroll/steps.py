@@ -56,6 +56,13 @@ class Steps:
     def _require_moments(self) -> None:
         """Raise `SpecError` where a step of Adam is not known whole."""
         checkpoints = self.points.task.checkpoints
+        taken = [c for c in checkpoints if len(self.batch(c))]
+        if len({self.taken(c).adam is None for c in taken}) > 1:
+            raise SpecError(
+                f"{self.points.name}: some steps of the run are those of Adam and some of gradient "
+                "descent, and what one hands on the other does not read; give a run of one "
+                "optimiser, or the part of it that was"
+            )
         for checkpoint, after in pairwise(checkpoints):
             if self.taken(checkpoint).adam is not None and after.optimiser is None:
                 raise SpecError(

@@ -191,6 +191,9 @@ def test_what_cannot_be_known_is_refused_at_once(tmp_path):
     bare = [attrs.evolve(c, optimiser=None) for c in checkpoints]
     with pytest.raises(dattri.SpecError, match="is one of Adam, and the moments after it"):
         attributed(made, bare)
+    mixed = [attrs.evolve(c, step=attrs.evolve(c.step, adam=None)) for c in checkpoints[:3]]
+    with pytest.raises(dattri.SpecError, match="some steps of the run are those of Adam and some"):
+        attributed(made, [*mixed, *checkpoints[3:]])
     with pytest.raises(dattri.SpecError, match=r"the last checkpoint, .* has a step of Adam"):
         attributed(made, checkpoints[:-1])
     with pytest.raises(dattri.SpecError, match=r"\['0.bias', '0.weight'\] are not attributed"):

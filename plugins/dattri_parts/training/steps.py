@@ -69,7 +69,7 @@ def step_by_step(
             recipe.weight_decay,
             epoch - 1,
             recipe.momentum,
-            adam=_rule_of(optimizer) if adam else None,
+            adam=AdamRule.of(optimizer, optimizer.param_groups[0]) if adam else None,
             clip=recipe.clip,
             scale=scale_of(loss, take(data, chosen)),
         )
@@ -97,12 +97,6 @@ def _moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
             for name, own in held.items()
         }
     )
-
-
-def _rule_of(optimizer: torch.optim.Optimizer) -> AdamRule:
-    group = optimizer.param_groups[0]
-    beta1, beta2 = group["betas"]
-    return AdamRule((beta1, beta2), group["eps"], decoupled=True)
 
 
 def _require_room(states: int, one: dict[str, Tensor]) -> None:
