@@ -15,9 +15,6 @@ from dattri_parts.projectors.entries import entries, random_integers
 
 SIGNS_AT_ONCE = 2**20
 """Signs that are drawn at once; bounds the memory, never the numbers."""
-NUMBERS_AT_ONCE = 2**20
-"""Numbers of some rows that are read from memory in one operation, which goes through each row for
-as long as it can: to read a block of every row in turn takes three times as long."""
 NUMBERS_A_THREAD = 2**15
 """Numbers of one block of some rows for each thread of torch on the CPU, which takes no fewer."""
 LEAST_THREADS = 2
@@ -75,9 +72,8 @@ class ShiftedKernel:
             # Twice as long, so that a turned block is one window; folded at the end.
             unrolled = out.new_zeros(len(out), 2 * self.length)
 
-            def take(block: Tensor, windows: list[Tensor], sizes: list[int], sign: Tensor) -> None:
-                for window, piece in zip(windows, torch.split(block * sign, sizes, 1), strict=True):
-                    window.add_(piece)
+            def take(block: Tensor, window: Tensor, signs: Tensor) -> None:
+                window.addcmul_(block, signs)
 
             self._each(take, t, values, start, unrolled)
             folded = unrolled[:, : self.length] + unrolled[:, self.length :]
@@ -90,8 +86,8 @@ class ShiftedKernel:
             once = keys.narrow(1, t * self.length, self.length)
             unrolled = torch.cat([once, once], 1)
 
-            def give(block: Tensor, windows: list[Tensor], sizes: list[int], sign: Tensor) -> None:
-                block.addcmul_(torch.cat(windows, 1), sign)
+            def give(block: Tensor, window: Tensor, signs: Tensor) -> None:
+                block.addcmul_(window, signs)
 
             self._each(give, t, raised, start, unrolled)
         return raised
@@ -102,41 +98,39 @@ class ShiftedKernel:
 
     def _each(
         self,
-        work: Callable[[Tensor, list[Tensor], list[int], Tensor], None],
+        work: Callable[[Tensor, Tensor, Tensor], None],
         t: int,
         values: Tensor,
         start: int,
         unrolled: Tensor,
     ) -> None:
-        """Do ``work(blocks, their windows, their sizes, their signs)`` for all blocks, in place.
+        """Do ``work(block, its window, its signs)`` for all blocks, in place.
+
+        Signs and sum are one operation, so that a row is read once and nothing of it is written.
 
         Args:
-            work: Takes some rows of blocks side by side ``[b, m]``, the window of the sketch of
-                these rows for each, how many numbers each has, and signs ``[m]``.
+            work: Takes a block of some rows ``[b, m]``, the window of the sketch of these rows,
+                and signs ``[m]``.
             t: Which of the s sketches.
             values: ``[B, m]``.
             start: Coordinate of their first column.
             unrolled: Two turns of a sketch, ``[B, 2 L]``.
         """
-        length, rows = self.length, max(1, len(values))
+        rows = max(1, len(values))
         if values.device.type == "cpu":
             threads = max(LEAST_THREADS, torch.get_num_threads())
-            rows = min(rows, max(1, NUMBERS_A_THREAD * threads // length))
-        count = max(1, NUMBERS_AT_ONCE // (rows * length))
+            rows = min(rows, max(1, NUMBERS_A_THREAD * threads // self.length))
         groups = list(zip(torch.split(values, rows), torch.split(unrolled, rows), strict=True))
         for tile in self._tiles(t, values, start, unrolled.dtype):
+            signs = torch.split(tile.signs, tile.sizes)
             for part, turned in groups:
-                column = tile.first - start
-                for at in range(0, len(tile.sizes), count):
-                    sizes, places = tile.sizes[at : at + count], tile.windows[at : at + count]
-                    width = sum(sizes)
-                    work(
-                        part.narrow(1, column, width),
-                        [turned.narrow(1, *window) for window in zip(places, sizes, strict=True)],
-                        sizes,
-                        tile.signs.narrow(0, column + start - tile.first, width),
-                    )
-                    column += width
+                blocks = torch.split(
+                    part.narrow(1, tile.first - start, len(tile.signs)), tile.sizes, 1
+                )
+                for block, place, size, sign in zip(
+                    blocks, tile.windows, tile.sizes, signs, strict=True
+                ):
+                    work(block, turned.narrow(1, place, size), sign)
 
     def _tiles(self, t: int, values: Tensor, start: int, dtype: torch.dtype) -> Iterator[_Tile]:
         """Yield places and signs, those of the next tile being drawn where threads allow."""

@@ -101,7 +101,6 @@ def test_memory_bounds_change_no_number(
     whole, raised = sketched(kernel, values), kernel.adjoint(keys, 5, WIDTH)
     monkeypatch.setattr(tiled, "TILE_BYTES", 1)
     monkeypatch.setattr(shifted, "SIGNS_AT_ONCE", 100)
-    monkeypatch.setattr(shifted, "NUMBERS_AT_ONCE", 300)
     monkeypatch.setattr(shifted, "NUMBERS_A_THREAD", 100)
     monkeypatch.setattr(hadamard, "NUMBERS_AT_ONCE", 300)
     tolerance = 0 if exact(name) else 1e-5 * float(whole.abs().max())
