@@ -158,6 +158,7 @@ if TYPE_CHECKING:
     from dattri_core.source_capabilities import MovableSource as MovableSource
     from dattri_core.source_capabilities import OutputSource as OutputSource
     from dattri_core.source_capabilities import RehearsedSource as RehearsedSource
+    from dattri_core.source_capabilities import ReopenedSource as ReopenedSource
     from dattri_core.source_capabilities import ReportingSource as ReportingSource
     from dattri_core.source_capabilities import SidedSource as SidedSource
     from dattri_core.source_capabilities import StatefulSource as StatefulSource
@@ -247,6 +248,7 @@ _EXPORTS = {
     "ReferencedProblem": "capabilities",
     "Registry": "registry",
     "RehearsedSource": "source_capabilities",
+    "ReopenedSource": "source_capabilities",
     "ReportingSource": "source_capabilities",
     "RootSolver": "capabilities",
     "RowKind": "protocols",

@@ -52,7 +52,8 @@ def of_pool(fitted: Fitted, pool: Examples, device: torch.device) -> Fitted:
     evaluator = getattr(bound, "evaluator", None)
     sizes = measured_sizes(evaluator, sample) if isinstance(evaluator, Evaluator) else ()
     kept = total_bytes(sizes) if isinstance(evaluator, Evaluator) else 0
-    rows, activations = passing(source, raw, kept)
+    rows = source.mapped(raw) if isinstance(source, Projected) else raw
+    activations = passing(source, raw, kept)
     outline = fitted.outline
     told = f"pool              {len(pool)} examples in place of the train set, rows computed"
     return attrs.evolve(

@@ -15,6 +15,7 @@ from dattri_core.capabilities import Outlook, is_additive
 from dattri_core.checkpoint import Checkpoint
 from dattri_core.errors import DattriError, InputError, SpecError, format_bytes
 from dattri_core.evaluate import Evaluator
+from dattri_core.first_look import FirstLook, first_rows, front_of, reopen, streams_of
 from dattri_core.kept_fits import KeptFits
 from dattri_core.measures import needs_inverse, needs_leverages
 from dattri_core.memory import is_out_of_memory
@@ -30,7 +31,6 @@ from dattri_core.protocols import (
     Inverse,
     LinearMap,
     Projector,
-    RandomStream,
     Role,
     Scorer,
     Source,
@@ -40,10 +40,8 @@ from dattri_core.rows import Rows
 from dattri_core.source_capabilities import (
     DataSource,
     HoldingSource,
-    RehearsedSource,
     ReportingSource,
 )
-from dattri_core.space import Space
 from dattri_core.stages import (
     Chain,
     Stage,
@@ -53,7 +51,7 @@ from dattri_core.stages import (
     needs_data,
     space_after,
 )
-from dattri_core.stored import Formed, Keeping, Stored, hold, keep_rows
+from dattri_core.stored import Keeping, Stored, hold, keep_rows
 from dattri_core.stream import Examples
 from dattri_core.task import Task
 
@@ -206,15 +204,24 @@ def fit_checkpoint(
     wide = move(wide, task.device)
     index, sample = places[:SAMPLE], take(wide, slice(0, SAMPLE))
     few = Examples("train", SAMPLE, "tensors", sample)
+    streams = streams_of(stages, seed, checkpoint.position)
+
+    def look(bound: BoundSource) -> FirstLook:
+        check_stages(stages, bound.space, bound)
+        raw = first_rows(bound, sample, index, task.device)
+        stored = keeping is not None
+        front = front_of(stages, bound.space, streams, task.device, stored=stored)
+        return FirstLook.of(bound, raw, front)
+
     if isinstance(source, DataSource):
-        bound = source.fit(task, checkpoint, few if plan_only else examples, memory)
+        first = look(source.fit(task, checkpoint, few if plan_only else examples, memory))
     else:
-        bound = source.bind(task, checkpoint, wide)
-    check_stages(stages, bound.space, bound)
+        there = None if keeping is None else reopen(source, task, checkpoint, wide, keeping, look)
+        first = there or look(source.bind(task, checkpoint, wide))
+    bound, raw, front, rows = first.source, first.raw, first.front, first.rows
     evaluator = getattr(bound, "evaluator", None)
     sizes = activation_sizes(evaluator, sample) if isinstance(evaluator, Evaluator) else ()
     activations = total_bytes(sizes) if isinstance(evaluator, Evaluator) else 0
-    raw = _first_rows(bound, sample, index, task.device)
     if isinstance(evaluator, Evaluator):
         require_unpadded(evaluator, examples, index, sample, "train", (bound, raw))
 
@@ -230,8 +237,6 @@ def fit_checkpoint(
 
     if keeping is None or any(map(stage_needs, stages)):
         try_test()
-    streams = _streams(stages, seed, checkpoint.position)
-    front = _front(stages, bound.space, streams, task.device, stored=keeping is not None)
     work = gradient_work(raw)
     tensors = tensors_made(raw, sizes)
     given: BoundSource = bound
@@ -240,10 +245,10 @@ def fit_checkpoint(
     held = 0
     own = bound.held if isinstance(bound, HoldingSource) else 0
     if not front:
-        rows, activations = passing(bound, raw, activations)
+        activations = passing(bound, raw, activations)
     else:
         given = projected = Projected(bound, front)
-        rows, activations = passing(projected, raw, activations)
+        activations = passing(projected, raw, activations)
         if keeping is not None:
             given, data, said = keep_rows(
                 keeping, projected, examples, rows, activations, memory, try_test, plan_only
@@ -375,12 +380,12 @@ def _collected(
         ) from error
 
 
-def passing(source: BoundSource, raw: Rows, activations: int) -> tuple[Rows, int]:
-    """Return rows of a few examples as they leave a source, and what a pass takes for one.
+def passing(source: BoundSource, raw: Rows, activations: int) -> int:
+    """Return the bytes that a pass takes for one example.
 
     Args:
         source: At a checkpoint, with the projectors that it takes by itself.
-        raw: Rows before those.
+        raw: Rows of a few examples before those.
         activations: Bytes that the model keeps for an example.
     """
     projected = source if isinstance(source, Projected) else None
@@ -388,66 +393,10 @@ def passing(source: BoundSource, raw: Rows, activations: int) -> tuple[Rows, int
     if isinstance(bound, HoldingSource):
         activations += bound.beside * _largest(raw, formed=True)
     if projected is None:
-        return raw, activations
+        return activations
     # While blocks pass the maps, one is alive beside what has been added up, or all are.
     parts = all(step.blockwise or is_additive(step) for step in projected.maps)
-    activations += _largest(raw, formed=True) if parts else _whole(raw)
-    return projected.mapped(raw), activations
-
-
-def _first_rows(source: BoundSource, sample: Batch, index: Tensor, device: torch.device) -> Rows:
-    """Return the train rows of the sample, which some sources have made at bind."""
-    blocks = source.first_rows() if isinstance(source, RehearsedSource) else None
-    if blocks is None:
-        return collect(source, sample, index, "train", device)
-    return Rows(source.space, blocks, index)
-
-
-def _streams(stages: Sequence[Stage], seed: int, position: int) -> list[RandomStream]:
-    """Return the random numbers of each stage: two projectors of one kind are two matrices."""
-    streams, projectors = [], 0
-    for stage in stages:
-        role = "curvature"
-        if isinstance(stage, Projector):
-            role = "projector" if projectors == 0 else f"projector {projectors}"
-            projectors += 1
-        streams.append(RandomStream(seed, role, position))
-    return streams
-
-
-def _front(
-    stages: Sequence[Stage],
-    space: Space,
-    streams: Sequence[RandomStream],
-    device: torch.device,
-    *,
-    stored: bool,
-) -> tuple[LinearMap, ...]:
-    """Return the maps that the source takes by itself: while it makes rows, or before the store.
-
-    Those are the projectors that a method begins with, up to the last that leaves no factors;
-    before a store all of them.
-    """
-    front: list[LinearMap] = []
-    taken = 0
-    for stage, stream in zip(stages, streams, strict=True):
-        if not isinstance(stage, Projector):
-            break
-        if needs_data(stage):
-            if stored:
-                raise SpecError(
-                    f"store: the projector {type(stage).__name__} is fitted on the train set, and "
-                    "a store keeps rows whose projectors need no data; use a random one "
-                    "(initialisation='random'), or leave store= out"
-                )
-            break
-        front.append(stage.build(space, stream=stream, device=device))
-        space = front[-1].out_space
-        if "keeps-factors" not in stage.gives:
-            taken = len(front)
-    if stored:
-        return (*front, Formed(space))
-    return tuple(front[:taken])
+    return activations + (_largest(raw, formed=True) if parts else _whole(raw))
 
 
 def _held(stages: Sequence[Stage], rows: Rows, count: int, memory: int) -> int:

@@ -136,3 +136,21 @@ class MovableSource(Source, Protocol):
     def move(self, bound: Any, checkpoint: Any) -> BoundSource:
         """Return what `bind` gives at another checkpoint, from what it gave at one."""
         ...
+
+
+@runtime_checkable
+class ReopenedSource(Source, Protocol):
+    """A source that can leave the checks of its train rows to rows that were kept.
+
+    Rows in a store were written by a source whose checks had passed. Where those of a few examples
+    come out as they are there, in another order, no example mixes with others and nothing is
+    random, which takes no passes to see; where they do not, the source is bound as ever.
+    """
+
+    def reopen(self, task: Any, checkpoint: Any, sample: Any) -> BoundSource:
+        """Return what `bind` gives; equal rows rule out that its `first_rows` are wrong.
+
+        What those do not show is to be seen to: parameters that take part in the loss in a way that
+        the source does not catch, and the target.
+        """
+        ...

@@ -61,6 +61,18 @@ class Keeping:
     facts: Mapping[str, Any]
     advance: Callable[[int], None] = lambda count: None
 
+    @property
+    def whole(self) -> bool:
+        """Return whether the store has all rows of the checkpoint."""
+        return not _lacks_rows(self.store.folder, self.checkpoint.position)
+
+    def holds(self, rows: Rows) -> bool:
+        """Return whether rows made anew are those on disk, but for rounding; all are there."""
+        held = OpenStore.read(self.store.folder).held(self.checkpoint.position)
+        if held.layout.dim != rows.space.dim or held.layout.rows <= int(rows.index.max()):
+            return False
+        return _is_rounding(held, *_gap(held, rows))
+
 
 @frozen(eq=False)
 class Formed:
@@ -315,14 +327,22 @@ def require_same_rows(rows: StoredCheckpoint, some: Rows) -> None:
     there = [at for at, start in enumerate(shards.tolist()) if start not in rows.missing]
     if not there:
         return
-    some = some.take(torch.tensor(there))
-    held = rows.read(some.index)[0].double()
-    fresh = some.flat().to(device="cpu", dtype=torch.float64)
-    size = max(float(fresh.abs().max()), float(held.abs().max()))
-    gap = float((held - fresh).abs().max())
-    if gap > PROBE[DTYPES[rows.layout.dtype]] * size:
+    gap, size = _gap(rows, some.take(torch.tensor(there)))
+    if not _is_rounding(rows, gap, size):
         raise StoreError(
             f"store {str(rows.folder)!r}: the rows of a few examples, computed anew, differ "
             f"from those on disk by {gap:.2g} (the largest number is {size:.2g}), so the loss, the "
             "code of the model or its settings changed; give another store=, or delete this one"
         )
+
+
+def _gap(rows: StoredCheckpoint, some: Rows) -> tuple[float, float]:
+    """Return by how much rows differ from those on disk at most, and the largest number."""
+    held = rows.read(some.index)[0].double()
+    fresh = some.flat().to(device="cpu", dtype=torch.float64)
+    size = max(float(fresh.abs().max()), float(held.abs().max()))
+    return float((held - fresh).abs().max()), size
+
+
+def _is_rounding(rows: StoredCheckpoint, gap: float, size: float) -> bool:
+    return gap <= PROBE[DTYPES[rows.layout.dtype]] * size

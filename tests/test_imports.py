@@ -110,6 +110,7 @@ ORDER = [
     "kept_fits",
     "store",
     "stored",
+    "first_look",
     "snapshot",
     "pool",
     "shelf",

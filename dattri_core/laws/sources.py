@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from dattri_core.batch import Batch, batch_size, join, move, take
 from dattri_core.blocks import Block
 from dattri_core.checkpoint import Checkpoint
-from dattri_core.errors import SpecError
+from dattri_core.errors import InputError, SpecError
 from dattri_core.evaluate import Evaluator
 from dattri_core.laws.law import (
     LawBroken,
@@ -26,7 +26,7 @@ from dattri_core.laws.law import (
 )
 from dattri_core.laws.oracles import row_matrix, singles
 from dattri_core.laws.pretended import accelerator
-from dattri_core.laws.worlds import N_TRAIN, World, cast, first_logit, scaled, worlds
+from dattri_core.laws.worlds import N_TRAIN, World, cast, decayed, first_logit, scaled, worlds
 from dattri_core.losses import Target, labels_of
 from dattri_core.members import expand_checkpoints
 from dattri_core.problem import collect
@@ -37,6 +37,7 @@ from dattri_core.source_capabilities import (
     EnsembleSource,
     MovableSource,
     OutputSource,
+    ReopenedSource,
 )
 from dattri_core.stream import Examples
 from dattri_core.task import Task
@@ -337,6 +338,28 @@ def moved_rows_are_bound_rows(bench: SourceBench) -> None:
             want = flat_of(there, world.train, role)
             require_close(flat_of(moved, world.train, role), want, f"moved rows in {world.name}")
         require_identical(flat_of(bound, world.train), before, f"rows that stayed in {world.name}")
+
+
+@law("source")
+def reopened_rows_are_bound_rows(bench: SourceBench) -> None:
+    """Rows of a source reopened = rows bound; a loss that goes past what it catches is refused."""
+    if not isinstance(bench.part, ReopenedSource):
+        raise NotApplicable("it is bound where a store has its rows, too: it has no reopen")
+    for world, task, bound in bench.places():
+        few = take(world.train, slice(0, 3))
+        there = bench.part.reopen(task, task.checkpoints[-1], few)
+        for role in ("train", "test"):
+            want = flat_of(bound, world.train, role)
+            require_close(flat_of(there, world.train, role), want, f"rows in {world.name}")
+        other = world.task(loss=decayed(world.loss))
+        try:
+            bench.bind(other, world)
+        except InputError:  # it does not catch the decay, which no row shows
+            with suppress(InputError):
+                bench.part.reopen(other, other.checkpoints[-1], few)
+                raise LawBroken(
+                    f"a loss with weight decay is not refused in {world.name}"
+                ) from None
 
 
 @law("source")

@@ -333,6 +333,16 @@ def scaled(loss: Loss, factor: float) -> Loss:
     )
 
 
+def decayed(loss: Loss) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return a loss plus the squared weights, which no call of a module shows."""
+
+    def values(model: nn.Module, batch: Batch) -> Tensor:
+        decay = torch.stack([weight.square().sum() for weight in model.parameters()]).sum()
+        return loss(model, batch) + decay
+
+    return values
+
+
 def first_logit(model: nn.Module, batch: Batch) -> Tensor:
     """Return one number per example that is no loss: the mean of the first output, ``[B]``."""
     outputs = forward_of(model, batch)

@@ -135,6 +135,7 @@ BROKEN = {
         "pull-is-of-single-rows": ToySource("pull place"),
         "rows-are-at-the-checkpoint": ToySource("live"),
         "moved-rows-are-bound-rows": ToySource("stays"),
+        "reopened-rows-are-bound-rows": ToySource("reopened"),
         "members-are-networks-of-their-own": ToyEnsemble("same"),
         "a-fit-is-of-the-whole-train-set": ToyDataSource("first"),
         "device-does-not-show": ToySource("device"),
@@ -354,8 +355,11 @@ ALSO = {
     # Rows of the loss that are wrong are not those that a right pull gives.
     ("source", "rows-are-their-own"): {"pull-of-the-slope-is-the-loss-row"},
     ("source", "rows-are-gradients"): {"pull-of-the-slope-is-the-loss-row"},
-    # Rows that differ each time differ where a source was moved as well.
-    ("source", "rows-are-repeatable"): {"moved-rows-are-bound-rows"},
+    # Rows that differ each time differ where a source was moved or reopened as well.
+    ("source", "rows-are-repeatable"): {
+        "moved-rows-are-bound-rows",
+        "reopened-rows-are-bound-rows",
+    },
     # <A g, k> = <g, A k> for all g and k makes A linear.
     ("solver", "inverse-is-linear"): {"inverse-is-symmetric"},
     ("inverse_hessian", "inverse-is-linear"): {"inverse-is-symmetric", "inverse-keeps-its-unit"},

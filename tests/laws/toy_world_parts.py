@@ -42,6 +42,10 @@ class ToySource:
             return bound
         return evolve(bound, evaluator=bound.evaluator.moved_to(checkpoint))
 
+    def reopen(self, task, checkpoint, sample):
+        bound = self.bind(task, checkpoint, sample)
+        return evolve(bound, fault="sign") if self.fault == "reopened" else bound
+
 
 @frozen
 class ToyEnsemble:

@@ -161,8 +161,14 @@ class BoundPerExample:
         """Return the role whose habits hold: a test side without target is the train loss."""
         return role if self.evaluator.task.target is not None else "train"
 
-    def mismatches(self, look: Mingled, roles: tuple[Role, ...]) -> Mismatches:
-        """Return the parameters whose rows differ from autograd on examples in another order."""
+    def mismatches(
+        self, look: Mingled, roles: tuple[Role, ...], unseen: tuple[Role, ...] = ()
+    ) -> Mismatches:
+        """Return the parameters whose rows differ from autograd on examples in another order.
+
+        Of roles unseen one example is compared: rows that were kept show whether examples mix, and
+        not what takes part in the loss outside of the modules.
+        """
         seen = Mismatches({})
         first: dict[str, Block] | None = None
         for role in roles:
@@ -174,7 +180,8 @@ class BoundPerExample:
             self.stream(look.batch, role, keep)
             if role == "train":
                 first = look.first_rows(rows)
-            found = mismatches(self.evaluator, self.space, rows, look.batch, role, look.places)
+            places = look.places[:1] if role in unseen else look.places
+            found = mismatches(self.evaluator, self.space, rows, look.batch, role, places)
             seen = seen.and_(found)
         self._first = first
         return seen

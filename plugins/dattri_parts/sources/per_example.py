@@ -63,19 +63,26 @@ class PerExample:
         with torch.inference_mode(False):
             return _bind(task, checkpoint, plain(sample))
 
+    def reopen(self, task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
+        """Learn the model's calls; one train row is compared with autograd, a store has the rest."""
+        with torch.inference_mode(False):
+            return _bind(task, checkpoint, plain(sample), unseen=("train",))
+
     def move(self, bound: BoundPerExample, checkpoint: Checkpoint) -> BoundPerExample:
         """Return the source at other weights of the model; its modules' calls are known."""
         return BoundPerExample(bound.evaluator.moved_to(checkpoint), bound.plan, bound.habits)
 
 
-def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
-    """Return the bound source whose rows are those of autograd on the sample.
+def _bind(
+    task: Task, checkpoint: Checkpoint, sample: Any, unseen: tuple[Role, ...] = ()
+) -> BoundPerExample:
+    """Return the bound source whose rows are those of autograd on the sample, but of roles unseen.
 
     Where those of a module are not (a weight that is used outside of it as well), or it cannot be
     run for one example, the module around it answers for its parameters.
     """
     _require_hooks(task.model)
-    evaluator = Evaluator(task, checkpoint, take(sample, slice(0, EXAMPLES)))
+    evaluator = Evaluator(task, checkpoint, take(sample, slice(0, EXAMPLES)), unseen)
     trio = take(sample, torch.arange(EXAMPLES) % batch_size(sample))
     look = Mingled.of(sample, evaluator)
     slots = slots_of(task.model, evaluator.selected)
@@ -97,14 +104,14 @@ def _bind(task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
             for role in roles:
                 rehearse(evaluator, bound.plan, bound.habits, trio, role)
             try:
-                seen = bound.mismatches(look, roles)
+                seen = bound.mismatches(look, roles, unseen)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(look) <= EXAMPLES + 1:
                     raise
                 look = Mingled.of(sample, evaluator, EXAMPLES)  # large for its activations
                 continue
             if seen.wrong and _try_strided(bound, set(seen.wrong)):
-                seen = bound.mismatches(look, roles)
+                seen = bound.mismatches(look, roles, unseen)
         except RepeatError as error:
             first = first or _unrepeated(error)
             rejected.add(error.module)

@@ -12,10 +12,10 @@ from dattri_core.evaluate import Evaluator
 TRAIN, TEST = examples(9), examples(4, seed=300)
 
 
-def bound():
+def bound(how="bind"):
     task = Task(mlp(), checkpoints=states(1))
     source = dattri.default_registry().make("source", "per-example")
-    return source.bind(task, task.checkpoints[0], take(TRAIN, slice(0, 3)))
+    return getattr(source, how)(task, task.checkpoints[0], take(TRAIN, slice(0, 3)))
 
 
 def test_first_rows_are_those_of_the_sample_and_are_given_once():
@@ -50,7 +50,7 @@ def test_a_fit_makes_no_rows_of_the_first_examples_again(stored, tmp_path, monke
     method.attribute(task, TRAIN, TEST, store=store)
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "total_of", total_of)
-        bound()
+        bound("reopen" if stored else "bind")
         bind = len(seen)
         seen.clear()
         method.attribute(task, TRAIN, TEST, store=store)
