@@ -23,7 +23,7 @@ from dattri_parts.solvers.columns import Columns
 from dattri_parts.solvers.estimates import mean_eigenvalue
 from dattri_parts.solvers.factor import precision_of
 
-NEGLIGIBLE = 0.1
+NEGLIGIBLE = 1.0
 """Eigenvalues of a preconditioner, in units of its damping, that are not worth their rotation."""
 
 
@@ -52,7 +52,7 @@ class CG:
     With a preconditioner M, positive definite and near to (H + damping I)^-1, directions come from
     M r (Nocedal and Wright 2006, algorithm 5.3). Residual, tolerance and the answer stay those of
     the system itself; at negative curvature in the first step the row keeps M g. Of a spectral M
-    the directions whose curvature is below a tenth of its damping are taken to have none.
+    the directions whose curvature is below its damping are taken to have none.
 
     Peers stop after 10 iterations or so; that is far from the inverse when the curvature is
     ill-conditioned. The defaults go on to a relative residual of 1e-5, at most 100 products.
