@@ -82,6 +82,7 @@ class TrainingStep:
             `torch.nn.utils.clip_grad_norm_` has it; None: any.
         scale: What was minimised over the mean loss of the batch. Of a mean over tokens, where the
             loss of an example is the sum of its own, |B| / their number.
+        rates: Of parameters whose learning rate is another one, what it is over eta, by name.
     """
 
     batch: Tensor | None
@@ -93,11 +94,16 @@ class TrainingStep:
     adam: AdamRule | None = None
     clip: float | None = None
     scale: float = 1.0
+    rates: Mapping[str, float] = field(factory=dict)
 
     @property
     def linear(self) -> bool:
         """Return whether the step is a sum of gradients, as those of gradient descent are."""
         return self.adam is None and self.clip is None
+
+    def rate_of(self, parameter: str) -> float:
+        """Return the learning rate of a parameter over that of the checkpoint."""
+        return self.rates.get(parameter, 1.0)
 
     def decay_of(self, parameter: str) -> float:
         """Return the weight decay of a parameter."""

@@ -193,6 +193,14 @@ class Method:
                     f"learning rates, and {lacking} have none; give "
                     "Task(..., checkpoints=[...], learning_rates=[...]), or the fold 'mean'"
                 )
+            grouped = [c.name for c in task.checkpoints if c.step is not None and c.step.rates]
+            if grouped:
+                raise SpecError(
+                    f"method: the fold {assemble.name_of(self.fold)!r} weighs checkpoints by one "
+                    f"learning rate, and at {grouped[0]!r} groups of parameters have different "
+                    "ones; use 'magic' or 'dvemb', which follow the steps, the fold 'mean', or "
+                    "give the weights alone, Task(..., checkpoints=[paths], learning_rates=[...])"
+                )
         if "optimiser" in source_needs(self.source):
             lacking = [c.name for c in task.checkpoints if c.optimiser is None]
             if lacking:

@@ -29,7 +29,7 @@ class AdamStep:
 
     Args:
         rule: Of the run.
-        rate: eta.
+        rates: eta, by parameter.
         slope: d, by parameter, float64 like all others; read off m' and m.
         first: m'.
         second: v'.
@@ -38,7 +38,7 @@ class AdamStep:
     """
 
     rule: AdamRule
-    rate: float
+    rates: Mapping[str, float]
     slope: Mapping[str, Tensor]
     first: Mapping[str, Tensor]
     second: Mapping[str, Tensor]
@@ -59,7 +59,9 @@ class AdamStep:
         Raises:
             InputError: A parameter took no part in the step.
         """
-        rule = None if checkpoint.step is None else checkpoint.step.adam
+        step = checkpoint.step
+        assert step is not None
+        rule = step.adam
         assert rule is not None
         beta1, beta2 = rule.betas
         slope, first, second, root, turns = {}, {}, {}, {}, {}
@@ -79,12 +81,13 @@ class AdamStep:
             slope[key] = (first[key] - beta1 * held) / (1 - beta1)
             turns[key] = (1 - beta1**own.step, 1 - beta2**own.step)
             root[key] = (second[key] / turns[key][1]).sqrt()
-        return cls(rule, checkpoint.learning_rate or 0.0, slope, first, second, root, turns)
+        rates = {key: (checkpoint.learning_rate or 0.0) * step.rate_of(key) for key in after}
+        return cls(rule, rates, slope, first, second, root, turns)
 
     def move(self, key: str) -> Tensor:
         """Return what Adam takes off a parameter, without decoupled weight decay."""
         scale = self.root[key] + self.rule.epsilon
-        return self.rate * self.first[key] / self.turns[key][0] / scale
+        return self.rates[key] * self.first[key] / self.turns[key][0] / scale
 
     def through(
         self, space: Space, psi: Named, first: Named | None, second: Named | None
@@ -113,7 +116,7 @@ class AdamStep:
         for key, root in self.root.items():
             turn1, turn2 = self.turns[key]
             scale = root + self.rule.epsilon
-            near[key] = self.rate / (turn1 * scale)
+            near[key] = self.rates[key] / (turn1 * scale)
             below = 2 * turn2 * root * scale
             bend[key] = torch.where(root > 0, near[key] * self.first[key] / below, 0.0)
         like = next(iter(psi.values()))
@@ -180,7 +183,7 @@ def require_adam_step(
         compare(1, step.second[key], second, second, rounding)
         start = theta.double()
         decay = checkpoint.step.decay_of(key) if step.rule.decoupled else 0.0
-        move = step.move(key) + step.rate * decay * start
+        move = step.move(key) + step.rates[key] * decay * start
         compare(2, start - weights[1][key].double(), move, start, rounding)
     words = ("gradient that its first moments show is", "second moments are", "weights end")
     for gap, size, slack, what in zip(gaps, sizes, slacks, words, strict=True):

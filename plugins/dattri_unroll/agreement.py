@@ -53,7 +53,7 @@ def require_step(
 
     With momentum the velocity before the step is the one that the step before it shows, from the
     difference of its weights, and of its own gradient where it was Nesterov's. A step after one of
-    learning rate 0, which shows nothing, is not looked at.
+    learning rate 0, which shows nothing, is not looked at, nor are parameters whose rate it was.
 
     Args:
         name: Of the method, for errors.
@@ -80,10 +80,12 @@ def require_step(
         start, direct = theta.double(), descent[key]
         turned = direct
         if velocity is not None:
+            if key not in velocity:
+                continue
             turned = step.momentum * velocity[key] + (1 - step.dampening) * direct
         if step.nesterov:
             turned = direct + step.momentum * turned
-        expected = -rate * turned
+        expected = -rate * step.rate_of(key) * turned
         got = after[key].double() - start
         gap += float((got - expected).square().sum())
         move += float(expected.square().sum())
@@ -123,13 +125,14 @@ def descent_of(
 
 
 def _velocity(previous: Previous, now: Evaluator, train: Examples, size: int) -> dict[str, Tensor]:
-    """Return v after the step before, in float64."""
+    """Return v after the step before, in float64, of parameters that it moved."""
     step, rate = previous.checkpoint.step, previous.checkpoint.learning_rate
     assert step is not None
     assert rate
     found = {
-        name: (theta.double() - now.selected[name].double()) / rate
+        name: (theta.double() - now.selected[name].double()) / (rate * step.rate_of(name))
         for name, theta in previous.evaluator.selected.items()
+        if step.rate_of(name)
     }
     if not step.nesterov:
         return found

@@ -33,6 +33,8 @@ GROWTH = 5
 class Backward:
     """psi_(s-1) = ((1 - eta_s weight_decay) I - eta_s H_s) psi_s, from the test rows at the end.
 
+    Where groups of parameters have different learning rates eta is diagonal, and stands right of H.
+
     A step with momentum m and dampening d changes weights and velocity, and is carried back by the
     transpose of that change: with phi, less the derivative in the velocity, beside psi, that in the
     weights,
@@ -97,7 +99,7 @@ class Backward:
             if not len(batch):
                 continue
             if self.steps.taken(checkpoint).adam is None:
-                direction, rate, turned = self.steps.through(psi, turned, checkpoint)
+                direction, rate, turned = self.steps.through(problem, psi, turned, checkpoint)
             else:
                 step = self.steps.adam_step(checkpoint)
                 direction, turned, bent = step.through(problem.space, psi, turned, bent)
@@ -157,7 +159,8 @@ class Backward:
         if not step.weight_decay:
             return {}
         if step.adam is not None and step.adam.decoupled:
-            direction, rate = psi, checkpoint.learning_rate or 0.0
+            direction = self.steps.rated(problem, checkpoint, psi)
+            rate = checkpoint.learning_rate or 0.0
         decay = self.steps.decay(problem, checkpoint)
         return {name: values * (decay[name] * rate) for name, values in direction.items()}
 

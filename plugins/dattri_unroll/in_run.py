@@ -54,7 +54,7 @@ class InRun:
             raise SpecError(
                 f"{points.name}: the step at {bent[0]!r} is one of Adam or of a clipped gradient, "
                 "and no sum of the gradients of its batch, which alone can be shared out; use "
-                "'dvemb', or train with SGD without clipping"
+                "'magic', or train with SGD without clipping"
             )
         curvature, target = points.curvature, points.task.target
         if curvature is not None and not curvature.needs <= PRODUCTS:
@@ -108,7 +108,7 @@ class InRun:
                 if at in checked and columns.start == 0 and after:
                     self.steps.require(problem, checkpoint, after)
                 met = self._met(problem, checkpoint, after, columns)
-                direction, rate, turned = self.steps.through(met, turned, checkpoint)
+                direction, rate, turned = self.steps.through(problem, met, turned, checkpoint)
                 blocks = {name: DenseBlock(values) for name, values in direction.items()}
                 taken, epoch = (
                     Rows(problem.space, blocks, index),
@@ -168,8 +168,8 @@ class InRun:
         else:
             batch, size = self.steps.batch(checkpoint), problem.batch
             slope = descent_of(problem.evaluator, checkpoint, batch, self.points.train, size)
-            rate = checkpoint.learning_rate or 0.0
-            moved = {name: (rate * slope[name]).to(theta) for name, theta in at.items()}
+            rate, rate_of = checkpoint.learning_rate or 0.0, self.steps.taken(checkpoint).rate_of
+            moved = {n: (rate * rate_of(n) * slope[n]).to(theta) for n, theta in at.items()}
         single = {name: value.unsqueeze(0) for name, value in moved.items()}
         rows = from_parameters(problem.source.space, single, torch.zeros(1, dtype=torch.long))
         for step in problem.maps:

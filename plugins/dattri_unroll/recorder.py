@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from dattri_core import AdamRule, InputError, discard_leftovers
@@ -58,7 +58,7 @@ def record(
     Args:
         model: In training; only read.
         optimizer: `torch.optim.SGD`, `Adam` or `AdamW`, of all trainable parameters. Changing
-            learning rates and weight decay are followed, that of groups of parameters too, and
+            learning rates and weight decay are followed, those of groups of parameters too, and
             momentum, Nesterov's too, or betas that stay the same.
         folder: Of the run; made where there is none.
         clip: What `torch.nn.utils.clip_grad_norm_` shortens the gradient of all parameters to
@@ -111,7 +111,7 @@ class Recorder:
                 "None where it is not clipped"
             )
         _require_all_parameters(self.model, self.optimizer)
-        self._rule = _settings(self.optimizer, self.model)[2]
+        self._rule = _settings(self.optimizer, self.model).rule
         steps = recorded_steps(self.folder) if self.folder.exists() else []
         self._run = steps[0].run if steps else secrets.token_hex(8)
         self._found = len(steps)
@@ -144,15 +144,15 @@ class Recorder:
                 momentum or other betas than before; or the batch is empty or holds no positions.
         """
         self._require_in_step("step")
-        rate, decay, rule = _settings(self.optimizer, self.model)
-        if rule != self._rule:
+        settings = _settings(self.optimizer, self.model)
+        if settings.rule != self._rule:
             raise InputError(
                 f"record: the momentum of the optimiser changed from {self._rule} to "
-                f"{rule} at step {self.position}; a recorded run has one at all steps"
+                f"{settings.rule} at step {self.position}; a recorded run has one at all steps"
             )
         if not 0 < scale < float("inf"):
             raise InputError(f"record: scale is {scale} at step {self.position}, expected above 0")
-        self._write(rate, decay, epoch, None if batch is None else _positions(batch), scale)
+        self._write(settings, epoch, None if batch is None else _positions(batch), scale)
         self._recorded += 1
 
     def finish(self) -> None:
@@ -163,14 +163,14 @@ class Recorder:
                 "record: the training ended and no step was recorded; call run.step(indices) "
                 "before every optimizer.step()"
             )
-        self._write(0.0, 0.0, 0, [], 1.0)
+        self._write(_Settings(self._rule), 0, [], 1.0)
 
     def close(self) -> None:
         """Let go of the optimiser; without `finish` the run can be gone on with."""
         self._hook.remove()
 
     def _write(
-        self, rate: float, decay: Decay, epoch: int, batch: list[int] | None, scale: float
+        self, settings: _Settings, epoch: int, batch: list[int] | None, scale: float
     ) -> None:
         while self._found > self.position + 1:  # steps of the run that was stopped, the last first
             self._found -= 1
@@ -181,14 +181,15 @@ class Recorder:
         facts = StepFacts(
             self._run,
             self.position,
-            rate,
-            decay,
+            settings.rate,
+            settings.decay,
             epoch,
             batch,
             *self._rule,
             self.clip,
             float(scale),
             digest,
+            settings.rates,
         )
         write_step(self.folder, facts, own_state(self.model))
         self.position += 1
@@ -265,8 +266,25 @@ class _Rule(NamedTuple):
     adam: AdamRule | None = None
 
 
-def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[float, Decay, _Rule]:
-    """Return learning rate, weight decay and rule of SGD or Adam."""
+@frozen
+class _Settings:
+    """What an optimiser is set to before a step.
+
+    Args:
+        rule: Of all its parameters.
+        rate: The largest learning rate.
+        decay: Weight decay, by name of parameter where groups have different ones.
+        rates: Learning rates over the largest, by name of parameter, where they are others.
+    """
+
+    rule: _Rule
+    rate: float = 0.0
+    decay: Decay = 0.0
+    rates: dict[str, float] = field(factory=dict)
+
+
+def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> _Settings:
+    """Return what SGD or Adam is set to."""
     kind, groups = type(optimizer), optimizer.param_groups
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise InputError(
@@ -280,19 +298,22 @@ def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[float
             "recorded run is one of descent, torch.optim.SGD(lr=..., weight_decay=..., "
             "momentum=...) or torch.optim.AdamW(lr=..., betas=..., weight_decay=...)"
         )
-    found = {(float(g["lr"]), _rule_of(optimizer, g)) for g in groups}
-    if len(found) != 1:
+    rules = {_rule_of(optimizer, group) for group in groups}
+    if len(rules) != 1:
         raise InputError(
-            f"record: parameter groups with different learning rates, momentum or betas: "
-            f"{sorted(found, key=repr)}; a recorded run has one of each at a step"
+            "record: parameter groups with different momentum or betas: "
+            f"{sorted(rules, key=repr)}; a recorded run has one of each"
         )
-    ((rate, rule),) = found
-    decays = {float(g["weight_decay"]) for g in groups}
-    if len(decays) == 1:
-        return rate, decays.pop(), rule
     names = {id(p): name for name, p in model.named_parameters()}
-    named = {names[id(p)]: float(g["weight_decay"]) for g in groups for p in g["params"]}
-    return rate, named, rule
+
+    def by_name(what: str) -> dict[str, float]:
+        return {names[id(p)]: float(g[what]) for g in groups for p in g["params"]}
+
+    rates, decays = by_name("lr"), by_name("weight_decay")
+    rate = max(rates.values())
+    decay: Decay = decays if len(set(decays.values())) > 1 else next(iter(decays.values()))
+    others = {name: own / rate for name, own in rates.items() if own != rate}
+    return _Settings(rules.pop(), rate, decay, others)
 
 
 def _rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> _Rule:

@@ -32,7 +32,7 @@ from dattri_core import (
     take,
 )
 
-VERSION = "replay-1"
+VERSION = "replay-2"
 """Changes when the same run would be taken again otherwise."""
 TOLERANCE = 0.01
 """Largest difference of the first step from the recorded one, relative to its length."""
@@ -240,7 +240,8 @@ class RunRetraining:
         if step.clip is not None:
             nn.utils.clip_grad_norm_(trained, step.clip)
         for group in optimizer.param_groups:
-            group["lr"] = checkpoint.learning_rate
+            group["lr"] = (checkpoint.learning_rate or 0.0) * step.rate_of(group["name"])
+            group["weight_decay"] = step.decay_of(group["name"])
         optimizer.step()
 
     def _rehearse(self) -> None:
@@ -278,7 +279,7 @@ def _optimizer_of(model: nn.Module, first: Checkpoint) -> torch.optim.Optimizer:
     step: TrainingStep | None = first.step
     assert step is not None
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [p], "weight_decay": step.decay_of(n)} for n, p in named.items()]
+    groups = [{"params": [p], "name": name} for name, p in named.items()]
     rule = step.adam
     if rule is None:
         return torch.optim.SGD(

@@ -59,6 +59,7 @@ class StepFacts:
         clip: Largest norm of the gradient, where it was clipped.
         scale: What was minimised over the mean loss of the batch.
         moments: SHA-256 of the file of Adam's moments before the step; empty: it has none yet.
+        rates: Learning rates of parameters over that of the optimiser, where they are others.
     """
 
     run: str
@@ -74,6 +75,7 @@ class StepFacts:
     clip: float | None = None
     scale: float = 1.0
     moments: str = ""
+    rates: dict[str, float] = field(factory=dict)
 
     @property
     def ends(self) -> bool:
@@ -205,6 +207,7 @@ def _checkpoint(folder: Path, facts: StepFacts, count: int) -> Checkpoint:
             facts.adam,
             facts.clip,
             facts.scale,
+            facts.rates,
         ),
         optimiser=AdamState(moments_file(folder, facts.position)) if facts.moments else None,
     )

@@ -80,13 +80,14 @@ class Segments:
                 "dattri_unroll.read_run(folder)"
             )
         share = 1.0 if self.iterations is None else self.iterations / len(standing)
-        bent = [c.name for c in standing if c.step is not None and not c.step.linear]
+        bent = [c.name for c in standing if c.step and (c.step.rates or not c.step.linear)]
         if bent:
             raise SpecError(
-                f"source: the step at {bent[0]!r} is one of Adam or of a clipped gradient, and "
-                "segments are of gradient descent; use 'magic', which follows those too, or take "
-                "the run as one of SGD by giving its weights alone, Task(..., checkpoints=[paths], "
-                "learning_rates=[...]) and iterations="
+                f"source: the step at {bent[0]!r} is one of Adam, of a clipped gradient or of "
+                "different learning rates, and segments are of gradient descent at one; use "
+                "'magic', which follows those too, or take the run as one of SGD at one rate by "
+                "giving its weights alone, Task(..., checkpoints=[paths], learning_rates=[...]) "
+                "and iterations="
             )
         made = []
         for places in np.array_split(np.arange(len(standing)), self.count):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -93,14 +93,15 @@ class Steps:
     def _require_entries(self) -> None:
         """Raise `SpecError` where steps are made of single parameters, and rows are a sketch."""
         steps = map(self.taken, self.points.task.checkpoints)
-        if all(s.linear and not isinstance(s.weight_decay, Mapping) for s in steps):
+        if not any(not s.linear or s.rates or isinstance(s.weight_decay, Mapping) for s in steps):
             return
         space = self.points.problem(-1).space
         if not space.covers_parameters:
             raise SpecError(
                 f"{self.points.name}: steps of Adam, clipped gradients and groups with different "
-                f"weight decays are made entry by entry, and the rows have {space.dim} entries "
-                "that are no parameters; use no projector, projector='identity'"
+                "learning rates or weight decays are made entry by entry, and the rows have "
+                f"{space.dim} entries that are no parameters; use no projector, "
+                "projector='identity'"
             )
 
     @property
@@ -225,12 +226,22 @@ class Steps:
         step = self.taken(checkpoint)
         if not isinstance(step.weight_decay, Mapping):
             return {spec.name: step.weight_decay for spec in problem.space}
-        chosen = problem.evaluator.selected
-        each = {name: torch.full_like(t, step.decay_of(name)) for name, t in chosen.items()}
-        return dict(rows_of(problem.space, each, next(iter(chosen.values()))))
+        return dict(_by_entry(problem, step.decay_of))
+
+    def rated(self, problem: TrainProblem, checkpoint: Checkpoint, rows: Named) -> Named:
+        """Return rows times the learning rates of their entries over that of the step.
+
+        Returns:
+            New tensors, or the rows themselves where all have one rate.
+        """
+        step = self.taken(checkpoint)
+        if not step.rates:
+            return rows
+        rates = _by_entry(problem, step.rate_of)
+        return {name: values * rates[name] for name, values in rows.items()}
 
     def through(
-        self, rows: Named, turned: Named | None, checkpoint: Checkpoint
+        self, problem: TrainProblem, rows: Named, turned: Named | None, checkpoint: Checkpoint
     ) -> tuple[Named, float, Named | None]:
         """Return what the gradients of a step meet, given what its weights and later ones meet.
 
@@ -239,6 +250,7 @@ class Steps:
         d is zero. Without momentum u = eta rows.
 
         Args:
+            problem: At the checkpoint.
             rows: ``[C, ...]`` by block.
             turned: t', None at the last step; t is written over it.
             checkpoint: From which the step was taken.
@@ -248,6 +260,7 @@ class Steps:
             only Nesterov's are new ones.
         """
         step, rate = self.taken(checkpoint), checkpoint.learning_rate or 0.0
+        rows = self.rated(problem, checkpoint, rows)
         if not step.momentum:
             return rows, rate, None
         share = rate * step.momentum if step.nesterov else rate
@@ -261,3 +274,10 @@ class Steps:
             return turned, kept, turned
         ahead = {n: torch.add(v * kept, rows[n], alpha=rate) for n, v in turned.items()}
         return ahead, 1.0, turned
+
+
+def _by_entry(problem: TrainProblem, number: Callable[[str], float]) -> Named:
+    """Return a number of each parameter at all of its entries, one row ``[1, ...]`` by block."""
+    chosen = problem.evaluator.selected
+    each = {name: torch.full_like(t, number(name)) for name, t in chosen.items()}
+    return rows_of(problem.space, each, next(iter(chosen.values())))

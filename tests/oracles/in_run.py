@@ -33,7 +33,7 @@ def moves(run: Descent) -> list[tuple[Tensor, list[int], Tensor]]:
         players = [*players, *batch, DECAY]
         direct = torch.cat([torch.zeros_like(velocity[: -len(fresh)]), fresh])
         way = direct + run.momentum * velocity if run.nesterov else velocity
-        found.append((theta, list(players), rate * way))
+        found.append((theta, list(players), rate * run.paces() * way))
         torch.testing.assert_close(theta - found[-1][2].sum(0), path[step + 1], rtol=1e-12, atol=0)
     return found
 

@@ -26,6 +26,7 @@ class Descent:
         clip: Largest norm of the gradient without decay, as torch clips it.
         frozen: Parameters that are not trained.
         scale: What is minimised over the mean loss.
+        shares: By name, what multiplies the learning rate of a parameter.
     """
 
     model: torch.nn.Module
@@ -41,6 +42,14 @@ class Descent:
     clip: float | None = None
     frozen: tuple[str, ...] = ()
     scale: float = 1.0
+    shares: dict[str, float] | None = None
+
+    def paces(self) -> Tensor | float:
+        """Return what multiplies the learning rate of each number, or 1."""
+        if self.shares is None:
+            return 1.0
+        named = self.model.named_parameters()
+        return torch.cat([torch.full_like(p, self.shares[n]).flatten() for n, p in named])
 
     def moving(self) -> Tensor:
         """Return 1 for each number that is trained, else 0."""
@@ -77,6 +86,7 @@ class Descent:
         first = second = torch.zeros_like(theta)
         for step, rate in enumerate(self.rates):
             path.append(theta)
+            rate = rate * self.paces()
             index = torch.tensor(self.batches[step])
 
             def mean(theta: Tensor, step: int = step, index: Tensor = index) -> Tensor:

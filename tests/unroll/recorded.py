@@ -54,11 +54,17 @@ def train_step(model, optimizer, loss, data, indices):
     loss(model(data[0][indices]), data[1][indices]).mean().backward()
 
 
-def groups_of(model, decay):
-    """Return groups of parameters with a weight decay of their own, where it is a dict."""
-    if not isinstance(decay, dict):
-        return [{"params": list(model.parameters()), "weight_decay": decay}]
-    return [{"params": [p], "weight_decay": decay[n]} for n, p in model.named_parameters()]
+def groups_of(model, decay, shares=None):
+    """Return groups of parameters with a weight decay and rate of their own, where given so."""
+    if not isinstance(decay, dict) and shares is None:
+        return [{"params": list(model.parameters()), "weight_decay": decay, "share": 1.0}]
+    names = [name for name, _ in model.named_parameters()]
+    decay = decay if isinstance(decay, dict) else dict.fromkeys(names, decay)
+    shares = shares or dict.fromkeys(names, 1.0)
+    return [
+        {"params": [p], "weight_decay": decay[n], "share": shares[n]}
+        for n, p in model.named_parameters()
+    ]
 
 
 def run_recorded(
@@ -71,6 +77,7 @@ def run_recorded(
     adam=None,
     clip=None,
     scale=1.0,
+    shares=None,
     **momentum,
 ):
     """Train the model and record it; return the run as the oracles take it."""
@@ -78,7 +85,7 @@ def run_recorded(
     if batches is None:
         batches, rates = schedule()
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    groups = groups_of(model, decay)
+    groups = groups_of(model, decay, shares)
     if adam is None:
         optimizer = torch.optim.SGD(groups, lr=1.0, **momentum)
     else:
@@ -87,7 +94,7 @@ def run_recorded(
     with record(model, optimizer, folder, clip=clip) as run:
         for step, (indices, rate) in enumerate(zip(batches, rates, strict=True)):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             train_step(
                 model, optimizer, lambda *given: scale * LOSSES[loss](*given), train, indices
             )
@@ -106,5 +113,6 @@ def run_recorded(
         adam=adam,
         clip=clip,
         scale=scale,
+        shares=shares,
         **momentum,
     )

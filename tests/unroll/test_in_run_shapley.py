@@ -53,6 +53,21 @@ def test_it_is_the_shapley_value_over_all_subsets_of_each_step(momentum, decay, 
     assert (got[[4, 6, 8, 9, 10]] == 0).all()  # no step saw them
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_groups_move_at_learning_rates_of_their_own(momentum, order, tmp_path):
+    made = network()
+    shares = {"0.weight": 0.5, "0.bias": 2.0, "2.weight": 1.0, "2.bias": 0.0}
+    run = run_recorded(made, tmp_path, shares=shares, **SHORT, **momentum)
+    got = scores_of(made, tmp_path, curvature=ORDERS[order], tolerance=1e-9).values
+    close(got, enumerated(run, made[3], order)[0], 1e-10)
+    model, loss, train, test = made
+    if not momentum:  # the last steps are known without the weights after them
+        task = dattri.Task(model, loss, checkpoints=read_run(tmp_path)[:-1])
+        method = dattri.method("in-run-shapley", curvature=ORDERS[order])
+        close(method.attribute(task, train, test, progress=False).values, got, 1e-10)
+
+
 def test_the_second_order_differs_from_the_first(tmp_path):
     made = network()
     run_recorded(made, tmp_path, **SHORT)

@@ -275,12 +275,14 @@ def test_no_run_is_refused(tmp_path):
             "has 1 that are not the model's",
         ),
         (
-            lambda p: torch.optim.SGD([{"params": [q], "lr": 0.1 * q.dim()} for q in p]),
-            "groups with different learning rates, momentum or betas",
+            lambda p: torch.optim.SGD(
+                [{"params": [q], "momentum": 0.1 * q.dim()} for q in p], lr=0.1
+            ),
+            "groups with different momentum or betas",
         ),
         (
             lambda p: torch.optim.Adam([{"params": [q], "betas": (0.1 * q.dim(), 0.9)} for q in p]),
-            "groups with different learning rates, momentum or betas",
+            "groups with different momentum or betas",
         ),
     ],
 )
@@ -368,3 +370,15 @@ def test_a_run_that_is_killed_at_any_moment_goes_on(tmp_path):
     assert report["moments"] >= 12  # a file is opened and renamed for each of 6 states
     assert report["different"] == 0
     assert report["left"] == 0
+
+
+def test_learning_rates_by_group_are_written_over_the_largest(tmp_path):
+    made = network()
+    shares = {"0.weight": 0.5, "0.bias": 2.0, "2.weight": 2.0, "2.bias": 0.0}
+    run_recorded(made, tmp_path, shares=shares)
+    *steps, last = read_run(tmp_path)
+    for checkpoint, rate in zip(steps, schedule()[1], strict=True):
+        assert checkpoint.learning_rate == 2 * rate
+        assert checkpoint.step.rates == {"0.weight": 0.25, "2.bias": 0.0}
+        assert checkpoint.step.rate_of("2.weight") == 1.0
+    assert last.step.rates == {}

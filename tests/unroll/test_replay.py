@@ -15,11 +15,14 @@ import dattri_core as dattri
 
 SLOW = {"rates": [0.05 / (1 + 0.2 * s) for s in range(9)], "batches": schedule()[0]}
 DECAYS = {"0.weight": 0.2, "0.bias": 0.0, "2.weight": 0.1, "2.bias": 0.0}
+SHARES = {"0.weight": 0.5, "0.bias": 2.0, "2.weight": 0.0, "2.bias": 0.3}
 RUNS = {
     "sgd": {},
     "momentum": {"momentum": 0.9, "dampening": 0.3, "decay": DECAYS},
     "nesterov, clipped": {"momentum": 0.8, "nesterov": True, "clip": 0.4, "scale": 0.7},
     "adam": {"adam": (0.9, 0.99, 1e-3, False), "decay": 0.1, **SLOW},
+    "momentum, rates by group": {"momentum": 0.9, "decay": 0.1, "shares": SHARES},
+    "adam, rates by group": {"adam": (0.9, 0.99, 1e-3, False), "shares": SHARES, **SLOW},
     "adamw, clipped": {"adam": (0.8, 0.95, 1e-2, True), "decay": DECAYS, "clip": 0.5, **SLOW},
 }
 

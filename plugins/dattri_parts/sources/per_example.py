@@ -64,7 +64,7 @@ class PerExample:
             return _bind(task, checkpoint, plain(sample))
 
     def reopen(self, task: Task, checkpoint: Checkpoint, sample: Any) -> BoundPerExample:
-        """Learn the model's calls; one train row is compared with autograd, a store has the rest."""
+        """Learn the model's calls; of train rows one is compared, a store has the others."""
         with torch.inference_mode(False):
             return _bind(task, checkpoint, plain(sample), unseen=("train",))
 
