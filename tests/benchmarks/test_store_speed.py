@@ -23,8 +23,8 @@ THEME = Theme(
     "build that keeps nothing, taken in turns, the shortest of five each. Second test set: "
     "`attribute` for as many other test examples, of the fitted method and of one that opens the "
     "store anew, against the first that computes the train rows. One that opens the store anew "
-    "also looks at the model and the data again, which takes as long for any train set. Kept fits: "
-    "a fit with `fits=` at an empty folder, and one that finds its fit there, against one without; "
+    "also makes the rows of a few train examples and looks at the data, which takes as long for "
+    "any train set of a network. Kept fits: a fit with `fits=` at an empty folder, and one that finds its fit there, against one without; "
     "no goal was set.",
 )
 SKETCH = {"projector": {"name": "block-count-sketch", "dim": 2048}}
