@@ -21,20 +21,6 @@ SHORT = 60
 """Characters of a cell that are shown; what failed says why at length in its own table."""
 
 
-BEFORE = frozenset(
-    {
-        "bench_mnist_mlp",
-    }
-)
-"""Tables whose intervals are those of the bootstrap of before."""
-INTERVALS = (
-    "Intervals of tables with a star are those of the bootstrap that was used until",
-    "[formulas](../metrics.md#intervals) took its place for metrics with bounds: of correlations",
-    "over 40 tests and more they hardly differ, of areas and shares near 1 they are too narrow.",
-)
-"""Of those tables; to be dropped with the last of them."""
-
-
 def results_page() -> str:
     """Return ``results/index.md``: every table with what it is about."""
     return page(_index())
@@ -80,9 +66,6 @@ def _index() -> Iterator[str]:
             yield ""
             yield f"## {title}"
             yield ""
-            if mine[0].stem.startswith(BENCH):
-                yield from INTERVALS
-                yield ""
             yield from table(
                 ("table", "about"),
                 [(_linked(path), _about(path)) for path in mine],
@@ -90,8 +73,7 @@ def _index() -> Iterator[str]:
 
 
 def _linked(path: Path) -> str:
-    star = " \\*" if path.stem in BEFORE else ""
-    return f"[{title_of(path)}]({path.name}){star}"
+    return f"[{title_of(path)}]({path.name})"
 
 
 def _about(path: Path) -> str:

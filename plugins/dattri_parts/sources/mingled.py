@@ -37,7 +37,7 @@ class Mingled:
     trio: Tensor
 
     @staticmethod
-    def of(sample: Any, evaluator: Evaluator, most: int = MANY) -> Mingled:
+    def of(sample: Any, evaluator: Evaluator, most: int) -> Mingled:
         """Return the examples of a sample that are looked at beside each other."""
         bytes_of = sum(t.nbytes for t in evaluator.parameters.values())
         count = min(batch_size(sample), most if bytes_of < LARGE else EXAMPLES)

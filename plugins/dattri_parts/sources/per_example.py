@@ -23,7 +23,7 @@ from dattri_parts.sources.bound import BoundPerExample, Role
 from dattri_parts.sources.fallback import RepeatError
 from dattri_parts.sources.finite import plain
 from dattri_parts.sources.habits import Habits, UnseenCallError
-from dattri_parts.sources.mingled import Mingled
+from dattri_parts.sources.mingled import MANY, Mingled
 from dattri_parts.sources.plan import make_plan
 from dattri_parts.sources.rehearse import rehearse
 from dattri_parts.sources.resolve import CURE, resolve, slots_of
@@ -84,7 +84,7 @@ def _bind(
     _require_hooks(task.model)
     evaluator = Evaluator(task, checkpoint, take(sample, slice(0, EXAMPLES)), unseen)
     trio = take(sample, torch.arange(EXAMPLES) % batch_size(sample))
-    look = Mingled.of(sample, evaluator)
+    look = Mingled.of(sample, evaluator, EXAMPLES if unseen else MANY)
     slots = slots_of(task.model, evaluator.selected)
     roles: tuple[Role, ...] = ("train",) if task.target is None else ("train", "test")
     refused: set[nn.Module] = set()
