@@ -24,8 +24,8 @@ THEME = Theme(
     "`attribute` for as many other test examples, of the fitted method and of one that opens the "
     "store anew, against the first that computes the train rows. One that opens the store anew "
     "also makes the rows of a few train examples and looks at the data, which takes as long for "
-    "any train set of a network. Kept fits: a fit with `fits=` at an empty folder, and one that finds its fit there, against one without; "
-    "no goal was set.",
+    "any train set of a network. Kept fits: a fit with `fits=` at an empty folder, and one that "
+    "finds its fit there, against one without; no goal was set.",
 )
 SKETCH = {"projector": {"name": "block-count-sketch", "dim": 2048}}
 WORLDS: dict[str, tuple[Any, ...]] = {
@@ -69,7 +69,9 @@ def test_store_write(
 
 
 @pytest.mark.parametrize(
-    ("n_train", "anew"), [(500, False), (500, True), (1000, True)], ids=["fitted", "anew", "more"]
+    ("n_train", "anew"),
+    [(500, False), (500, True), (1000, True), (2000, True)],
+    ids=["fitted", "anew", "more", "most"],
 )
 def test_store_second_test_set(
     benchmark: Any, worlds: Any, row: Any, tmp_path: Path, n_train: int, anew: bool

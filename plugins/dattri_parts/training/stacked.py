@@ -118,15 +118,19 @@ def check_stackable(model: nn.Module) -> None:
 
 
 def _stacks(members: Sequence[Member], most: int, workers: int) -> Iterator[list[int]]:
-    """Yield positions of members that have as many examples, hence steps."""
+    """Yield positions of members that have as many examples, hence steps.
+
+    There are as many stacks for each core: none waits for the last ones of another.
+    """
     groups: dict[int, list[int]] = {}
     for k, member in enumerate(members):
         groups.setdefault(len(member.index), []).append(k)
     for group in groups.values():
-        count = max(math.ceil(len(group) / most), min(workers, len(group)))
-        size = math.ceil(len(group) / count)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+        rounds = math.ceil(len(group) / (most * workers))
+        count = min(rounds * workers, len(group))
+        ends = [len(group) * (k + 1) // count for k in range(count)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield group[start:end]
 
 
 def _stack_size(

@@ -197,3 +197,16 @@ def test_an_error_in_one_stack_stops_the_others(monkeypatch):
             torch.device("cpu"),
         )
     assert len(steps) < 50_000
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("most", [1, 4, 11, 100])
+def test_every_core_has_as_many_stacks(most, workers):
+    members = [stacked.Member(torch.arange(5), seed) for seed in range(50)]
+    cut = list(stacked._stacks(members, most, workers))
+    sizes = [len(stack) for stack in cut]
+    assert [k for stack in cut for k in stack] == list(range(50))
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert len(cut) % workers == 0 or sizes == [1] * 50
+    assert len(cut) - workers < 50 / most  # no more of them than fill the cores once more
