@@ -9,7 +9,8 @@ import torch
 from attrs import evolve, field, frozen
 from toy_row_parts import ToyFold, ToyProjector, ToyScorer
 from toy_solver_parts import ToySolver
-from toy_world_parts import ToyFisher, ToyGGN, ToyInverseHessian, ToySource
+from toy_sources import ToySource
+from toy_world_parts import ToyFisher, ToyGGN, ToyInverseHessian
 
 import dattri_core as dattri
 from dattri_core.discovery import Origin, Plugin

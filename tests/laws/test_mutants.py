@@ -17,18 +17,15 @@ from toy_row_parts import (
     ToyScorer,
 )
 from toy_solver_parts import ToyRootSolver, ToySolver, ToySpectralSolver
-from toy_world_parts import (
+from toy_sources import (
     ToyDataSource,
     ToyEnsemble,
     ToyFeatures,
-    ToyFisher,
-    ToyGGN,
-    ToyInverseHessian,
     ToyMargin,
     ToySided,
     ToySource,
-    ToySpectrum,
 )
+from toy_world_parts import ToyFisher, ToyGGN, ToyInverseHessian, ToySpectrum
 
 import dattri_core as dattri
 from dattri_core.laws import KINDS, bench_of, check, find, laws_of
@@ -45,7 +42,7 @@ def inverting(**changes):
 def registry():
     """Return the installed parts and the toys, so that toys have specs."""
     made = Registry.discovered()
-    made.part("source", "toy", "toy_world_parts:ToySource")
+    made.part("source", "toy", "toy_sources:ToySource")
     made.part("curvature", "toy", "toy_world_parts:ToyGGN")
     made.part("solver", "toy", "toy_solver_parts:ToySolver")
     made.part("scorer", "toy", "toy_row_parts:ToyScorer")
