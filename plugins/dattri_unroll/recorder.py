@@ -144,6 +144,7 @@ class Recorder:
                 momentum or other betas than before; or the batch is empty or holds no positions.
         """
         self._require_in_step("step")
+        _require_all_parameters(self.model, self.optimizer)  # a group may have been added
         settings = _settings(self.optimizer, self.model)
         if settings.rule != self._rule:
             raise InputError(

@@ -382,3 +382,14 @@ def test_learning_rates_by_group_are_written_over_the_largest(tmp_path):
         assert checkpoint.step.rates == {"0.weight": 0.25, "2.bias": 0.0}
         assert checkpoint.step.rate_of("2.weight") == 1.0
     assert last.step.rates == {}
+
+
+def test_a_foreign_group_that_is_added_on_the_way_is_refused(tmp_path):
+    model = network()[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(dattri.InputError, match="has 1 that are not the model's"),
+        record(model, optimizer, tmp_path) as run,
+    ):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        run.step([0])
