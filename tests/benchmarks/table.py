@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dattri_parts.measuring.machine import hardware
 
 FOLDER = Path(os.environ.get("DATTRI_BENCH_TABLE", ".benchmarks/tables"))
 
@@ -89,8 +90,8 @@ def machine() -> str:
     """Return where the numbers come from."""
     accelerator = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
-        f"{accelerator}{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, Python {platform.python_version()}"
+        f"{accelerator}{os.cpu_count()} cores ({hardware()['processor']}, {platform.machine()}), "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     )
 
 
