@@ -91,7 +91,8 @@ def machine() -> str:
     accelerator = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
         f"{accelerator}{os.cpu_count()} cores ({hardware()['processor']}, {platform.machine()}), "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
     )
 
 
