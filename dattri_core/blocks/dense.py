@@ -18,7 +18,7 @@ from dattri_core.blocks.block import (
     require_alike,
 )
 from dattri_core.blocks.finite import all_finite
-from dattri_core.blocks.inputs import accumulate, applied, product
+from dattri_core.blocks.inputs import accumulate, applied, applied_to_outputs, product
 from dattri_core.contract import Order, Shape, limit_now, plan_pair, rows_per_slice
 from dattri_core.errors import SpecError
 
@@ -116,8 +116,7 @@ class DenseBlock:
                 f"map on factors: rows of shape {self.shape} have no outputs and inputs; "
                 "only blocks of shape (O, I) do"
             )
-        values = applied(on_inputs, self.values)
-        return DenseBlock(applied(on_outputs, values.mT).mT)
+        return DenseBlock(applied_to_outputs(on_outputs, applied(on_inputs, self.values)))
 
     def scale(self, weights: Tensor) -> DenseBlock:
         """Multiply row b by ``weights[b]``."""

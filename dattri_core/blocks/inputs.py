@@ -157,6 +157,17 @@ def applied(function: LinearFunction | None, vectors: Tensor) -> Tensor:
     return function(vectors)
 
 
+def applied_to_outputs(function: LinearFunction | None, values: Tensor) -> Tensor:
+    """Return the function of the axis before the last one, ``[..., O', I]``.
+
+    By a matrix the numbers come out as they lie in a row, and no turned copy is made.
+    """
+    if isinstance(function, Tensor) and not has_tensor_cores(values):
+        wide = accumulate(values)
+        return _for_all_rows(function).to(wide.dtype) @ wide
+    return applied(function, values.mT).mT
+
+
 def _for_all_rows(matrix: Tensor) -> Tensor:
     """Return a matrix; a stack of them, one a row, would meet the rows of a base, or inputs."""
     if matrix.dim() != 2:
