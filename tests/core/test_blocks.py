@@ -332,3 +332,15 @@ def test_all_finite_finds_what_is_not_and_bears_sums_that_overflow(dtype, bad):
     both = torch.zeros(4, dtype=dtype)
     both[0], both[2] = bad, -bad
     assert not all_finite(both)
+
+
+def test_formed_rows_lie_as_rows_after_a_map():
+    """Those of queries are read for every train batch; turned ones would be copied each time."""
+    values, left, right = (
+        torch.randn(*size, dtype=torch.float64) for size in ((3, 4, 5), (6, 4), (7, 5))
+    )
+    made = DenseBlock(values).map(right, left).values
+    torch.testing.assert_close(made, torch.einsum("boi,po,qi->bpq", values, left, right))
+    assert made.is_contiguous()
+    turned = DenseBlock(values).map(None, lambda given: given @ left.mT).values
+    torch.testing.assert_close(turned, torch.einsum("boi,po->bpi", values, left))
