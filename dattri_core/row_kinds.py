@@ -205,11 +205,12 @@ class RowReader:
 
     def _uniforms(self, index: Tensor, outputs: Tensor) -> Draw:
         """Return uniform numbers keyed by the position of each example, never by its batch."""
-        generators = [self.random.generator("fisher", int(at), self.draw) for at in index]
+        keys = [("fisher", at, self.draw) for at in index.tolist()]
+        shapes: list[tuple[int, ...]] = []
 
         def draw(*shape: int) -> Tensor:
-            numbers = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
-            return torch.stack(numbers).to(outputs.device)
+            shapes.append(shape)  # other numbers at each call: those after the ones before
+            return self.random.uniform(keys, shapes)[-1].to(outputs.device)
 
         return draw
 

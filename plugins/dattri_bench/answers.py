@@ -12,6 +12,7 @@ from dattri_parts.measuring.attribution import (
     Attribution,
     attribute,
     follows_run,
+    is_iterative,
     referenced,
     self_influence,
 )
@@ -21,6 +22,8 @@ from dattri_bench.records import Records
 from dattri_core import FittedMethod, Method, Task, World
 
 Array = np.ndarray[Any, Any]
+OWN, SOLVED = "self_influence", "solved_self_influence"
+"""What a record says of self-influence: as the method gives it, and where it was solved for."""
 
 
 class Attributing(Protocol):
@@ -98,19 +101,25 @@ class Answers:
                 raise
         return self._values
 
-    def self_influence(self) -> tuple[Array | None, str]:
-        """Return ``[n_train]``, read-only, or None and why the method has none."""
+    def self_influence(self, solves: bool = False) -> tuple[Array | None, str]:
+        """Return ``[n_train]``, read-only, or None and why the method has none.
+
+        Args:
+            solves: Also where each train example takes an iterative solve over the train set. What
+                came of it is no answer without: metrics give the same in any order.
+        """
         self.scores()  # so that there is a record to add to
         facts = self.facts
-        known = facts.get("self_influence")
-        kept = self._records.self_influence(self._address)
+        key = SOLVED if solves and is_iterative(self._made) else OWN
+        known = facts.get(key)
+        kept = self._records.self_influence(self._address) if known else None
         if known is not None and (known["note"] or kept is not None):
-            return _shut(kept), known["note"]
+            return (None if known["note"] else _shut(kept)), known["note"]
         fitted = None if self._run is None else self._run.fitted
         if fitted is None and isinstance(self._made, Method):
             fitted = self._attributing.fit(self._made, self.task())
         before = 0 if fitted is None else fitted.train.reads
-        found = self_influence(self._made, fitted, self.task(), self._world)
+        found = self_influence(self._made, fitted, self.task(), self._world, solves=solves)
         passes = None if fitted is None else (fitted.train.reads - before) / len(fitted.train)
         if found.values is not None:
             self._records.keep_self_influence(self._address, found.values)
@@ -120,8 +129,14 @@ class Answers:
             "note": found.note,
             "notes": list(found.notes),
         }
-        self._records.write("attributions", self._address, {**facts, "self_influence": added})
+        self._records.write("attributions", self._address, {**facts, key: added})
         return _shut(found.values), found.note
+
+    def said(self, solves: bool) -> dict[str, Any]:
+        """Return `facts` for the record of a metric that asked for self-influence so."""
+        facts = dict(self.facts)
+        solved = facts.pop(SOLVED, None)
+        return facts if solved is None or not solves else {**facts, OWN: solved}
 
     def of_other(self, task: Task) -> Array:
         """Return the scores of the same method for another trained model of the world.
@@ -146,13 +161,13 @@ class Answers:
         run = self._attributing.attribute(self._made, self.task())
         self._run = run
         self._records.keep_scores(self._address, run.scores)
-        known = self.facts.get("self_influence")  # of scores too large to be kept
+        known = self.facts  # of scores too large to be kept
         facts: dict[str, Any] = {
             "seconds": run.seconds,
             "peak_bytes": run.peak,
             "passes": None if run.passes is None else asdict(run.passes),
             "notes": list(run.notes),
-            **({} if known is None else {"self_influence": known}),
+            **{key: known[key] for key in (OWN, SOLVED) if key in known},
         }
         self._records.write("attributions", self._address, facts)
         return _plain(run.scores.values)

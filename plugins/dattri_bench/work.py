@@ -107,7 +107,7 @@ class Work:
             "result": plain_result(result),
             "metric_seconds": seconds,
             "models": models(),
-            "attribution": answers.facts,
+            "attribution": answers.said("self-influence" in cell.measure.metric.needs),
         }
 
     def _evidence(self, measure: Measure, answers: Answers, seed: int) -> Evidence:
@@ -120,7 +120,7 @@ class Work:
         scores = answers.scores()
         own, note = None, ""
         if needs & {"self-influence", "mislabelled"}:
-            own, note = answers.self_influence()
+            own, note = answers.self_influence("self-influence" in needs)
         if "self-influence" in needs and own is None:
             raise InputError(f"bench: no self-influence: {note}")
         return self._evidence_of(scores, own, needs, answers.of_other, seed)

@@ -26,6 +26,11 @@ SETTINGS = (
         "The digits, half of them as negatives: a mixture of two sources",
     ),
     ("mnist-lr", "mnist:lr_setting", "MNIST with logistic regression, to its optimum"),
+    (
+        "mnist-lr-sgd",
+        "mnist:lr_sgd_setting",
+        "MNIST with logistic regression, 20 epochs of plain SGD as in dattri's benchmark",
+    ),
     ("mnist-mlp", "mnist:mlp_setting", "MNIST with a network of 109,386 parameters"),
     (
         "cifar2-resnet9",

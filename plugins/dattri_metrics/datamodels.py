@@ -111,18 +111,35 @@ class LinearDatamodelingScore:
         subsets: r, models to train.
         fraction: Of the train set that each subset holds.
         ceiling: Train on every subset a second time, with another seed, for the noise ceiling.
+        one_seed: Train every model with the seed of the evidence, in ``dattri bench`` that of the
+            attributed model, so that all begin at its weights: what differs is the train set, and
+            with it the order of examples, but not the start. By default each has a seed of its
+            own, as in Park et al. 2023.
+
+    Raises:
+        InputError: A ceiling of one seed is asked for; there is no second training to compare with.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"retraining"})
     subsets: int = 50
     fraction: float = 0.5
     ceiling: bool = False
+    one_seed: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.ceiling and self.one_seed:
+            raise InputError(
+                "lds: ceiling=true trains every subset again with another seed, and one_seed=true "
+                "allows one; give one of the two"
+            )
 
     def measure(self, evidence: Evidence) -> MetricResult:
         """Return the score with its interval."""
         scores = scores_of(NAME, evidence)
         outcomes_of(NAME, evidence)
         plan = random_subsets(len(scores), self.subsets, fraction=self.fraction, seed=evidence.seed)
+        if self.one_seed:
+            plan = [Counterfactual(c.mask, evidence.seed) for c in plan]
         second = [Counterfactual(c.mask, other_seed(c.seed, 1)) for c in plan]
         truth = goodness(NAME, evidence, [*plan, *second] if self.ceiling else plan)
         return lds(

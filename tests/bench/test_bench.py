@@ -246,10 +246,9 @@ def test_when_nothing_gives_a_number_the_status_says_so(tmp_path):
 
 
 def test_what_a_metric_cannot_have_is_said(tmp_path):
-    words = ("--methods", "counted", "grad-dot", "if-cg", "knn-shapley")
+    words = ("--methods", "counted", "grad-dot", "knn-shapley")
     bench(tmp_path, *words, "--metrics", "own", "sneaky", "nan")
     assert "no score of an example for itself" in row_of(tmp_path, "counted", "own")["error"]
-    assert "iterative solve" in row_of(tmp_path, "if-cg", "own")["error"]
     assert "sees all train examples" in row_of(tmp_path, "knn-shapley", "own")["error"]
     world = ToySetting().load((24, 8), seed=0, wrong=0.0)
     own = dattri.method("grad-dot").fit(world.task, world.train).self_influence()
@@ -305,18 +304,6 @@ def test_rows_that_lack_seeds_are_marked_and_come_last(tmp_path, capsys):
     assert any("Rows that lack seeds" in note for note in results(tmp_path)["notes"])
     bench(tmp_path, "--methods", "counted", *words)
     assert "Rows that lack seeds" not in capsys.readouterr().out
-
-
-def test_self_influence_is_kept_for_further_metrics(tmp_path):
-    bench(tmp_path, "--methods", "grad-dot", "--metrics", "own")
-    value = row_of(tmp_path, "grad-dot", "own")["value"]
-    (path,) = (tmp_path / "self-influence").iterdir()
-    assert np.isclose(np.load(path).sum(), value)
-    for cell in (tmp_path / "cells").iterdir():
-        cell.unlink()
-    np.save(path, 2 * np.load(path))
-    bench(tmp_path, "--methods", "grad-dot", "--metrics", "own")
-    assert np.isclose(row_of(tmp_path, "grad-dot", "own")["value"], 2 * value)
 
 
 def test_a_method_along_the_run_is_one_row_whatever_the_models(tmp_path):

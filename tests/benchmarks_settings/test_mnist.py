@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import struct
 import urllib.error
@@ -165,9 +166,28 @@ def test_logistic_regression_is_at_its_one_optimum():
     assert world.damping == mnist.L2
 
 
+def test_plain_steps_are_those_of_the_published_benchmark(small):
+    """theta' = theta - 0.01 times the gradient of the mean loss of 32 images, 20 times over all."""
+    world = mnist.lr_sgd_setting.load((64, 30), seed=1)
+    points = world.steps().checkpoints
+    steps = [point for point in points if point.step.batch.numel()]
+    assert [len(point.step.batch) for point in steps] == [32] * 40
+    for at, after in itertools.pairwise(points):
+        weight, bias = (at.source[f"1.{name}"] for name in ("weight", "bias"))
+        images, labels = (part[at.step.batch] for part in world.train)
+        error = (images.flatten(1) @ weight.T + bias).softmax(1)
+        error -= torch.nn.functional.one_hot(labels, 10)
+        moved = weight - 0.01 * error.T @ images.flatten(1) / 32
+        assert torch.allclose(after.source["1.weight"], moved, atol=1e-6)
+        assert torch.allclose(after.source["1.bias"], bias - 0.01 * error.mean(0), atol=1e-6)
+    assert world.damping == pytest.approx(1 / (0.01 * 20 * np.ceil(5000 / 32)), rel=0.1)
+
+
 @pytest.mark.slow
 @have_mnist
-@pytest.mark.parametrize(("name", "least"), [("lr_setting", 0.88), ("mlp_setting", 0.93)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("lr_setting", 0.88), ("lr_sgd_setting", 0.88), ("mlp_setting", 0.93)]
+)
 def test_networks_learn_at_full_size(name, least):
     world = getattr(mnist, name).load()
     assert world.facts["test_accuracy"] > least

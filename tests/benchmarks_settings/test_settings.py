@@ -26,7 +26,7 @@ from dattri_core.laws import NotApplicable, bench_of, find, laws_of
 from dattri_core.laws.settings import SIZE
 
 NAMES = default_registry().names("setting")
-QUICK = {"digits", "digits-parity", "digits-marked", "digits-mixed", "mnist-mlp"}
+QUICK = {"digits", "digits-parity", "digits-marked", "digits-mixed", "mnist-lr-sgd", "mnist-mlp"}
 """The others take more than their share of CI's time even at this size."""
 TINY = SIZE
 LOSSES = {"cross-entropy": cross_entropy, "causal-lm": causal_lm}

@@ -157,6 +157,21 @@ def test_labels_are_drawn_anew_for_each_draw_seed_and_checkpoint():
         assert not close(other, first, 1e-3)
 
 
+def test_a_loss_that_draws_twice_gets_other_numbers_in_any_batch():
+    seen = []
+
+    def sample(outputs, batch, draw):
+        seen.append(torch.cat([draw(5), draw(5)], dim=1))
+        return dattri.cross_entropy.sample(outputs, batch, draw)
+
+    for batch in (N, 2):
+        task, train, _ = world(n_train=N, loss=evolve(dattri.cross_entropy, sample=sample))
+        list(problem(task, train, batch=batch).rows(kind="fisher"))
+    whole, parts = seen[0], torch.cat(seen[1:])
+    assert torch.equal(whole, parts)
+    assert len(whole.unique()) == whole.numel() == 10 * N
+
+
 def test_fisher_rows_are_gradients_at_labels_of_the_model():
     task, train, seen = problem_in("network", "per-example")
     space = seen.space

@@ -190,6 +190,17 @@ def test_the_part_trains_subsets_and_their_twins():
     assert gain == found  # minus the loss, more is better
 
 
+def test_one_seed_trains_the_same_subsets_from_the_start_of_the_model():
+    truth = effects()
+    each, one = Additive(truth, noise=1.0), Additive(truth, noise=1.0)
+    LinearDatamodelingScore(30).measure(evidence_of(truth, each, seed=4))
+    LinearDatamodelingScore(30, one_seed=True).measure(evidence_of(truth, one, seed=4))
+    assert [c.mask.tolist() for c in one.asked] == [c.mask.tolist() for c in each.asked]
+    assert {c.seed for c in one.asked} == {4}
+    with pytest.raises(InputError, match="one_seed=true allows one"):
+        LinearDatamodelingScore(ceiling=True, one_seed=True)
+
+
 def test_scores_in_tenths_have_the_ties_of_whole_numbers():
     random = np.random.default_rng(0)
     whole = random.integers(-3, 4, size=(30, 8)).astype(float)

@@ -19,6 +19,7 @@ from dattri_core import (
     Damping,
     FittedMethod,
     Method,
+    PreconditionedSolver,
     Scores,
     SpecError,
     Task,
@@ -28,7 +29,10 @@ from dattri_core import (
 from dattri_parts.measuring.peak import PeakMemory
 
 Array = np.ndarray[Any, Any]
-ITERATIVE = "each train example would need an iterative solve over the whole train set"
+ITERATIVE = (
+    "each train example would need an iterative solve over the whole train set, which a metric "
+    "with by='self-influence' asks for"
+)
 WHOLE_COLUMNS = "the scorer sees all train examples at once and gives none a score for itself"
 TWO_KINDS = "train rows are of another kind than test rows, and none is its own query"
 NOT_OFFERED = "the method gives no score of an example for itself"
@@ -117,7 +121,9 @@ def named(scores: Scores, world: Any) -> Scores:
     )
 
 
-def self_influence(made: Any, fitted: FittedMethod | None, task: Task, world: Any) -> SelfInfluence:
+def self_influence(
+    made: Any, fitted: FittedMethod | None, task: Task, world: Any, *, solves: bool = False
+) -> SelfInfluence:
     """Return the self-influence of a method, or why it has none.
 
     Args:
@@ -125,6 +131,7 @@ def self_influence(made: Any, fitted: FittedMethod | None, task: Task, world: An
         fitted: The same on its train set, where it is made of parts.
         task: What it was asked about.
         world: Its train set.
+        solves: Also where each train example takes an iterative solve over the whole train set.
     """
     if fitted is None:
         if not hasattr(made, "self_influence"):
@@ -134,7 +141,7 @@ def self_influence(made: Any, fitted: FittedMethod | None, task: Task, world: An
         return SelfInfluence(None, note=WHOLE_COLUMNS)
     if sides_differ(made.source):
         return SelfInfluence(None, note=TWO_KINDS)
-    if is_iterative(made):
+    if is_iterative(made) and not solves:
         return SelfInfluence(None, note=ITERATIVE)
     return _timed(fitted.self_influence)
 
@@ -228,9 +235,12 @@ def _has_damping(part: Any) -> bool:
     return any(isinstance(value, Damping) or _has_damping(value) for value in held)
 
 
-def is_iterative(made: Method) -> bool:
-    """Return whether an inverse Hessian passes over the train set again for every row."""
-    return any(solver.needs & {"apply", "sampled"} for solver in _solvers(made))
+def is_iterative(made: Any) -> bool:
+    """Return whether an inverse Hessian passes over the train set again for every row.
+
+    Those of CG and LiSSA do. Arnoldi takes products with H when it is fitted, and no more.
+    """
+    return any(isinstance(solver, PreconditionedSolver) for solver in _solvers(made))
 
 
 def _mixes(made: Any) -> bool:

@@ -10,6 +10,7 @@ from dattri_parts.measuring.attribution import (
     attribute,
     damped,
     follows_run,
+    is_iterative,
     referenced,
     retrains,
     self_influence,
@@ -67,6 +68,19 @@ def test_self_influence_is_the_diagonal_where_there_is_one(world):
         made, task, found = run(name, world)
         own = self_influence(made, found.fitted, task, world)
         assert (own.values, own.note) == (None, note)
+
+
+@pytest.mark.parametrize(("name", "solves"), [("if-arnoldi", False), ("if-cg", True)])
+def test_self_influence_of_an_inverse_by_products(world, name, solves):
+    """Arnoldi has its basis once it is fitted; CG solves for every row, where it is asked to."""
+    fields = {"curvature": "ggn", "damping": 0.1}
+    fields |= {"rank": 500, "iterations": 500} if name == "if-arnoldi" else {"tolerance": 1e-6}
+    made, task, found = run(name, world, **fields)
+    assert is_iterative(made) == solves
+    own = self_influence(made, found.fitted, task, world, solves=solves)
+    exact = dattri.method("if-explicit", curvature="ggn", damping=0.1)
+    square = exact.attribute(task, world.train, world.train).values
+    assert np.allclose(own.values, square.diagonal().numpy(), rtol=1e-3)
 
 
 def test_a_damping_is_given_where_one_is_taken():
