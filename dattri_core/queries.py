@@ -14,7 +14,7 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
-from dattri_core.blocks import Block, explain_inner, shape_of
+from dattri_core.blocks import Block, explain_inner, joins, shape_of
 from dattri_core.capabilities import SpectralInverse
 from dattri_core.contract import plan_inner
 from dattri_core.errors import NumericsError
@@ -102,8 +102,7 @@ class Queries:
     def waiting(self, name: str) -> Iterator[tuple[slice, Block]]:
         """Yield (range of queries, their block as it waits) until all have come."""
         start = 0
-        for piece in self.pieces:
-            part = piece.select([name])
+        for part in self._joined(name):
             step = len(part) if self.device.type == "cpu" else rows_in(self.slab, part)
             for first in range(0, len(part), max(1, step)):
                 some = part.take(slice(first, first + step)).to(self.device)
@@ -113,6 +112,24 @@ class Queries:
                 self.release()
             start += len(part)
         self._checked.add(name)
+
+    def _joined(self, name: str) -> Iterator[Rows]:
+        """Yield the rows of one block: on a processor as many pieces at once as a slab holds.
+
+        Train rows are read from memory once for each, and few columns are no shape for a product.
+        """
+        parts: list[Rows] = []
+        for piece in self.pieces:
+            part = piece.select([name])
+            together = [*parts, part]
+            fits = sum(each.nbytes for each in together) <= self.slab
+            one_kind = joins([each.blocks[name] for each in together])
+            if parts and not (self.device.type == "cpu" and fits and one_kind):
+                yield Rows.concatenate(parts)
+                parts = []
+            parts.append(part)
+        if parts:
+            yield Rows.concatenate(parts)
 
     def prepared(self, name: str, train: Block) -> Block:
         """Return train rows as they best meet the queries: formed once, where all would form them.
