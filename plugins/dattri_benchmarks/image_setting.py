@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from attrs import field, frozen
 from dattri_parts.training import ModelRetraining, Optimum, Recipe
+from dattri_parts.training.orders import Order
 from torch import nn
 
 from dattri_benchmarks.finished_runs import FinishedRun, finished_run
@@ -75,6 +76,7 @@ class ImageSetting:
         together: Networks that are trained at once.
         threads: See `dattri_core.World`.
         accelerated: Whether a CUDA device is used where there is one.
+        order: In which order trainings read their examples; see `ModelRetraining`.
         sides: What the ids of train and of test images begin with.
         fact: Name, in ``World.facts``, of what is known of each image (`Images.known`), for the
             metrics that ask for it; None: nothing is.
@@ -94,6 +96,7 @@ class ImageSetting:
     together: int = 1
     threads: int | None = None
     accelerated: bool = False
+    order: Order = "own"
     sides: tuple[str, str] = ("train", "test")
     fact: str | None = None
 
@@ -200,6 +203,7 @@ class ImageSetting:
             device="cuda" if cuda else "cpu",
             threads=network.threads,
             recorded=cuda,
+            order=self.order,
         )
 
     def _size(self, size: Any) -> Size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from dattri_core import (
     labels_of,
     leaves,
     map_tensors,
+    nearest,
     take,
 )
 from dattri_parts.training.fingerprint import fingerprint
@@ -31,6 +32,7 @@ from dattri_parts.training.measures import check_targets, measured, outcomes_of
 from dattri_parts.training.objective import is_shipped, loss_of, mean_loss
 from dattri_parts.training.optima import Optima, prepare
 from dattri_parts.training.optimum import Optimum
+from dattri_parts.training.orders import Order
 from dattri_parts.training.products import rounded_products
 from dattri_parts.training.recipe import Recipe, check_kept
 from dattri_parts.training.rehearsal import rehearse
@@ -98,10 +100,14 @@ class ModelRetraining:
             rounds every factor to a thousandth, as a choice of whoever trains; a difference of
             outcomes that one example makes may be smaller than that of the two. What is named is
             the leave: a device without TF32 computes in float32.
+        order: In which order the examples of an epoch are read. ``"own"``: each train set is
+            shuffled by itself. ``"shared"``: the whole train set is shuffled, and the last examples
+            take the places of those left out, so that trainings of one seed have nearly the same
+            batches. What leaving one out does is then not lost in what another order does.
 
     Raises:
-        InputError: Data, loss and targets do not fit each other, or ``tf32`` is asked of an
-            `Optimum`, which is found in float64.
+        InputError: Data, loss and targets do not fit each other, there is no such order, or
+            ``tf32`` or an order is asked of an `Optimum`, which is found in float64 by a search.
     """
 
     build: Build
@@ -116,6 +122,7 @@ class ModelRetraining:
     threads: int | None = 1
     recorded: bool = False
     tf32: bool = False
+    order: Order = "own"
     _held: _Held = field(init=False, factory=_Held, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -125,6 +132,14 @@ class ModelRetraining:
             raise InputError(f"retraining: together is {self.together!r}, expected 1 or more")
         if self.tf32 and isinstance(self.recipe, Optimum):
             raise InputError("retraining: tf32 is for a Recipe; an Optimum is found in float64")
+        if self.order not in get_args(Order):
+            raise InputError(
+                f"retraining: no order named {self.order!r}; {nearest(self.order, get_args(Order))}"
+            )
+        if self._whole is not None and isinstance(self.recipe, Optimum):
+            raise InputError(
+                "retraining: an order is for a Recipe; an Optimum reads all examples at once"
+            )
         for name, data in (("train_data", self.train_data), ("test_data", self.test_data)):
             if batch_size(data) < 1:
                 raise InputError(f"retraining: {name} holds no example")
@@ -142,12 +157,16 @@ class ModelRetraining:
         return batch_size(self.test_data)
 
     @property
+    def _whole(self) -> int | None:
+        return self.n_train if self.order == "shared" else None
+
+    @property
     def _loss(self) -> Loss:
         return loss_of(self.loss)
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of data, model, recipe, loss, targets, ``about`` and ``tf32``; taken once.
+        """Return a hash of data, model, recipe, order, loss, targets, ``about`` and ``tf32``.
 
         Of the model, the code of its classes and all that it holds count, see `Description`; of
         ``build``, what it builds under two seeds, however it is written.
@@ -159,7 +178,7 @@ class ModelRetraining:
             loss = self._loss
             own = [] if is_shipped(loss) else [loss.forward, loss.criterion, loss.margin]
             known = fields_dict(ModelRetraining)
-            rounded = {"tf32": True} if self.tf32 else {}  # no word where products are exact
+            words = {"tf32": self.tf32, "order": self._whole and self.order}
             more = {name: getattr(self, name) for name in fields_dict(type(self)).keys() - known}
             self._held.fingerprint = fingerprint(
                 self.recipe,
@@ -169,7 +188,7 @@ class ModelRetraining:
                     "loss": loss.name,
                     "targets": sorted(self.targets),
                     "about": dict(self.about),
-                    **rounded,
+                    **{name: word for name, word in words.items() if word},  # none for defaults
                 },
                 [own, type(self), dict(sorted(more.items()))],
             )
@@ -224,6 +243,7 @@ class ModelRetraining:
                 self.device,
                 recorded=self.recorded,
                 tf32=self.tf32,
+                whole=self._whole,
             )
 
     def steps(self, counterfactual: Counterfactual) -> tuple[Checkpoint, ...]:
@@ -247,6 +267,7 @@ class ModelRetraining:
                 counterfactual.seed,
                 self.device,
                 self.tf32,
+                self._whole,
             )
 
     def train(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
@@ -272,7 +293,13 @@ class ModelRetraining:
                 members = [Member(_positions(each), each.seed) for each in window]
                 with rounded_products(self.tf32, self.device):
                     states = train_stacked(
-                        self.build, recipe, self._loss, self._on_device[0], members, self.device
+                        self.build,
+                        recipe,
+                        self._loss,
+                        self._on_device[0],
+                        members,
+                        self.device,
+                        self._whole,
                     )
                 yield from states
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dattri_core import InputError, Loss, NumericsError, take
 from dattri_parts.training.objective import mean_loss
+from dattri_parts.training.orders import orders
 from dattri_parts.training.products import rounded_products
 from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.recorded import Gradients, RecordedGradients
@@ -65,13 +66,6 @@ def built(build: Build, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def orders(index: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield the order of the examples of each epoch, ``[k]``, a function of the seed alone."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    while True:
-        yield index[torch.randperm(len(index), generator=generator)]
-
-
 def train_one(
     build: Build,
     recipe: Recipe,
@@ -84,6 +78,7 @@ def train_one(
     before: Before | None = None,
     recorded: bool = False,
     tf32: bool = False,
+    whole: int | None = None,
 ) -> Run:
     """Return the run of a new model on the examples ``index [k]`` of the data.
 
@@ -100,6 +95,7 @@ def train_one(
         recorded: Whether a CUDA device records the kernels of a step once and replays them, see
             `RecordedGradients`.
         tf32: Whether a CUDA device may take matrix products in TF32, see `rounded_products`.
+        whole: Examples of the train set whose order is drawn; see `orders`.
 
     Raises:
         NumericsError: The loss is not finite.
@@ -120,7 +116,8 @@ def train_one(
         if recorded and device.type in RECORDING:
             gradients = RecordedGradients(compute, trained, min(recipe.batch, len(index)))
         kept, step, per_epoch = [], 0, recipe.steps(len(index))
-        for epoch, order in zip(range(1, recipe.epochs + 1), orders(index, seed), strict=False):
+        drawn = orders(index, seed, whole)
+        for epoch, order in zip(range(1, recipe.epochs + 1), drawn, strict=False):
             total = torch.zeros((), device=device)
             # Moved at once: a batch of positions from the host would wait for the step before it.
             for chosen in torch.split(order.to(device), recipe.batch):

@@ -20,12 +20,12 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from dattri_core import InputError, Loss, at_every_place, map_tensors, parse_bytes
 from dattri_parts.training.objective import mean_loss
+from dattri_parts.training.orders import orders
 from dattri_parts.training.recipe import Recipe
 from dattri_parts.training.run import StateDict, copy_of
 from dattri_parts.training.sequential import (
     Build,
     built,
-    orders,
     require_finite,
     seeded,
     with_threads,
@@ -57,6 +57,7 @@ def train_stacked(
     data: Any,
     members: Sequence[Member],
     device: torch.device,
+    whole: int | None = None,
 ) -> list[StateDict]:
     """Return the state of each member after training: that of `train_one` up to rounding.
 
@@ -67,6 +68,7 @@ def train_stacked(
         data: A nest of tensors on the device, labels last.
         members: What tells the models apart. Those with as many examples are stacked.
         device: To train on.
+        whole: Examples of the train set whose order is drawn; see `orders`.
 
     Raises:
         InputError: A model draws random numbers in training, keeps statistics of its batches, or
@@ -85,7 +87,7 @@ def train_stacked(
 
     def train(positions: list[int]) -> None:
         chosen = [members[k] for k in positions]
-        _Stack([models[k] for k in positions], recipe, loss, data, chosen).train(stop)
+        _Stack([models[k] for k in positions], recipe, loss, data, chosen, whole).train(stop)
 
     with with_threads(1 if device.type == "cpu" else None), ThreadPoolExecutor(workers) as pool:
         try:
@@ -166,9 +168,10 @@ class _Stack:
         loss: Loss,
         data: Any,
         members: list[Member],
+        whole: int | None,
     ) -> None:
         self.models, self.recipe, self.loss, self.data = models, recipe, loss, data
-        self.members = members
+        self.members, self.whole = members, whole
         named = [dict(model.named_parameters()) for model in models]
         buffers = [dict(model.named_buffers()) for model in models]
         trained = [name for name, parameter in named[0].items() if parameter.requires_grad]
@@ -186,7 +189,7 @@ class _Stack:
         recipe, examples = self.recipe, len(self.members[0].index)
         per_epoch, step = recipe.steps(examples), 0
         optimizer = recipe.optimizer_of(self.trained.values(), fused=True)
-        drawn = [orders(member.index, member.seed) for member in self.members]
+        drawn = [orders(member.index, member.seed, self.whole) for member in self.members]
         for epoch in range(1, recipe.epochs + 1):
             order = torch.stack([next(each) for each in drawn])
             total = torch.zeros(len(self.models), device=order.device)

@@ -37,6 +37,7 @@ def step_by_step(
     seed: int,
     device: torch.device,
     tf32: bool = False,
+    whole: int | None = None,
 ) -> tuple[Checkpoint, ...]:
     """Train as `train_one` does, and return the T + 1 checkpoints of the T steps.
 
@@ -79,7 +80,9 @@ def step_by_step(
             Checkpoint(f"step {at}", at, count + 1, rate, state, step=step, optimiser=moments)
         )
 
-    run = train_one(build, recipe, loss, data, index, seed, (), device, before, tf32=tf32)
+    run = train_one(
+        build, recipe, loss, data, index, seed, (), device, before, tf32=tf32, whole=whole
+    )
     end = {name: tensor.cpu() for name, tensor in run.states[-1].items()}
     nothing = TrainingStep(torch.empty(0, dtype=torch.long))
     moments = _moments(at_work[0], run.model) if adam else None
