@@ -180,6 +180,14 @@ def test_plain_steps_are_those_of_the_published_benchmark(small):
         moved = weight - 0.01 * error.T @ images.flatten(1) / 32
         assert torch.allclose(after.source["1.weight"], moved, atol=1e-6)
         assert torch.allclose(after.source["1.bias"], bias - 0.01 * error.mean(0), atol=1e-6)
+    mask = np.arange(64) != 5
+    retraining = mnist.lr_sgd_setting.retraining((64, 30), seed=1)
+    without = retraining.steps(Counterfactual(mask, 1))
+    pairs = zip(steps, without, strict=False)
+    shared = [
+        len(set(one.step.batch.tolist()) & set(two.step.batch.tolist())) for one, two in pairs
+    ]
+    assert min(shared) >= 31  # of 32: the order of the images is shared
     assert world.damping == pytest.approx(1 / (0.01 * 20 * np.ceil(5000 / 32)), rel=0.1)
 
 
