@@ -7,7 +7,7 @@ protocol on one batch, without a loop over data. Facts that a part declares are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -124,26 +124,6 @@ class RandomStream:
     def generator(self, *parts: object) -> torch.Generator:
         """Return a CPU generator for this stream and any further names."""
         return torch.Generator().manual_seed(self.key(*parts))
-
-    def uniform(
-        self, keys: Iterable[Sequence[object]], shapes: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
-        """Return float64 numbers in [0, 1) from many generators, ``[keys, *shape]`` of each shape.
-
-        The same as from `generator`, drawn from each for one shape after the other.
-
-        Args:
-            keys: The further names of each generator.
-            shapes: Of what is drawn from each.
-        """
-        seeds = [self.key(*parts) for parts in keys]
-        drawn = [torch.empty(len(seeds), *shape, dtype=torch.float64) for shape in shapes]
-        shared = torch.Generator()  # to make one for each of many keys is most of the time
-        for seed, *rows in zip(seeds, *(numbers.unbind() for numbers in drawn), strict=True):
-            shared.manual_seed(seed)
-            for row in rows:
-                row.uniform_(generator=shared)
-        return drawn
 
 
 @runtime_checkable

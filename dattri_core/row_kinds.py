@@ -14,7 +14,7 @@ All are rows of one example's outputs pulled back to the parameters, r = J_b^T u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from attrs import frozen
@@ -210,7 +210,7 @@ class RowReader:
 
         def draw(*shape: int) -> Tensor:
             shapes.append(shape)  # other numbers at each call: those after the ones before
-            return self.random.uniform(keys, shapes)[-1].to(outputs.device)
+            return uniform(self.random, keys, shapes)[-1].to(outputs.device)
 
         return draw
 
@@ -222,3 +222,25 @@ class RowReader:
 def _flat(factor: Tensor) -> Tensor:
     """Return columns ``[K, B, outputs]`` of ``[K, B, ...]``; of outputs ``[B]`` there is one."""
     return factor.reshape(*factor.shape[:2], math.prod(factor.shape[2:]))
+
+
+def uniform(
+    stream: RandomStream, keys: Iterable[Sequence[object]], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Return float64 numbers in [0, 1) from many generators, ``[keys, *shape]`` of each shape.
+
+    The same as from ``stream.generator(*key)``, drawn from each for one shape after the other.
+
+    Args:
+        stream: Of the generators.
+        keys: The further names of each.
+        shapes: Of what is drawn from each.
+    """
+    seeds = [stream.key(*parts) for parts in keys]
+    drawn = [torch.empty(len(seeds), *shape, dtype=torch.float64) for shape in shapes]
+    shared = torch.Generator()  # to make one for each of many keys is most of the time
+    for seed, *rows in zip(seeds, *(numbers.unbind() for numbers in drawn), strict=True):
+        shared.manual_seed(seed)
+        for row in rows:
+            row.uniform_(generator=shared)
+    return drawn
