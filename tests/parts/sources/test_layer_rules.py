@@ -219,7 +219,8 @@ def test_embedding(device: str, data: st.DataObject) -> None:
 @matrix
 @given(data=st.data())
 def test_layer_and_rms_norm(device: str, data: st.DataObject) -> None:
-    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    shapes = st.lists(st.integers(1, 4), min_size=1, max_size=2)
+    shape = data.draw(shapes.filter(lambda s: max(s) > 1))  # one number less its mean is rounding
     between = data.draw(st.lists(st.integers(1, 3), max_size=2))
     eps = data.draw(st.sampled_from([1e-5, 1e-2]))
     layer: nn.Module
