@@ -76,6 +76,21 @@ def build(cls: type, given: Mapping[str, Any], label: str, build_part: BuildPart
     return construct(lambda: cls(**checked), label)
 
 
+def changed(part: Any, given: Mapping[str, Any], label: str, build_part: BuildPart) -> Any:
+    """Return a part with fields replaced, each named and typed as its class declares.
+
+    Raises:
+        SpecError: A field is misspelt, of a wrong type, or refused by the class.
+    """
+    cls = type(part)
+    fields = public_fields(cls)
+    for name in given:
+        if name not in fields:
+            raise SpecError(f"{label}: no field {name!r}; {nearest(str(name), fields)}")
+    checked = {name: coerce(cls, name, value, label, build_part) for name, value in given.items()}
+    return construct(lambda: attrs.evolve(part, **checked), label)
+
+
 def construct(make: Callable[[], Any], label: str) -> Any:
     """Return ``make()``; a refusal by a converter or validator names the part."""
     try:

@@ -52,7 +52,8 @@ class Registry:
         Args:
             kind: One of `KINDS`.
             name: How specs and users call it, unique within its kind.
-            target: ``"module:attr"`` of the class (or of a value that takes no fields).
+            target: ``"module:attr"`` of the class; or of a value, of which fields can be set
+                where its class is an attrs class.
             summary: One line for ``dattri parts``.
 
         Raises:
@@ -192,6 +193,8 @@ class Registry:
     def make(self, kind: str, name: str, /, **values: Any) -> Any:
         """Return a part: its class called with the given fields, each checked by its annotation.
 
+        What is named may also be a value of an attrs class: the fields given are changed in it.
+
         Raises:
             SpecError: No such name or field, or a value of the wrong type.
         """
@@ -207,6 +210,8 @@ class Registry:
             if not attrs.has(found):
                 raise PluginError(f"{label}: {found.__name__} is no attrs class; use @attrs.frozen")
             return fields.build(found, values, label, build_part)
+        if values and attrs.has(type(found)):
+            return fields.changed(found, values, label, build_part)
         if values:
             raise SpecError(f"{label}: takes no fields, got {', '.join(map(repr, values))}")
         return found

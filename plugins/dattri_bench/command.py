@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from dattri_parts.choices import choice_of, choices_of
 from dattri_parts.measuring.attribution import retrains
 from dattri_parts.measuring.machine import hardware, versions
 
 from dattri_bench.cells import Finished
-from dattri_bench.choices import choices_of
 from dattri_bench.engine import recorded, run, worlds
 from dattri_bench.figure import draw
 from dattri_bench.request import (
@@ -22,9 +23,9 @@ from dattri_bench.request import (
     Measure,
     Request,
     check_subsets,
+    checked_setting,
     entrants_of,
     measures_of,
-    setting_of,
     size_of,
 )
 from dattri_bench.summary import ONE_SEED, PARTIAL, SEVERAL_SEEDS, Row, rows_of
@@ -54,7 +55,7 @@ class Bench:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
         add = parser.add_argument
-        add("setting", help="a registered setting, such as digits")
+        add("setting", help="a registered setting; NAME:FIELD=VALUE sets a field")
         add(
             "--methods",
             nargs="+",
@@ -93,12 +94,6 @@ class Bench:
             "subsets; the other half is reported",
         )
         add("--wrong", type=float, default=0.1, help="share of wrong labels where a metric asks")
-        add(
-            "--tf32",
-            action="store_true",
-            help="train models by matrix products in TF32 on a CUDA device, where a setting has "
-            "this; kept apart from those that were trained without",
-        )
         add("--out", metavar="FOLDER", help="default: bench/SETTING")
         add(
             "--retrained",
@@ -140,7 +135,8 @@ def request_of(args: argparse.Namespace) -> Request:
         InputError, SpecError: An option is not understood, or asks for what there is not.
         PluginError: A plugin that is needed cannot be imported.
     """
-    setting = setting_of(args.setting, args.tf32)
+    setting = checked_setting(args.setting)
+    chosen = choice_of(args.setting)
     size = size_of(args.size, setting)
     choices = choices_of("method", args.methods, lambda name: not retrains(method(name)))
     if args.subsets is not None and args.subsets < LEAST_SUBSETS:
@@ -154,12 +150,13 @@ def request_of(args: argparse.Namespace) -> Request:
     if args.tune is not None:
         dampings = dampings_of(args.tune)
         chooser, measures = split(measures)
-    out = Path(args.out or f"bench/{args.setting}")
+    folder_name = re.sub(r"[^\w.=,-]+", "-", args.setting)  # no colons: not all systems have them
+    out = Path(args.out or f"bench/{folder_name}")
     for folder in (out, Path(args.retrained)):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"bench: {str(folder)!r} is a file; give the name of a folder")
     return Request(
-        name=args.setting,
+        chosen=chosen,
         setting=setting,
         size=size,
         seeds=_numbers(args.seeds, "--seeds", 0),
@@ -174,7 +171,6 @@ def request_of(args: argparse.Namespace) -> Request:
         retrained=Path(args.retrained),
         retry=args.retry,
         command=_command(args),
-        tf32=args.tf32,
     )
 
 
@@ -216,10 +212,6 @@ def sentences(request: Request, rows: Sequence[Row]) -> list[str]:
         found.append(
             "Methods that train models themselves: seconds include those of models that were not "
             "there yet. Their subsets are drawn apart from those of metrics."
-        )
-    if request.tf32:
-        found.append(
-            "Models were trained by matrix products in TF32 where their device has them (`--tf32`)."
         )
     if any(entrant.models == 0 for entrant in request.entrants):
         found.append("Methods that follow training read the checkpoints of the setting's own run.")
@@ -294,7 +286,7 @@ def _command(args: argparse.Namespace) -> str:
     for option, given in vars(args).items():
         if option in ("setting", "retry", "command") or given == parser.get_default(option):
             continue
-        values = given if isinstance(given, list) else [] if given is True else [str(given)]
+        values = given if isinstance(given, list) else [str(given)]
         words += [f"--{option.replace('_', '-')}", *values]
     return shlex.join(words)
 

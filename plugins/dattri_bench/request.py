@@ -9,6 +9,7 @@ from typing import Any, Literal
 import attrs
 import torch
 from attrs import frozen
+from dattri_parts.choices import Choice, setting_of
 from dattri_parts.measuring.attribution import (
     damped,
     follows_run,
@@ -16,9 +17,7 @@ from dattri_parts.measuring.attribution import (
     sets_damping,
     takes_damping,
 )
-from dattri_parts.training.products import trained_in_tf32
 
-from dattri_bench.choices import Choice
 from dattri_core import (
     InputError,
     Method,
@@ -136,7 +135,7 @@ class Request:
     """One benchmark.
 
     Args:
-        name: Of the setting.
+        chosen: The setting as it was named, with the fields that are set.
         setting: The part.
         size: (train, test) examples.
         seeds: Of worlds.
@@ -151,10 +150,9 @@ class Request:
         retrained: Folder of models trained on other train sets and of their outcomes.
         retry: Whether cells that failed are computed again.
         command: As typed.
-        tf32: Whether the setting trains its models by matrix products in TF32 on a CUDA device.
     """
 
-    name: str
+    chosen: Choice
     setting: Setting
     size: Size
     seeds: tuple[int, ...]
@@ -169,17 +167,21 @@ class Request:
     retrained: Path
     retry: bool
     command: str
-    tf32: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return how tables call the setting."""
+        return self.chosen.label
 
     def world(self, seed: int, wrong: float) -> dict[str, Any]:
         """Return what a world is made from, and by which versions: its identity."""
         return {
-            "setting": self.name,
-            "from": str(default_registry().entry("setting", self.name).origin),
+            "setting": self.chosen.name,
+            **({"fields": dict(self.chosen.fields)} if self.chosen.fields else {}),
+            "from": str(default_registry().entry("setting", self.chosen.name).origin),
             "size": list(self.size),
             "seed": seed,
             "wrong": wrong,
-            **({"tf32": True} if self.tf32 else {}),  # no word where products are exact
             "versions": {"dattri-core": dattri_version, "torch": torch.__version__},
         }
 
@@ -241,18 +243,16 @@ def _origins(made: Any) -> dict[str, Any]:
     return {"parts": found} if found else {}
 
 
-def setting_of(name: str, tf32: bool = False) -> Setting:
-    """Return a registered setting, which trains its models in TF32 where that is asked for.
+def checked_setting(word: str) -> Setting:
+    """Return a registered setting, with the fields changed that ``NAME:FIELD=VALUE`` sets.
 
     Raises:
-        SpecError: No such setting, or it is none, or it has no field ``tf32``.
+        SpecError: No such setting or field, or it is no setting.
     """
-    found = default_registry().make("setting", name)
-    if tf32:
-        found = trained_in_tf32(found, f"bench: --tf32 of the setting {name!r}")
+    found = setting_of(word)
     if not isinstance(found, Setting):
         raise SpecError(
-            f"bench: the setting {name!r} is a {type(found).__name__}, which does not answer "
+            f"bench: the setting {word!r} is a {type(found).__name__}, which does not answer "
             "dattri_core.Setting: title, sizes, metrics, load(size, seed, wrong)"
         )
     return found

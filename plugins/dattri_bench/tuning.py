@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from dattri_parts.choices import outside, value_of
 from dattri_parts.measuring.attribution import heard, spell_error
 
-from dattri_bench.choices import outside, value_of
 from dattri_core import (
     DattriError,
     InputError,

@@ -11,6 +11,7 @@ import torch
 from attrs import field, frozen
 from dattri_parts.training import ModelRetraining, Optimum, Recipe
 from dattri_parts.training.orders import Order
+from dattri_parts.training.recipe import Length
 from torch import nn
 
 from dattri_benchmarks.finished_runs import FinishedRun, finished_run
@@ -77,6 +78,7 @@ class ImageSetting:
         threads: See `dattri_core.World`.
         accelerated: Whether a CUDA device is used where there is one.
         order: In which order trainings read their examples; see `ModelRetraining`.
+        length: How long trainings on a part of the train set last; see `ModelRetraining`.
         sides: What the ids of train and of test images begin with.
         fact: Name, in ``World.facts``, of what is known of each image (`Images.known`), for the
             metrics that ask for it; None: nothing is.
@@ -97,6 +99,7 @@ class ImageSetting:
     threads: int | None = None
     accelerated: bool = False
     order: Order = "own"
+    length: Length = "epochs"
     sides: tuple[str, str] = ("train", "test")
     fact: str | None = None
 
@@ -204,6 +207,7 @@ class ImageSetting:
             threads=network.threads,
             recorded=cuda,
             order=self.order,
+            length=self.length,
         )
 
     def _size(self, size: Any) -> Size:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from attrs import evolve, frozen
 from dattri_parts.training import ModelRetraining, Recipe
+from dattri_parts.training.orders import Order
+from dattri_parts.training.recipe import Length
 from torch import Tensor, nn
 
 from dattri_benchmarks.finished_runs import FinishedRun, finished_run
@@ -79,6 +81,8 @@ class SequenceSetting:
         damping: See `dattri_core.World`.
         tf32: Whether networks are trained by matrix products in TF32 where there is a CUDA device,
             see `ModelRetraining`. Outcomes with and without are kept apart.
+        order: In which order trainings read their examples; see `ModelRetraining`.
+        length: How long trainings on a part of the train set last; see `ModelRetraining`.
     """
 
     name: str
@@ -89,6 +93,8 @@ class SequenceSetting:
     damping: float
     metrics: tuple[str, ...] = ("lds",)
     tf32: bool = False
+    order: Order = "own"
+    length: Length = "epochs"
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -191,6 +197,8 @@ class SequenceSetting:
             threads=threads,
             recorded=cuda,
             tf32=self.tf32,
+            order=self.order,
+            length=self.length,
         )
 
     def _size(self, size: Any) -> tuple[int, int]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from attrs import frozen
+from dattri_parts.choices import setting_of
 from dattri_parts.training import leave_one_out, random_subsets
 
-from dattri_core import Counterfactual, InputError, default_registry, nearest
+from dattri_core import Counterfactual, InputError, nearest
 from dattri_retrain.groups import plan_of_groups
 from dattri_retrain.settings import SettingRetraining
 from dattri_retrain.store import CounterfactualStore
@@ -30,7 +31,9 @@ class Retrain:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("setting", help="a registered setting, such as digits")
+        parser.add_argument(
+            "setting", help="a registered setting, such as digits; NAME:FIELD=VALUE sets a field"
+        )
         parser.add_argument("--out", required=True, metavar="FOLDER", help="the store")
         parser.add_argument(
             "--plan",
@@ -59,17 +62,12 @@ class Retrain:
         parser.add_argument(
             "--workers", type=int, default=1, help="processes on this machine; default 1"
         )
-        parser.add_argument(
-            "--tf32",
-            action="store_true",
-            help="train by matrix products in TF32 on a CUDA device, where a setting has this",
-        )
         parser.add_argument("--dry-run", action="store_true", help="only say what is missing")
 
     def run(self, args: argparse.Namespace) -> int:
         """Train what is missing, and say what is there."""
         index = None if args.index is None else part_of(args.index)
-        setting = default_registry().make("setting", args.setting)
+        setting = setting_of(args.setting)
         size = None if args.size is None else size_of(args.size, args.setting, setting.sizes)
         if args.workers < 1:
             raise InputError(f"retrain: --workers {args.workers}; expected 1 or more")
@@ -78,7 +76,7 @@ class Retrain:
                 f"retrain: --plan {args.plan} with{'' if args.groups else 'out'} --groups; "
                 "leave-groups-out needs a file of labels, and the other plans take none"
             )
-        retraining = SettingRetraining(args.setting, size, args.seed, tf32=args.tf32)
+        retraining = SettingRetraining(args.setting, size, args.seed)
         store = CounterfactualStore(args.out, retraining)
         plan = _plan(args, retraining.n_train)
         missing = len(store.missing(plan))

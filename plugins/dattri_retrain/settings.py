@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from attrs import field, fields, frozen
-from dattri_parts.training.products import trained_in_tf32
+from dattri_parts.choices import setting_of
 from torch import Tensor
 
-from dattri_core import Counterfactual, Retraining, SpecError, default_registry, nearest
+from dattri_core import Counterfactual, Retraining, SpecError, nearest
 
 Array = np.ndarray[Any, Any]
 _loading = threading.Lock()
@@ -26,23 +26,21 @@ def _as_size(given: Any) -> Any:
 class SettingRetraining:
     """The retraining of a registered setting; it is loaded where and when it is first used.
 
-    It holds the name and the arguments of the setting alone, so it goes to other processes and
+    It holds name, fields and arguments of the setting alone, so it goes to other processes and
     machines however large the data are, as long as these have the setting.
 
     Args:
-        setting: Registered name.
+        setting: Registered name; ``NAME:FIELD=VALUE`` changes a field of the setting, any number
+            of them one after another.
         size: (train, test) examples; the setting's full size by default.
         seed: Of the world.
         wrong: Share of wrong labels; the setting's own by default.
-        tf32: Whether models are trained by matrix products in TF32 on a CUDA device; of settings
-            that have this field, such as those of sequences.
     """
 
     setting: str
     size: tuple[int, int] | None = field(default=None, converter=_as_size)
     seed: int = 0
     wrong: float | None = None
-    tf32: bool = False
 
     @property
     def loaded(self) -> Retraining:
@@ -113,9 +111,7 @@ def as_retraining(given: Any) -> Any:
 
 @lru_cache(maxsize=2)
 def _load(made: SettingRetraining) -> Retraining:
-    setting = default_registry().make("setting", made.setting)
-    if made.tf32:
-        setting = trained_in_tf32(setting, f"retraining in TF32 of setting {made.setting!r}")
+    setting = setting_of(made.setting)
     make = getattr(setting, "retraining", None)  # of settings that can without training a network
     if make is not None:
         alone: Retraining = make(made.size, seed=made.seed, wrong=made.wrong)

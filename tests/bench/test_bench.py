@@ -359,7 +359,6 @@ def test_a_setting_without_classes_has_rows_for_the_other_metrics(tmp_path):
         (("--metrics", "misspelt"), "needs 'label', which no world gives; did you mean 'labels'"),
         (("--tune", "damping=0.1", "--subsets=5"), "retrains on 6 subsets or more"),
         (("--wrong", "1.5"), "--wrong 1.5"),
-        (("--tf32",), "--tf32 of the setting 'toy': it has no field tf32"),
         (("--tune", "1e-3"), "--tune '1e-3'"),
         (("--tune", "damping=big"), "'big', expected a number"),
         (("--tune", "damping=0.1", "--metrics", "flips"), "needs a metric that retrains"),

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from dattri_bench.choices import Choice, choices_of
 from dattri_bench.figure import draw
 from dattri_bench.summary import Row, interval_of, rows_of
 from dattri_bench.tables import COLUMNS, as_csv, as_markdown, as_text
+from dattri_parts.choices import Choice, choices_of
 
 import dattri_core as dattri
 

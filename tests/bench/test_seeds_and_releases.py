@@ -1,12 +1,15 @@
 """What tells cells of one method apart besides its fields: the seed of the world, whose parts."""
 
+import argparse
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import toy_bench
 from bench_runs import bench, results
+from dattri_bench.command import command, request_of
 
 import dattri_core as dattri
 from dattri_core.registry import Registry, using
@@ -97,21 +100,47 @@ def test_another_release_of_a_plugin_is_another_cell(tmp_path):
         assert re.fullmatch(r"dattri-loud 1\.1, [0-9a-f]{12}", origin)
 
 
-def test_what_is_trained_in_tf32_is_asked_of_the_setting_and_kept_apart(tmp_path):
+def test_numbers_of_a_setting_with_a_field_set_are_kept_apart(tmp_path):
     words = ("--methods", "counted", "--metrics", "agreement")
     _, exact = bench(tmp_path, *words, setting="rounding")
     before = set((tmp_path / "cells").iterdir())
-    status, rounded = bench(tmp_path, *words, "--tf32", setting="rounding")
+    status, rounded = bench(tmp_path, *words, setting="rounding:tf32=true")
     assert (status, exact[0], rounded[0]) == (0, "tf32 False", "tf32 True")
     assert exact.count("attribute") == rounded.count("attribute") == 1  # a miss, not a hit
     (path,) = set((tmp_path / "cells").iterdir()) - before
-    assert json.loads(path.read_text())["cell"]["world"]["tf32"] is True
-    assert not any("tf32" in p.read_text() for p in before)  # addresses of before hold
+    assert json.loads(path.read_text())["cell"]["world"]["fields"] == {"tf32": True}
+    assert not any("fields" in p.read_text() for p in before)  # addresses of before hold
     found = results(tmp_path)
-    assert "--tf32" in found["command"].split()
-    assert "True" not in found["command"]
-    assert any("in TF32" in note for note in found["notes"])
-    for again in (words, (*words, "--tf32")):
-        assert bench(tmp_path, *again, setting="rounding") == (0, [])
-    bench(tmp_path, *words, setting="rounding")
-    assert not any("TF32" in note for note in results(tmp_path)["notes"])
+    assert found["command"].split()[:3] == ["dattri", "bench", "rounding:tf32=true"]
+    assert found["setting"] == "rounding (tf32=true)"
+    for again in ("rounding", "rounding:tf32=true"):
+        assert bench(tmp_path, *words, setting=again) == (0, [])
+    assert results(tmp_path)["setting"] == "rounding (tf32=true)"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rounding:tf23=true", "no field 'tf23'; did you mean 'tf32'"),
+        ("rounding:tf32=3", "field 'tf32' got 3 (int), expected bool"),
+        ("toy:tf32=true", "no field 'tf32'"),
+        ("ronding:tf32=true", "no setting 'ronding'; did you mean 'rounding'"),
+        ("rounding:tf32=[1", "without its other half"),
+    ],
+)
+def test_fields_that_a_setting_does_not_have_are_refused(tmp_path, capsys, setting, message):
+    words = ("--methods", "counted", "--metrics", "agreement")
+    assert bench(tmp_path, *words, setting=setting) == (2, [])
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_of_a_setting_with_a_field_set_lie_in_a_folder_that_all_systems_can_name(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    args = argparse.ArgumentParser()
+    command.add_arguments(args)
+    words = ["rounding:tf32=true", "--methods", "counted", "--metrics", "agreement"]
+    request = request_of(args.parse_args(words))
+    assert request.out == Path("bench/rounding-tf32=true")

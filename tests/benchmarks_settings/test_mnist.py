@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -189,6 +190,9 @@ def test_plain_steps_are_those_of_the_published_benchmark(small):
     ]
     assert min(shared) >= 31  # of 32: the order of the images is shared
     assert world.damping == pytest.approx(1 / (0.01 * 20 * np.ceil(5000 / 32)), rel=0.1)
+    half = Counterfactual(np.arange(64) % 2 == 0, 1)
+    long = attrs.evolve(mnist.lr_sgd_setting, length="steps").retraining((64, 30), seed=1)
+    assert [len(made.steps(half)) - 1 for made in (retraining, long)] == [20, 40]
 
 
 @pytest.mark.slow

@@ -149,6 +149,14 @@ def test_a_cuda_device_is_used_and_records_where_there_is_one(monkeypatch):
     assert attrs.evolve(setting, tf32=True).retraining().tf32
 
 
+@pytest.mark.parametrize(("field", "value"), [("order", "shared"), ("length", "steps")])
+def test_order_and_length_are_those_of_the_retraining(field, value):
+    plain = made_up("nano_gpt")
+    changed = attrs.evolve(plain, **{field: value})
+    assert getattr(changed.retraining(), field) == value
+    assert changed.retraining().fingerprint != plain.retraining().fingerprint
+
+
 def test_outcomes_with_products_in_tf32_are_kept_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     setting = made_up("nano_gpt")

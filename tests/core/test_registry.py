@@ -62,6 +62,7 @@ class NotAttrs:
 
 
 preset = Part(steps=7)
+bare = NotAttrs()
 
 
 def make_registry() -> Registry:
@@ -70,6 +71,7 @@ def make_registry() -> Registry:
     registry.part("scorer", "other", f"{HERE}:Demanding")
     registry.part("fold", "part", f"{HERE}:Demanding")
     registry.part("metric", "preset", f"{HERE}:preset")
+    registry.part("metric", "bare", f"{HERE}:bare")
     registry.part("fold", "plain", f"{HERE}:NotAttrs")
     registry.part("fold", "absent", f"{HERE}:Absent")
     registry.part("fold", "nowhere", "no_such_module_anywhere:Absent")
@@ -104,7 +106,22 @@ def test_misspelt_field_lists_the_nearest() -> None:
     with pytest.raises(SpecError, match=r"scorer 'part': no field 'stepz'; did you mean 'steps'"):
         make_registry().make("scorer", "part", stepz=1)
     with pytest.raises(SpecError, match="takes no fields, got 'steps'"):
-        make_registry().make("metric", "preset", steps=1)
+        make_registry().make("metric", "bare", steps=1)
+
+
+def test_fields_of_a_value_are_changed_and_checked_like_those_of_a_class() -> None:
+    registry = make_registry()
+    assert registry.make("metric", "preset", rate=0.25, damping=2) == Part(
+        steps=7, rate=0.25, damping=Nested(2.0)
+    )
+    assert preset == Part(steps=7)
+    for given, message in (
+        ({"stepz": 1}, "metric 'preset': no field 'stepz'; did you mean 'steps'"),
+        ({"steps": "2"}, "field 'steps' got '2' .str., expected int"),
+        ({"steps": 0}, "metric 'preset': steps is 0, expected 1 or more"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            registry.make("metric", "preset", **given)
 
 
 def test_missing_field_is_named() -> None:

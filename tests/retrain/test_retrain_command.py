@@ -78,7 +78,7 @@ def test_an_example_whose_label_is_null_is_in_every_train_set(tmp_path):
     ]
 
 
-def test_tf32_is_asked_of_settings_that_have_it(tmp_path, capsys, monkeypatch):
+def test_a_field_of_the_setting_is_set(tmp_path, capsys, monkeypatch):
     found = []
 
     @attrs.frozen
@@ -90,11 +90,12 @@ def test_tf32_is_asked_of_settings_that_have_it(tmp_path, capsys, monkeypatch):
             return super().load(*size, **words)
 
     monkeypatch.setattr("retrain_setting.setting", Rounds())
-    run(capsys, "toy", "--out", tmp_path, "--count", 1, "--tf32")
+    run(capsys, "toy:tf32=true", "--out", tmp_path, "--count", 1)
     run(capsys, "toy", "--out", tmp_path, "--count", 1)
     assert found == [True, False]
-    plain = {"setting": "toy", "tf32": True}
-    assert as_retraining(plain) == SettingRetraining("toy", tf32=True)
+    named = as_retraining({"setting": "toy:tf32=true", "size": [10, 4]})
+    assert named == SettingRetraining("toy:tf32=true", (10, 4))
+    assert (named.n_train, found) == (10, [True, False, True])
 
 
 def test_parts_on_many_machines_make_the_whole(tmp_path, capsys):
@@ -139,7 +140,8 @@ def test_several_workers(tmp_path, capsys, monkeypatch):
         (("toy", "--size", "smal"), "did you mean 'small'"),
         (("toy", "--workers", "0"), "expected 1 or more"),
         (("toy", "--fraction", "0"), "fraction 0.0"),
-        (("toy", "--tf32"), "has no field tf32"),
+        (("toy:tf32=true",), "no field 'tf32'"),
+        (("toy:tf32",), "no setting 'toy:tf32'"),
         (("toy", "--groups", "of.json"), "--plan subsets with --groups"),
         (("toy", "--plan", "leave-groups-out"), "leave-groups-out without --groups"),
         (("toy", "--plan", "leave-groups-out", "--groups", "of.txt"), "expected a file .npy"),

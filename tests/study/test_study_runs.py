@@ -258,6 +258,15 @@ def test_settings_and_ensembles_are_factors(tmp_path):
     assert [r.label for r in results.rows if r.setting == "toy"][::2] == ["1", "2"]
 
 
+def test_a_setting_with_a_field_set_is_a_level_of_its_own(tmp_path):
+    levels = ["rounding", "rounding:tf32=true"]
+    made = study(factors={"setting": levels}, seeds=[0], metrics=["agreement"])
+    results, calls = run(made, tmp_path)
+    assert [call for call in calls if call.startswith("tf32")] == ["tf32 False", "tf32 True"]
+    assert {(r.setting, r.status) for r in results.rows} == {(level, "done") for level in levels}
+    assert run(made, tmp_path)[1] == []
+
+
 # --- stopping, going on, executors ----------------------------------------------------------------
 def test_a_rerun_runs_nothing_and_a_further_level_costs_itself_alone(whole):
     out, results, _ = whole

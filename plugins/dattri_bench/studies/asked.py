@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attrs import frozen
+from dattri_parts.choices import Choice, choice_of
 from dattri_parts.measuring.attribution import retrains
 
 from dattri_bench.cells import Cell
-from dattri_bench.choices import Choice
 from dattri_bench.engine import Say, WorldCells
 from dattri_bench.records import Records
 from dattri_bench.request import (
     Entrant,
     Request,
+    checked_setting,
     measures_of,
     models_of,
-    setting_of,
     size_of,
 )
 from dattri_bench.studies.sharing import fit_of, front_of
@@ -48,7 +48,7 @@ class Asked:
     def request(self, at: int) -> Request:
         """Return the request that a valid point belongs to."""
         name = self.points[at].setting
-        return next(request for request in self.requests if request.name == name)
+        return next(request for request in self.requests if request.chosen == choice_of(name))
 
     def worlds(self, say: Say) -> Iterator[WorldCells]:
         """Yield the cells of each world."""
@@ -95,11 +95,11 @@ def asked_of(study: Study, out: Path, retrained: Path, retry: bool) -> Asked:
         default_registry().resolve("ground_truth", "retraining")  # before models are trained
     requests = []
     for name in dict.fromkeys(points[at].setting for at in entrants):
-        setting = setting_of(name)
+        setting = checked_setting(name)
         size = size_of(study.size, setting) if isinstance(study.size, str) else study.size
         requests.append(
             Request(
-                name=name,
+                chosen=choice_of(name),
                 setting=setting,
                 size=size,
                 seeds=study.seeds,

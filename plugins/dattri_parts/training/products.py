@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import attrs
 import torch
-
-from dattri_core import SpecError
 
 ROUNDING = ("cuda",)
 """Devices that have products in TF32."""
@@ -39,24 +36,6 @@ def rounded_products(allowed: bool, device: torch.device) -> Iterator[None]:
             matmul.allow_tf32 = False
         if precision is not None:
             matmul.fp32_precision = precision
-
-
-def trained_in_tf32(setting: Any, what: str) -> Any:
-    """Return a setting whose models are trained by matrix products in TF32 on a CUDA device.
-
-    Args:
-        setting: With a field ``tf32``, as the settings of sequences.
-        what: Is asked of which setting, for the message.
-
-    Raises:
-        SpecError: It has no such field.
-    """
-    if not attrs.has(type(setting)) or "tf32" not in attrs.fields_dict(type(setting)):
-        raise SpecError(
-            f"{what}: it has no field tf32, as those of sequences do; leave it out, and its models "
-            "are trained in the precision that torch is set to"
-        )
-    return attrs.evolve(setting, tf32=True)
 
 
 def _rounds(matmul: Any) -> bool:

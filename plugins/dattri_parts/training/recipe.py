@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from dattri_core import InputError, nearest
 
 OptimizerName = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
+Length = Literal["epochs", "steps"]
+"""What trainings on parts of a train set have in common: their number of epochs, or of steps."""
 
 
 def _epochs(epochs: Iterable[int]) -> tuple[int, ...]:
@@ -85,6 +87,15 @@ class Recipe:
     def steps(self, examples: int) -> int:
         """Return the steps of an epoch over so many examples."""
         return math.ceil(examples / self.batch)
+
+    def lasting(self, whole: int, examples: int) -> Recipe:
+        """Return it with epochs enough, over so many examples, for its steps over ``whole`` ones.
+
+        Epochs are rounded up; those that are kept lie at the same shares of the way.
+        """
+        epochs = math.ceil(self.epochs * self.steps(whole) / self.steps(examples))
+        keep = tuple(math.ceil(epoch * epochs / self.epochs) for epoch in self.keep)
+        return evolve(self, epochs=epochs, keep=keep)
 
     def rate(self, step: int, per_epoch: int) -> float:
         """Return the learning rate of a step, counted from 0, where an epoch has ``per_epoch``."""

@@ -34,7 +34,7 @@ from dattri_parts.training.optima import Optima, prepare
 from dattri_parts.training.optimum import Optimum
 from dattri_parts.training.orders import Order
 from dattri_parts.training.products import rounded_products
-from dattri_parts.training.recipe import Recipe, check_kept
+from dattri_parts.training.recipe import Length, Recipe, check_kept
 from dattri_parts.training.rehearsal import rehearse
 from dattri_parts.training.run import Run
 from dattri_parts.training.sequential import Build, built, seeded, train_one, with_threads
@@ -104,10 +104,14 @@ class ModelRetraining:
             shuffled by itself. ``"shared"``: the whole train set is shuffled, and the last examples
             take the places of those left out, so that trainings of one seed have nearly the same
             batches. What leaving one out does is then not lost in what another order does.
+        length: How long trainings on a part of the train set last. ``"epochs"``: as many as on all
+            of it, so that half of the examples take half of the steps, and a recipe that stops far
+            from an optimum stops farther. ``"steps"``: as many steps, to the next whole epoch.
 
     Raises:
-        InputError: Data, loss and targets do not fit each other, there is no such order, or
-            ``tf32`` or an order is asked of an `Optimum`, which is found in float64 by a search.
+        InputError: Data, loss and targets do not fit each other, there is no such order or length,
+            or one of them or ``tf32`` is asked of an `Optimum`, which is found in float64 by a
+            search.
     """
 
     build: Build
@@ -123,6 +127,7 @@ class ModelRetraining:
     recorded: bool = False
     tf32: bool = False
     order: Order = "own"
+    length: Length = "epochs"
     _held: _Held = field(init=False, factory=_Held, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -132,14 +137,15 @@ class ModelRetraining:
             raise InputError(f"retraining: together is {self.together!r}, expected 1 or more")
         if self.tf32 and isinstance(self.recipe, Optimum):
             raise InputError("retraining: tf32 is for a Recipe; an Optimum is found in float64")
-        if self.order not in get_args(Order):
-            raise InputError(
-                f"retraining: no order named {self.order!r}; {nearest(self.order, get_args(Order))}"
-            )
-        if self._whole is not None and isinstance(self.recipe, Optimum):
-            raise InputError(
-                "retraining: an order is for a Recipe; an Optimum reads all examples at once"
-            )
+        for what, given, choices in (("order", self.order, Order), ("length", self.length, Length)):
+            first, *_ = valid = get_args(choices)
+            if given not in valid:
+                raise InputError(f"retraining: no {what} named {given!r}; {nearest(given, valid)}")
+            if given != first and isinstance(self.recipe, Optimum):
+                raise InputError(
+                    f"retraining: {what} {given!r} is for a Recipe; an Optimum reads all examples "
+                    "at once, as often as its search needs"
+                )
         for name, data in (("train_data", self.train_data), ("test_data", self.test_data)):
             if batch_size(data) < 1:
                 raise InputError(f"retraining: {name} holds no example")
@@ -166,7 +172,7 @@ class ModelRetraining:
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of data, model, recipe, order, loss, targets, ``about`` and ``tf32``.
+        """Return a hash of data, model, recipe, order, length, loss, targets, ``about``, ``tf32``.
 
         Of the model, the code of its classes and all that it holds count, see `Description`; of
         ``build``, what it builds under two seeds, however it is written.
@@ -178,7 +184,11 @@ class ModelRetraining:
             loss = self._loss
             own = [] if is_shipped(loss) else [loss.forward, loss.criterion, loss.margin]
             known = fields_dict(ModelRetraining)
-            words = {"tf32": self.tf32, "order": self._whole and self.order}
+            words = {
+                "tf32": self.tf32,
+                "order": self._whole and self.order,
+                "length": self.length if self.length != "epochs" else None,
+            }
             more = {name: getattr(self, name) for name in fields_dict(type(self)).keys() - known}
             self._held.fingerprint = fingerprint(
                 self.recipe,
@@ -224,17 +234,22 @@ class ModelRetraining:
             model = copy.deepcopy(self._optima.head.model)
             model.load_state_dict(state)
             return Run(model, (0,), (state,), (1.0,))
-        keep = self.recipe.keep if keep is None else tuple(keep)
-        check_kept(keep, self.recipe.epochs)
-        return self._run(self.recipe, counterfactual, keep)
+        recipe = self._recipe(counterfactual)
+        keep = recipe.keep if keep is None else tuple(keep)
+        check_kept(keep, recipe.epochs)
+        return self._run(counterfactual, keep)
 
-    def _run(
-        self, recipe: Recipe, counterfactual: Counterfactual, keep: tuple[int, ...] = ()
-    ) -> Run:
+    def _recipe(self, counterfactual: Counterfactual) -> Recipe:
+        assert isinstance(self.recipe, Recipe)
+        if self.length == "epochs":
+            return self.recipe
+        return self.recipe.lasting(self.n_train, int(counterfactual.mask.sum()))
+
+    def _run(self, counterfactual: Counterfactual, keep: tuple[int, ...] = ()) -> Run:
         with with_threads(self.threads):
             return train_one(
                 self.build,
-                recipe,
+                self._recipe(counterfactual),
                 self._loss,
                 self._on_device[0],
                 _positions(counterfactual),
@@ -260,7 +275,7 @@ class ModelRetraining:
         with with_threads(self.threads):
             return step_by_step(
                 self.build,
-                self.recipe,
+                self._recipe(counterfactual),
                 self._loss,
                 self._on_device[0],
                 _positions(counterfactual),
@@ -282,19 +297,19 @@ class ModelRetraining:
         return self._states(counterfactuals)
 
     def _states(self, counterfactuals: Sequence[Counterfactual]) -> Iterator[Mapping[str, Tensor]]:
-        recipe = self.recipe
         for start in range(0, len(counterfactuals), self.together):
             window = counterfactuals[start : start + self.together]
-            if isinstance(recipe, Optimum):
+            if isinstance(self.recipe, Optimum):
                 yield from self._optima.states([_positions(each) for each in window])
             elif self.together == 1:
-                yield self._run(recipe, window[0]).states[-1]
+                yield self._run(window[0]).states[-1]
             else:
-                members = [Member(_positions(each), each.seed) for each in window]
+                members = [
+                    Member(_positions(each), each.seed, self._recipe(each)) for each in window
+                ]
                 with rounded_products(self.tf32, self.device):
                     states = train_stacked(
                         self.build,
-                        recipe,
                         self._loss,
                         self._on_device[0],
                         members,

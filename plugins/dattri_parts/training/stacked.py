@@ -44,15 +44,16 @@ class Member:
     Args:
         index: Positions of its examples, rising, ``[k]``.
         seed: Of initial weights and order of examples.
+        recipe: Of the training.
     """
 
     index: Tensor
     seed: int
+    recipe: Recipe
 
 
 def train_stacked(
     build: Build,
-    recipe: Recipe,
     loss: Loss,
     data: Any,
     members: Sequence[Member],
@@ -63,10 +64,10 @@ def train_stacked(
 
     Args:
         build: Makes a model; called once for each member, under its seed.
-        recipe: Of the training.
         loss: What is minimised, its mean.
         data: A nest of tensors on the device, labels last.
-        members: What tells the models apart. Those with as many examples are stacked.
+        members: What tells the models apart. Those with as many examples and one recipe are
+            stacked.
         device: To train on.
         whole: Examples of the train set whose order is drawn; see `orders`.
 
@@ -81,13 +82,13 @@ def train_stacked(
             models.append(built(build, device).train())
     check_stackable(models[0])
     workers = torch.get_num_threads() if device.type == "cpu" else 1
-    most = _stack_size(models[0], recipe, loss, data, members[0], workers)
+    most = _stack_size(models[0], loss, data, members[0], workers)
     stacks = list(_stacks(members, most, workers))
     stop = Event()
 
     def train(positions: list[int]) -> None:
         chosen = [members[k] for k in positions]
-        _Stack([models[k] for k in positions], recipe, loss, data, chosen, whole).train(stop)
+        _Stack([models[k] for k in positions], loss, data, chosen, whole).train(stop)
 
     with with_threads(1 if device.type == "cpu" else None), ThreadPoolExecutor(workers) as pool:
         try:
@@ -120,13 +121,13 @@ def check_stackable(model: nn.Module) -> None:
 
 
 def _stacks(members: Sequence[Member], most: int, workers: int) -> Iterator[list[int]]:
-    """Yield positions of members that have as many examples, hence steps.
+    """Yield positions of members that have as many examples and one recipe, hence steps.
 
     There are as many stacks for each core: none waits for the last ones of another.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, Recipe], list[int]] = {}
     for k, member in enumerate(members):
-        groups.setdefault(len(member.index), []).append(k)
+        groups.setdefault((len(member.index), member.recipe), []).append(k)
     for group in groups.values():
         rounds = math.ceil(len(group) / (most * workers))
         count = min(rounds * workers, len(group))
@@ -135,11 +136,9 @@ def _stacks(members: Sequence[Member], most: int, workers: int) -> Iterator[list
             yield group[start:end]
 
 
-def _stack_size(
-    model: nn.Module, recipe: Recipe, loss: Loss, data: Any, member: Member, workers: int
-) -> int:
+def _stack_size(model: nn.Module, loss: Loss, data: Any, member: Member, workers: int) -> int:
     """Return how many models a core's stack may hold: what one touches, against the memory."""
-    batch = map_tensors(lambda t: t[member.index[: recipe.batch].to(t.device)], data)
+    batch = map_tensors(lambda t: t[member.index[: member.recipe.batch].to(t.device)], data)
     saved = 0
 
     def note(tensor: Tensor) -> Tensor:
@@ -159,18 +158,17 @@ def _stack_size(
 
 
 class _Stack:
-    """Models with as many examples, on their way through a recipe."""
+    """Models with as many examples, on their way through one recipe."""
 
     def __init__(
         self,
         models: list[nn.Module],
-        recipe: Recipe,
         loss: Loss,
         data: Any,
         members: list[Member],
         whole: int | None,
     ) -> None:
-        self.models, self.recipe, self.loss, self.data = models, recipe, loss, data
+        self.models, self.recipe, self.loss, self.data = models, members[0].recipe, loss, data
         self.members, self.whole = members, whole
         named = [dict(model.named_parameters()) for model in models]
         buffers = [dict(model.named_buffers()) for model in models]

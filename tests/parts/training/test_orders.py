@@ -1,4 +1,4 @@
-"""Orders of examples: of one seed, what two train sets share may come in one order."""
+"""Orders of examples, of one seed in common or not; and how long parts of a train set train."""
 
 import attrs
 import numpy as np
@@ -19,7 +19,7 @@ def model():
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
 
 
-def retraining(order, together=1, recipe=None):
+def retraining(order="own", together=1, recipe=None, length="epochs"):
     generator = torch.Generator().manual_seed(0)
     train = (
         torch.randn(N, 4, generator=generator, dtype=torch.float64),
@@ -34,6 +34,7 @@ def retraining(order, together=1, recipe=None):
         ("loss",),
         together=together,
         order=order,
+        length=length,
     )
 
 
@@ -102,3 +103,61 @@ def test_orders_that_there_are_not_are_refused():
         retraining("same")
     with pytest.raises(InputError, match="reads all examples at once"):
         retraining("shared", recipe=Optimum(0.1))
+
+
+# --- lengths --------------------------------------------------------------------------------------
+@given(
+    whole=st.integers(1, 90),
+    part=st.integers(1, 90),
+    batch=st.integers(1, 30),
+    epochs=st.integers(1, 9),
+    data=st.data(),
+)
+def test_a_part_takes_the_steps_of_the_whole_to_its_next_epoch(whole, part, batch, epochs, data):
+    part = min(part, whole)
+    keep = tuple(sorted(data.draw(st.sets(st.integers(1, epochs)))))
+    recipe = Recipe(epochs=epochs, batch=batch, learning_rate=0.1, keep=keep, warmup=3)
+    lasting = recipe.lasting(whole, part)
+    steps, wanted = lasting.epochs * lasting.steps(part), epochs * recipe.steps(whole)
+    assert wanted <= steps < wanted + lasting.steps(part)
+    assert attrs.evolve(lasting, epochs=epochs, keep=keep) == recipe
+    for before, after in zip(keep, lasting.keep, strict=True):
+        assert (before / epochs) <= after / lasting.epochs < (before / epochs) + 1 / lasting.epochs
+    assert recipe.lasting(whole, whole) == recipe
+
+
+def test_trainings_of_one_length_take_as_many_steps():
+    half = Counterfactual(np.arange(N) % 2 == 0, 0)  # 12 of 23: 3 steps an epoch for 5
+    short, long = retraining(), retraining(length="steps")
+    counts = [len(made.steps(half)) - 1 for made in (short, long)]
+    assert counts == [3 * 3, 5 * 3]
+    assert batches_of(long, half)[:9] == batches_of(short, half)[:9]
+    assert batches_of(long, without()) == batches_of(short, without())
+    by_hand = retraining(recipe=attrs.evolve(short.recipe, epochs=5))
+    found, want = long.run(half, keep=(2, 5)), by_hand.run(half, keep=(2, 5))
+    assert found.epochs == want.epochs == (2, 5)
+    for name, tensor in want.states[-1].items():
+        assert torch.equal(found.states[-1][name], tensor)
+    with pytest.raises(InputError, match="epochs from 1 to 5"):
+        long.run(half, keep=(6,))
+
+
+def test_stacks_of_several_sizes_last_as_long_as_one_by_one():
+    masks = [np.arange(N) % 2 == 0, np.arange(N) % 3 == 0, np.arange(N) < 12, np.ones(N, bool)]
+    plan = [Counterfactual(mask, seed) for seed, mask in enumerate(masks)]
+    one = list(retraining(length="steps").train(plan))
+    many = list(retraining(length="steps", together=4).train(plan))
+    short = list(retraining(together=4).train(plan))
+    for left, right, other in zip(one, many, short, strict=True):
+        assert all((left[name] - right[name]).abs().max() < 1e-12 for name in left)
+        differ = max((left[name] - other[name]).abs().max() for name in left)
+        assert (differ > 1e-3) == (other is not short[-1])
+
+
+def test_a_length_is_part_of_what_outcomes_depend_on():
+    prints = {retraining(length=length).fingerprint for length in ("epochs", "steps")}
+    assert len(prints) == 2
+    with pytest.raises(InputError, match=r"no length named 'step'.*'steps'"):
+        retraining(length="step")
+    with pytest.raises(InputError, match="length 'steps' is for a Recipe"):
+        retraining(length="steps", recipe=Optimum(0.1))

@@ -183,14 +183,13 @@ def test_an_error_in_one_stack_stops_the_others(monkeypatch):
             raise ValueError("broken")
         return real(self, chosen)
 
-    first = stacked.Member(torch.arange(10), 0)
-    other = stacked.Member(torch.arange(20), 0)
-    monkeypatch.setattr(stacked._Stack, "_gradients", failing)
     long = evolve(SGD, epochs=100_000)
+    first = stacked.Member(torch.arange(10), 0, long)
+    other = stacked.Member(torch.arange(20), 0, long)
+    monkeypatch.setattr(stacked._Stack, "_gradients", failing)
     with pytest.raises(ValueError, match="broken"):
         stacked.train_stacked(
             network,
-            long,
             dattri.cross_entropy,
             classes(),
             [first, other],
@@ -202,7 +201,7 @@ def test_an_error_in_one_stack_stops_the_others(monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize("most", [1, 4, 11, 100])
 def test_every_core_has_as_many_stacks(most, workers):
-    members = [stacked.Member(torch.arange(5), seed) for seed in range(50)]
+    members = [stacked.Member(torch.arange(5), seed, SGD) for seed in range(50)]
     cut = list(stacked._stacks(members, most, workers))
     sizes = [len(stack) for stack in cut]
     assert [k for stack in cut for k in stack] == list(range(50))

@@ -19,7 +19,7 @@ class Choice:
     """A registered name, and fields that are set: ``trak:size=4096:damping=1e-3``.
 
     Args:
-        name: Of a method or metric.
+        name: Of a method, metric or setting.
         fields: That are set.
         title: What tables call it instead.
     """
@@ -62,22 +62,44 @@ def choices_of(
         if word == EVERY:
             chosen = [Choice(name) for name in valid if every(name)]
         else:
-            chosen = [_choice(kind, word, valid)]
+            chosen = [_known(kind, choice_of(word), valid)]
         found += [choice for choice in chosen if choice not in found]
     if not found:
-        raise InputError(f"bench: no {kind} was named; valid: {', '.join([EVERY, *valid])}")
+        raise InputError(f"no {kind} was named; valid: {', '.join([EVERY, *valid])}")
     return found
 
 
-def _choice(kind: str, word: str, valid: Sequence[str]) -> Choice:
-    name, *settings = _settings(word)
+def _known(kind: str, choice: Choice, valid: Sequence[str]) -> Choice:
+    name = choice.name
     if name not in valid:
         hint = "; set a field by NAME:FIELD=VALUE" if ":" in name else ""
-        raise InputError(f"bench: no {kind} {name!r}; {nearest(name, [*valid, EVERY])}{hint}")
-    return Choice(name, dict(_set(setting) for setting in settings))
+        raise InputError(f"no {kind} {name!r}; {nearest(name, [*valid, EVERY])}{hint}")
+    return choice
 
 
-def _settings(word: str) -> list[str]:
+def choice_of(word: str) -> Choice:
+    """Return what one word says: ``NAME``, or ``NAME:FIELD=VALUE`` with any number of fields.
+
+    Raises:
+        InputError: A bracket or a string of JSON is not closed.
+    """
+    name, *fields = _pieces(word)
+    return Choice(name, dict(_set(field) for field in fields))
+
+
+def setting_of(word: str) -> Any:
+    """Return the setting of ``NAME`` or ``NAME:FIELD=VALUE``, with these fields changed.
+
+    Raises:
+        InputError: A bracket or a string of JSON is not closed.
+        SpecError: No such setting or field, or a value of the wrong type.
+        PluginError: What is registered cannot be imported.
+    """
+    choice = choice_of(word)
+    return default_registry().make("setting", choice.name, **choice.fields)
+
+
+def _pieces(word: str) -> list[str]:
     """Return the name and each ``FIELD=VALUE``; a colon that no FIELD= follows is of the value."""
     found: list[str] = []
     for piece in outside(word, ":"):
@@ -109,14 +131,14 @@ def outside(text: str, separator: str) -> list[str]:
         pieces[-1] += letter
     if quoted or depth:
         raise InputError(
-            f"bench: {text!r} has a bracket or a quotation mark without its other half; write JSON "
+            f"{text!r} has a bracket or a quotation mark without its other half; write JSON "
             "values whole, in quotation marks of the shell: 'removal-curve:shares=[0.0,0.3]'"
         )
     return pieces
 
 
-def _set(setting: str) -> tuple[str, Any]:
-    key, _, text = setting.partition("=")
+def _set(word: str) -> tuple[str, Any]:
+    key, _, text = word.partition("=")
     return key, value_of(text)
 
 
