@@ -103,11 +103,11 @@ def digest(batch: Batch) -> str:
     state = hashlib.sha256()
     for tensor in tensors_of(batch):
         state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        state.update(_digest_of_pieces(raw_bytes(tensor)))
+        state.update(digest_of_bytes(raw_bytes(tensor)))
     return state.hexdigest()
 
 
-def _digest_of_pieces(data: memoryview) -> bytes:
+def digest_of_bytes(data: memoryview) -> bytes:
     """Return a hash over the hashes of pieces, which are made on all cores at once."""
     pieces = [data[start : start + HASH_PIECE] for start in range(0, len(data), HASH_PIECE)]
     if len(pieces) <= 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dattri_core.adam_state import AdamState
 from dattri_core.adapters import adapter_names, is_adapter, require_same_adapter
-from dattri_core.batch import raw_bytes
+from dattri_core.batch import digest_of_bytes, raw_bytes
 from dattri_core.errors import InputError
 from dattri_core.state_files import find_states, hash_of, read_state, shapes_of
 
@@ -317,7 +317,7 @@ def state_fingerprint(state: StateDict) -> str:
     for name in sorted(state):
         tensor = state[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
+        digest.update(digest_of_bytes(raw_bytes(tensor)))
     return digest.hexdigest()
 
 

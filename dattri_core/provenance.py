@@ -46,7 +46,7 @@ def provenance_of(
     """
     asked = task_of(fitted.chain.source, task)
     target = asked.target
-    weights = {c.origin: c.fingerprint(task.model) for c in task.checkpoints}
+    weights = {c.origin: _weights(c, fitted, task) for c in task.checkpoints}
     return {
         "method": method.to_spec(),
         "n_train": len(train),
@@ -69,6 +69,13 @@ def provenance_of(
         "store": None if store is None else {"dtype": store.dtype},
         "versions": {**_versions(), **origins_of((method, task.loss, task.target))},
     }
+
+
+def _weights(checkpoint: Checkpoint, fitted: Fitted, task: Task) -> str:
+    """Return a hash of the weights; those of a live model were hashed just before."""
+    same = checkpoint.origin == fitted.checkpoint.origin
+    known = fitted.weights if same and checkpoint.source is None else None
+    return known or checkpoint.fingerprint(task.model)
 
 
 def _fitted_on(train: Examples) -> dict[str, Any]:

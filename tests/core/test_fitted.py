@@ -18,6 +18,7 @@ from oracles.toy_tasks import cross_entropies, examples, flat_gradients, mlp, st
 import dattri_core as dattri
 from dattri_core import InputError, Method, NumericsError, SpecError, Task, contract, moments
 from dattri_core.blocks import outer
+from dattri_core.checkpoint import state_fingerprint
 from dattri_core.runner import contractions
 
 N, M = 13, 6
@@ -310,6 +311,23 @@ def test_the_provenance_says_what_was_done():
     assert facts["parameters"] == ["2.weight", "2.bias"]
     assert facts["loss"] == "cross-entropy"
     assert len(set(facts["weights"])) == 2
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_provenance_names_weights_by_their_numbers(many):
+    train, model = examples(N), mlp()
+    given = states(2) if many else None
+
+    def named():
+        task = Task(model, checkpoints=given, learning_rates=[0.1, 0.2] if many else None)
+        return dattri.attribute(task, train, train, method="grad-dot").provenance["weights"]
+
+    own = state_fingerprint(dict(model.named_parameters()))
+    assert named() == ([state_fingerprint(state) for state in given] if many else [own])
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    assert (named() == [own]) is False
+    assert named() == named()
 
 
 def test_a_plan_counts_what_a_spectral_inverse_keeps():
