@@ -62,15 +62,16 @@ def batch_work(tensors: Sequence[int], total: int, batch: int, each: int = 0) ->
 
 
 def batch_sizes(tensors: Sequence[int], total: int, most: int) -> Iterator[int]:
-    """Yield the batches to be weighed: the largest, then ever smaller even ones, while it helps.
+    """Yield the batches to be weighed, as even as can be: the largest, then ever smaller ones.
 
     Args:
         tensors: Bytes of each tensor that an example makes.
         total: Examples.
         most: Examples at a time for which there is memory.
     """
-    yield most
     count = -(-total // most)
+    most = -(-total // count)
+    yield most
     while most > 1 and fresh_bytes(tensors, most):
         count *= 2
         most = -(-total // count)

@@ -387,7 +387,7 @@ class TrainProblem:
         if self.n_train * recording_bytes(self.evaluator, sample) > limit:
             return ()
         recordings = []
-        for positions, batch in self._batches(self.batch, None):
+        for positions, batch in self._batches(self.n_train, None):  # they fit, all at once
             there = move(batch, self.device)
             self._require_sound(positions, there, names, kind)
             recordings.append(record(self.evaluator, there, names, kind))

@@ -490,3 +490,11 @@ def test_other_errors_pass_through_unchanged():
     hungry.most = 3
     with pytest.raises(ZeroDivisionError):
         seen.product(vectors(seen.space, 2), "hessian")
+
+
+def test_products_of_one_vector_are_passes_on_one_graph_of_all_examples():
+    task, train, _ = world(n_train=N)
+    made = problem(task, train, batch=3)
+    one, dense = vectors(made.space, 1), hessian(task, made.space, train)
+    assert close(made.product(one, "hessian").flat(), one.flat() @ dense, 1e-10)
+    assert [len(graphs) for graphs in made._recordings.values()] == [1]
