@@ -338,7 +338,7 @@ class TrainProblem:
         for step in reversed(self.maps):
             lowered = step.adjoint(lowered)
         single = {name: value[0] for name, value in to_parameters(lowered).items()}
-        limit = min(WORK_LIMIT, self.memory // 4)
+        limit = self._within(self.memory // 4)
         what = "curvature product of each example"
         parts: list[Rows] = []
 
@@ -382,7 +382,7 @@ class TrainProblem:
 
         They are kept because a Krylov space takes its products one vector after another.
         """
-        limit = min(WORK_LIMIT, self.memory // 8)
+        limit = self._within(self.memory // 8)
         sample = move(self.examples.sample(1), self.device)
         if self.n_train * recording_bytes(self.evaluator, sample) > limit:
             return ()
@@ -392,6 +392,10 @@ class TrainProblem:
             self._require_sound(positions, there, names, kind)
             recordings.append(record(self.evaluator, there, names, kind))
         return tuple(recordings)
+
+    def _within(self, limit: int) -> int:
+        """Return a limit of bytes; a processor takes no more than it keeps warm."""
+        return min(WORK_LIMIT, limit) if self.device.type == "cpu" else limit
 
     def _require_sound(
         self, positions: Tensor, batch: Batch, names: Iterable[str], kind: CurvatureKind
@@ -426,7 +430,7 @@ class TrainProblem:
         kind: CurvatureKind,
         out: Named | None,
     ) -> Named:
-        limit = min(WORK_LIMIT, self.memory // 4)
+        limit = self.memory // 4
         while True:
             failed: BaseException
             try:

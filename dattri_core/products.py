@@ -8,6 +8,7 @@ GGN J^T C J needs, is the transpose of u -> J^T u times v.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
@@ -28,6 +29,9 @@ from dattri_core.second_order import differentiable_kernels, require_second_deri
 
 WORK_LIMIT = 32 * 2**20
 """Bytes of tangents at once: about what a processor's cache and allocator keep warm."""
+WEIGHTS = 8
+"""Vectors, each with its product, in the bytes that a processor takes where weights are large: each
+slice reads and adds them once more, whatever few examples it has."""
 FEW = 8
 """Vectors that make matrix products large enough to run near the machine's rate."""
 
@@ -98,17 +102,22 @@ def plan_slices(
 
     A step holds, for each of its vectors, the vector and its product, and for each pair of a vector
     and an example `TANGENTS` tangents of the activations. Examples come first, since each slice of
-    them has a graph of its own, but not at the price of fewer than `FEW` vectors at once. Where
-    half of the limit holds `FEW` vectors with all examples, a processor is as fast within it.
+    them has a graph of its own, but not at the price of fewer than `FEW` vectors at once, as long
+    as their tangents outweigh the vectors. A processor takes no more than it keeps warm, or than
+    large weights need; where half of that holds `FEW` vectors with all examples, it is as fast
+    within it.
     """
     count, examples = len(next(iter(vectors.values()))), batch_size(batch)
     each = 2 * sum(v[0].numel() * v.element_size() for v in vectors.values()) if count else 1
     pair = TANGENTS * activation_bytes(evaluator, batch)
-    if evaluator.device.type == "cpu" and FEW * (each + examples * pair) <= limit // 2:
-        limit //= 2
+    if evaluator.device.type == "cpu":
+        limit = min(limit, max(WORK_LIMIT, WEIGHTS * each))
+        if FEW * (each + examples * pair) <= limit // 2:
+            limit //= 2
     chunk = min(count, limit // (each + examples * pair))
     if chunk < min(count, FEW):
-        chunk = min(count, FEW, limit // (each + pair))
+        some = min(examples, math.ceil(2 * each / pair))
+        chunk = min(count, FEW, limit // (each + some * pair))
     chunk = _even(count, max(1, chunk))
     left = max(0, limit - chunk * each)
     return Slices(chunk, _even(examples, max(1, left // (chunk * pair))))

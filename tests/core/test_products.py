@@ -258,6 +258,23 @@ def test_slices_fit_the_limit_and_cover_the_work():
     assert sizes(1) == (1, 1)
 
 
+@pytest.mark.parametrize("count", [1, 50])
+def test_slices_of_large_weights_hold_examples_that_outweigh_the_vectors(count, monkeypatch):
+    monkeypatch.setattr(products, "WORK_LIMIT", 1000)  # less than one vector of this network
+    batch = (torch.randn(64, 30), torch.arange(64) % 3)
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3))
+    evaluator, _ = made(model, cross_entropy, batch)
+    vectors = {n: torch.zeros(count, *p.shape) for n, p in evaluator.selected.items()}
+    each = 2 * 4 * sum(p.numel() for p in evaluator.selected.values())
+    pair = products.TANGENTS * activation_bytes(evaluator, batch)
+    size = plan_slices(evaluator, batch, vectors, 10**9)
+    assert size.vectors * (each + size.examples * pair) <= products.WEIGHTS * each
+    assert size.examples * pair > each
+    assert (size.vectors > 1) == (count > 1)
+    small = plan_slices(evaluator, batch, vectors, each + pair)  # what there is still counts
+    assert (small.vectors, small.examples) == (1, 1)
+
+
 def test_ggn_of_linear_softmax_regression_equals_its_hessian():
     evaluator, batch = made(
         nn.Linear(4, 3).double(), cross_entropy, (torch.randn(6, 4).double(), torch.arange(6) % 3)
