@@ -133,13 +133,13 @@ class ToySetting:
 
 @frozen
 class Rounding(ToySetting):
-    """A setting that notes in which precision its model was asked to be trained."""
+    """A setting that notes in which precision its model was asked to be trained, and heeds it."""
 
     tf32: bool = False
 
     def load(self, size=None, seed=0, wrong=None):
         CALLS.append(f"tf32 {self.tf32}")
-        return super().load(size, seed, wrong)
+        return super().load(size, seed + 100 * self.tf32, wrong)  # other numbers
 
 
 @frozen

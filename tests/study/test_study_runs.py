@@ -264,6 +264,8 @@ def test_a_setting_with_a_field_set_is_a_level_of_its_own(tmp_path):
     results, calls = run(made, tmp_path)
     assert [call for call in calls if call.startswith("tf32")] == ["tf32 False", "tf32 True"]
     assert {(r.setting, r.status) for r in results.rows} == {(level, "done") for level in levels}
+    means = {r.setting: r.value for r in results.rows}
+    assert means[levels[0]] != means[levels[1]]
     assert run(made, tmp_path)[1] == []
 
 
