@@ -45,11 +45,6 @@ class Asked:
     requests: tuple[Request, ...]
     entrants: Mapping[int, Entrant]
 
-    def request(self, at: int) -> Request:
-        """Return the request that a valid point belongs to."""
-        name = self.points[at].setting
-        return next(request for request in self.requests if request.chosen == choice_of(name))
-
     def worlds(self, say: Say) -> Iterator[WorldCells]:
         """Yield the cells of each world."""
         for request in self.requests:
