@@ -25,7 +25,6 @@ VERSION = 1
 VALUES = "values.npy"
 MANIFEST = "scores.json"
 DTYPES = ("float16", "float32", "float64")
-SLICE = 64 * 2**20  # bytes read at a time
 
 Array = np.ndarray[Any, Any]
 

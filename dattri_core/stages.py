@@ -15,7 +15,6 @@ import attrs
 from attrs import field, frozen, validators
 from torch import Tensor
 
-from dattri_core.blocks import Block
 from dattri_core.capabilities import (
     ByUse,
     DataProjector,
@@ -336,10 +335,6 @@ class Chain:
         for step in self.train_steps:
             rows = step.map(rows)
         return rows
-
-    def train_block(self, name: str, block: Block, index: Any) -> Rows:
-        """Return A g for one block of train rows; only when `blockwise`."""
-        return self.train(Rows(self.source.space.select([name]), {name: block}, index))
 
     def test(self, rows: Rows) -> Rows:
         """Return B g for test rows."""

@@ -36,7 +36,6 @@ class Outcome:
         by_self: AUROC of wrong labels, ranked by self-influence, high first.
         by_test: AUROC of wrong labels, ranked by the mean score for the test set, low first.
         seconds: To fit and to attribute.
-        self_seconds: To compute self-influence.
         peak: Bytes; None where it cannot be measured.
         error: Why it failed.
         notes: Warnings, such as a solver that did not converge.
@@ -52,7 +51,6 @@ class Outcome:
     by_self: Any = None
     by_test: Any = None
     seconds: float = 0.0
-    self_seconds: float = 0.0
     peak: int | None = None
     error: str = ""
     notes: tuple[str, ...] = ()
@@ -111,7 +109,6 @@ def _measure(name: str, world: Any) -> dict[str, Any]:
         "self_influence": own.values,
         "self_note": own.note,
         "seconds": run.seconds,
-        "self_seconds": own.seconds,
         "peak": run.peak,
         "notes": tuple(dict.fromkeys((*run.notes, *own.notes))),
     }

@@ -35,6 +35,9 @@ def test_the_area_is_that_under_straight_lines():
     assert not found.higher_is_better
     loss = curve("insertion", [0.1, 0.2, 0.5], -heights[:, None], -control, higher_is_better=False)
     assert loss.mean == pytest.approx(heights.mean(1))
+    orders = np.arange(12.0).reshape(3, 2, 2)
+    random = curve("removal", shares, -heights[:, None], -orders, higher_is_better=False)
+    assert random.control_mean == pytest.approx([1.5, 5.5, 9.5])
     assert loss.area().higher_is_better
 
 
