@@ -66,9 +66,7 @@ def build(cls: type, given: Mapping[str, Any], label: str, build_part: BuildPart
         SpecError: A field is misspelt, missing, of a wrong type, or refused by the class.
     """
     fields = public_fields(cls)
-    for name in given:
-        if name not in fields:
-            raise SpecError(f"{label}: no field {name!r}; {nearest(str(name), fields)}")
+    _require_known(given, fields, label)
     missing = [n for n, a in fields.items() if a.default is attrs.NOTHING and n not in given]
     if missing:
         raise SpecError(f"{label}: needs a value for {', '.join(map(repr, missing))}")
@@ -83,12 +81,15 @@ def changed(part: Any, given: Mapping[str, Any], label: str, build_part: BuildPa
         SpecError: A field is misspelt, of a wrong type, or refused by the class.
     """
     cls = type(part)
-    fields = public_fields(cls)
+    _require_known(given, public_fields(cls), label)
+    checked = {name: coerce(cls, name, value, label, build_part) for name, value in given.items()}
+    return construct(lambda: attrs.evolve(part, **checked), label)
+
+
+def _require_known(given: Mapping[str, Any], fields: Mapping[str, Any], label: str) -> None:
     for name in given:
         if name not in fields:
             raise SpecError(f"{label}: no field {name!r}; {nearest(str(name), fields)}")
-    checked = {name: coerce(cls, name, value, label, build_part) for name, value in given.items()}
-    return construct(lambda: attrs.evolve(part, **checked), label)
 
 
 def construct(make: Callable[[], Any], label: str) -> Any:
