@@ -41,6 +41,7 @@ print(resident("VmHWM") - before)
     ("method", "budget", "queries"),
     [
         ("logra", 50, 1000),  # many batches of queries beside one factor
+        ("if-datainf", 64, 100),  # answers are combinations of rows, and none is formed
         pytest.param("logra", 100, 100, marks=pytest.mark.slow),
         pytest.param("if-ekfac", 100, 100, marks=pytest.mark.slow),
         pytest.param("grad-dot", 100, 100, marks=pytest.mark.slow),

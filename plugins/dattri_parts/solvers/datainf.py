@@ -23,7 +23,6 @@ from dattri_core import (
     SpanBlock,
     SumBlock,
     as_damping,
-    explain_inner,
 )
 from dattri_parts.solvers.forecast import EXAMPLES
 from dattri_parts.solvers.held import (
@@ -37,6 +36,8 @@ from dattri_parts.solvers.together import joined, own_part
 
 HELD_SHARE = 4
 """Rows are held, not read again for each group of queries, up to one part in so many of memory."""
+BESIDE = 1
+"""Formed rows alive beside an answer while it is made; a block of it at a time, and so less."""
 
 
 @frozen
@@ -78,7 +79,7 @@ class DataInf:
         count = round(scale * sum(map(len, few)))
         if size <= operator.memory // HELD_SHARE:
             return evolve(told, forms=False, base=count, held=size + 8 * count)
-        return evolve(told, blockwise=False)
+        return evolve(told, blockwise=False, beside=BESIDE)
 
     def solve_for(self, operator: RowsOperator, device: torch.device) -> Inverse:
         """Read the lengths of all rows, and hold the rows if they are small.
@@ -183,6 +184,11 @@ class _DataInfInverse:
         return 0 if self.lengths.held is None else self.lengths.count
 
     @property
+    def beside(self) -> int:
+        """Return how many formed rows are alive beside an answer while it is made."""
+        return BESIDE
+
+    @property
     def held(self) -> int:
         """Return the bytes of rows and of their lengths that are kept."""
         rows = 0 if self.lengths.held is None else self.lengths.held.nbytes
@@ -191,9 +197,8 @@ class _DataInfInverse:
     def apply(self, rows: Rows) -> Rows:
         """Return the mean of the inverses times every row g.
 
-        An answer is formed, or kept as g and a combination of the rows of H where those are held
-        and that is the cheaper one to multiply with as many rows as H has. Where H is block
-        diagonal the rows may hold a part of the blocks.
+        An answer is formed, or g and a combination of the rows of H where those are held. Where H
+        is block diagonal the rows may hold a part of the blocks.
         """
         return self.apply_each(rows, [self])[0]
 
@@ -214,7 +219,7 @@ class _DataInfInverse:
                     shares = one._shares(group, where, met)
                     for name in inside:
                         span = SpanBlock(shares, part.blocks[name])
-                        blocks[name] = _joined(blocks.get(name), span, kept=not one.forms)
+                        blocks[name] = _added(blocks.get(name), span) if one.forms else span
         for one, blocks in zip(mine, found, strict=True):
             for group, names in lengths.groups.items():
                 scale = torch.full((len(rows),), 1 / one.dampings[group], dtype=torch.float64)
@@ -245,14 +250,10 @@ def _met(names: Sequence[str], part: Rows, rows: Rows) -> Tensor:
     return met
 
 
-def _joined(before: Block | None, span: SpanBlock, *, kept: bool) -> Block:
-    """Return a held span where that is the cheaper form, else the sum of what is formed so far."""
-    if kept and explain_inner(span.base, span).order != "form":
-        return span
-    if before is None:
-        return span.dense()
-    total = before.dense().values
-    return DenseBlock(total.add_(span.dense().values))
+def _added(before: Block | None, span: SpanBlock) -> DenseBlock:
+    """Return the sum of what is formed so far."""
+    formed = span.dense()
+    return formed if before is None else DenseBlock(before.dense().values.add_(formed.values))
 
 
 def _sum_of(own: Block, other: Block | None) -> Block:

@@ -96,6 +96,8 @@ def test_it_is_known_before_the_fit_whether_rows_stay(curvature, name, memory):
     fitted = DataInf().solve_for(curvature.fit(problem), CPU)
     assert told.blockwise == fitted.blockwise
     assert (told.forms, told.base) == (fitted.forms, fitted.base)
+    if fitted.forms:
+        assert told.beside == fitted.beside == 1
     assert told.held == (0 if fitted.forms else pytest.approx(fitted.held, rel=0.1))
 
 
@@ -155,14 +157,16 @@ def test_one_example_is_inverted_exactly():
     assert gap(inverse.apply(rows).flat(), want) < 1e-9
 
 
-def test_the_planner_keeps_rows_where_that_is_cheaper():
-    # Rows are cheap to meet while they are few: 40 factored rows of 40 numbers each.
-    problem, _, rows = setting("perceptron", n=4)
-    few = DataInf(0.1).solve_for(GaussNewton(block=True).fit(problem), CPU).apply(rows)
-    kinds = {name: type(block) for name, block in few.blocks.items()}
-    assert SumBlock in kinds.values()
-    spans = [b.parts[1] for b in few.blocks.values() if isinstance(b, SumBlock)]
-    assert all(isinstance(span, SpanBlock) for span in spans)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_no_answer_is_formed_where_rows_are_held(queries):
+    """However few are asked for at once, as slabs of a small budget do."""
+    problem, _, rows = setting("perceptron", n=40)
+    some = rows.take(slice(0, queries))
+    answer = DataInf(0.1).solve_for(GaussNewton(block=True).fit(problem), CPU).apply(some)
+    for block in answer.blocks.values():
+        assert isinstance(block, SumBlock)
+        assert isinstance(block.parts[1], SpanBlock)
+        assert len(block.parts[1].base) == 40
 
 
 def test_what_cannot_be_done_is_said():
