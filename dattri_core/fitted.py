@@ -247,18 +247,18 @@ class FittedMethod:
         self.method.check_self_influence()
         first = self._fit(self._first())
         first.require_same_weights()
-        batch = first.batch(self.budget)
-        total = len(self.train) * len(self.checkpoints)
+        train, batch = first.train, first.batch(self.budget)
+        del first
         with (
             contraction_limit(contractions(self.budget, self.task.device)),
-            bar("self-influence", total, self.progress) as shown,
+            bar("self-influence", len(self.train) * len(self.checkpoints), self.progress) as shown,
         ):
             return self_influence(
                 self._fit,
                 self.checkpoints,
                 self.method.scorer,
                 self.method.fold,
-                first.train,
+                train,
                 batch,
                 shown.advance,
             )
@@ -434,10 +434,10 @@ class FittedMethod:
         runner = self._runner(examples, request, out)
 
         def work() -> dict[str, Scores]:
-            first = self._fit(self._first())
-            if out is None:
-                return runner.to_memory(request.names(first, self.checkpoints))
-            return {WHOLE: runner.to_folder(Path(out), first)}
+            if out is None:  # no name holds the first fit, or it outlives the fit of the second
+                return runner.to_memory(request.names(self._fit(self._first()), self.checkpoints))
+            priced = self._fit(self._first()).priced(self.method.scorer)
+            return {WHOLE: runner.to_folder(Path(out), *priced)}
 
         return runner.announced(work, lambda found: next(iter(found.values())).provenance)
 

@@ -154,8 +154,7 @@ def fold_tiles(
             )
             report(fitted, branches, group)
             if known is not None and not known.complete and needs_leverages(run.scorer):
-                chains = {v: chain for branch in branches for v, chain in branch.chains.items()}
-                known.foretell({v: chain.self_influence() for v, chain in chains.items()})
+                known.foretell(_leverages(branches))
             for start, stop in waiting:
                 scored = score_tile(run, fitted, branches, start, stop, advance, known)
                 _require_untouched(tiles, group, start, done)
@@ -163,6 +162,13 @@ def fold_tiles(
                 tiles.put(group, start, done + 1, states)
                 if whole is not None and done + 1 == len(ordered):
                     whole(group, start, stop)
+            # Or they are there while those of the next group, and the next fit, are made.
+            del branches, fitted
+
+
+def _leverages(branches: Sequence[Branch]) -> dict[int, Tensor | None]:
+    chains = {v: chain for branch in branches for v, chain in branch.chains.items()}
+    return {v: chain.self_influence() for v, chain in chains.items()}
 
 
 def _require_untouched(tiles: Tiles, group: int, start: int, done: int) -> None:
@@ -353,6 +359,7 @@ def self_influence(
             advance(len(index))
         if parts:
             state = answers.update(fold, state, _join_scored(parts), snapshot_of(checkpoint))
+        del fitted  # or it is there while the next checkpoint is fitted
     found = {} if state is None else {WHOLE: fold.finish(state)[:, 0]}
     if processes is not None:
         found = processes.joined(found, count, torch.device("cpu"))

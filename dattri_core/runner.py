@@ -24,6 +24,7 @@ from dattri_core.ids import id_array
 from dattri_core.locks import sole_writer
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
 from dattri_core.pairing import WHOLE
+from dattri_core.plans import Costs
 from dattri_core.processes import Processes, anywhere, leads, of_first, processes_now
 from dattri_core.progress import bar
 from dattri_core.protocols import Projector
@@ -138,8 +139,13 @@ class Runner:
         joined = self._processes.joined(named, len(self.run.train), torch.device("cpu"))
         return [joined[name] for name in sorted(joined)]
 
-    def to_folder(self, out: Path, first: Fitted) -> Scores:
+    def to_folder(self, out: Path, costs: Costs, dtype: torch.dtype) -> Scores:
         """Return the scores on disk; a run of the same facts that was stopped goes on.
+
+        Args:
+            out: Their folder.
+            costs: Of one example; see `Fitted.priced`.
+            dtype: Of the scores.
 
         Raises:
             StoreError: Another process writes them, the disk has no room, or an unfinished run of
@@ -152,7 +158,7 @@ class Runner:
         lock = sole_writer(run_folder(out), f"scores {str(out)!r}") if leads() else nullcontext()
         with lock:
             self._know_contents()
-            return self._to_folder(out, first)
+            return self._to_folder(out, costs, dtype)
 
     def finished(self, out: Path) -> Scores | None:
         """Return the finished scores of the same call, where they are there.
@@ -179,21 +185,20 @@ class Runner:
             contents["fitted_on"] = {**own, "train": self.fitted_on.content}
         self.provenance = {**self.provenance, **contents}
 
-    def _to_folder(self, out: Path, first: Fitted) -> Scores:
+    def _to_folder(self, out: Path, costs: Costs, dtype: torch.dtype) -> Scores:
         sizes: dict[str, int] | None = None
         folder = run_folder(out)
         if leads():
             for path in (out, folder):
                 discard_leftovers(path)
             held = None if folder.exists() else _finished_before(out, self.provenance)
-            sizes = None if held is not None else self._begun(out, first)
+            sizes = None if held is not None else self._begun(out, dtype)
         sizes = of_first(sizes)
         if sizes is None:
             return Scores.load(out)
         shared = leads() or self._processes is not None
         tiles: Tiles = FolderTiles(folder) if shared else MemoryTiles()
         resumed: dict[str, Any] = dict(sizes)
-        costs = first.outline.costs(measured=first.outline.measures(self.run.scorer))
         route = costs.choices[sizes["choice"] - 1]
         self.run = run = attrs.evolve(
             self.run,
@@ -202,14 +207,14 @@ class Runner:
         )
         self._fold(tiles, (self._span(run.shard),))
         anywhere(True)  # from here on all tiles are there
-        scores = self._written(out, tiles, first.dtype) if leads() else None
+        scores = self._written(out, tiles, dtype) if leads() else None
         anywhere(True)  # and from here on the scores
         return Scores.load(out) if scores is None else scores
 
-    def _begun(self, out: Path, first: Fitted) -> dict[str, int]:
+    def _begun(self, out: Path, dtype: torch.dtype) -> dict[str, int]:
         """Begin or resume the run in its folder, and return the sizes that it is cut by."""
         sizes = {name: getattr(self.run.plan, name) for name in LAYOUT}
-        self._require_room(out, first.dtype)
+        self._require_room(out, dtype)
         return open_tiles(run_folder(out), self.provenance, sizes)[1]
 
     def _written(self, out: Path, tiles: Tiles, dtype: torch.dtype) -> Scores:

@@ -157,6 +157,10 @@ class Fitted:
         most = max(1, min(len(self.train), 1024, budget // 2 // max(1, per_row)))
         return best_batch(costs.tensors, len(self.train), most)
 
+    def priced(self, scorer: Scorer) -> tuple[Costs, torch.dtype]:
+        """Return what one example costs at one damping, and the dtype of the scores."""
+        return self.outline.costs(measured=self.outline.measures(scorer)), self.dtype
+
     def at_dampings(self, dampings: Sequence[Damping | None]) -> Fitted:
         """Return the same with some stages at another damping, None where it stays."""
         if not any(dampings):
