@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from dattri_core.losses import functional as functional
     from dattri_core.losses import labels_of as labels_of
     from dattri_core.memory import free_bytes as free_bytes
+    from dattri_core.memory import give_back as give_back
     from dattri_core.memory import is_out_of_memory as is_out_of_memory
     from dattri_core.memory import parse_bytes as parse_bytes
     from dattri_core.methods import Method as Method
@@ -307,6 +308,7 @@ _EXPORTS = {
     "free_bytes": "memory",
     "from_parameters": "lift",
     "functional": "losses",
+    "give_back": "memory",
     "hookimpl": "hookspecs",
     "is_out_of_memory": "memory",
     "kept": "capabilities",

@@ -29,6 +29,7 @@ from dattri_core.measures import (
     needs_leverages,
     take_side,
 )
+from dattri_core.memory import give_back
 from dattri_core.pairing import WHOLE, Paired, pair_batch, require_finite
 from dattri_core.plans import Plan
 from dattri_core.processes import anywhere, processes_now
@@ -141,6 +142,7 @@ def fold_tiles(
             if not anywhere(bool(waiting)):
                 continue
             fitted = fit(checkpoint)
+            give_back()  # what the fit, and the group before, have freed
             branches = make_branches(
                 run.variants(fitted),
                 run.scorer,
@@ -344,6 +346,7 @@ def self_influence(
     state: FoldState | None = None
     for checkpoint in ordered:
         fitted = fit(checkpoint)
+        give_back()
         parts = _known_diagonal(fitted, scorer, first, last)
         if parts:
             advance(last - first)

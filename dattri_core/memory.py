@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
+from functools import cache
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +22,6 @@ for _power, _letter in enumerate("kmgt", start=1):
     UNITS[_letter] = 1024**_power
 
 DEFAULT_SHARE = 0.5
-MAXIMUM_BATCH = 2048
 MINIMUM_BUDGET = 2**20
 
 
@@ -72,6 +75,22 @@ def _cgroup() -> int:
         return int(limit) - int(used) if limit != "max" else 0
     except (OSError, ValueError):
         return 0
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library knows how.
+
+    glibc keeps what lies below any tensor that is still there: after the fit of a convolutional
+    network that was as much as all that was in use.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

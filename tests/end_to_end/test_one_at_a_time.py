@@ -106,3 +106,28 @@ def test_queries_of_a_group_are_gone_before_those_of_the_next_are_made(
         RUNS[run](fitted, test, tmp_path)
     assert len(watch.alive) == 8  # four groups at each of two checkpoints
     assert watch.alive == [0] * len(watch.alive)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_a_fit_and_a_group_freed_is_given_back_before_queries_are_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: str
+) -> None:
+    """The budget is that of the process, and what the allocator keeps for later counts."""
+    task, train, test = world(2)
+    order: list[str] = []
+
+    def told(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            found = function(*args, **options)
+            order.append(word)
+            return found
+
+        return call
+
+    monkeypatch.setattr(fitted_module, "fit_checkpoint", told("fit", fitted_module.fit_checkpoint))
+    monkeypatch.setattr(loop, "give_back", told("give back", loop.give_back))
+    monkeypatch.setattr(loop, "make_branches", told("make", loop.make_branches))
+    fitted = dattri.method("if-ekfac", damping=0.1).fit(task, train)
+    RUNS[run](fitted, test, tmp_path)
+    each = ["fit", "give back", *([] if run == "self-influence" else ["make"])]
+    assert order == each * 2

@@ -14,6 +14,7 @@ from dattri_core import (
     SpecError,
     factor_entries,
     factor_sums,
+    give_back,
     processes_now,
 )
 from dattri_parts.curvatures.sides import sides_of, tensors_of
@@ -139,6 +140,7 @@ def decompose_all(
     Raises:
         NumericsError: A factor cannot be decomposed; its block is named.
     """
+    give_back()  # what the pass over the train set has freed: the largest factor needs room
     there = [name for name in names if f"{SUMS[0]} of {name}" in sums]
     processes = processes_now()
     if processes is None:
