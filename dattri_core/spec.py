@@ -155,7 +155,7 @@ class Run:
     Args:
         method: A name, or a mapping as `method_of` takes it.
         setting: Name of a registered setting, or ``"module:function"``.
-        setting_fields: What the setting is called with.
+        setting_fields: What the setting is loaded with, and fields of its own that are set.
         output: Folder for the scores.
         memory: Budget such as ``"4GiB"``.
         store: Folder for train rows; see `Method.fit`.

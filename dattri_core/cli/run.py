@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 from attrs import frozen
 
 from dattri_core.entries import load_target
 from dattri_core.errors import SpecError, nearest
+from dattri_core.fields import public_fields
 from dattri_core.registry import default_registry
 from dattri_core.spec import Run, method_of, read_run
 
@@ -66,6 +68,7 @@ class RunCommand:
 
 def _world(run: Run, folder: Path) -> Any:
     """Return what the setting gives: task, train and test, by name or in this order."""
+    given, own = dict(run.setting_fields), []
     if ":" in run.setting:
         # The user's own module lies beside the spec more often than on the path.
         sys.path.insert(0, str(folder.resolve()))
@@ -75,13 +78,22 @@ def _world(run: Run, folder: Path) -> Any:
             raise SpecError(f"run: setting {run.setting!r} cannot be imported ({error})") from error
     else:
         load = default_registry().make("setting", run.setting).load
-    parameters = inspect.signature(load).parameters
-    for name in run.setting_fields:
-        if name not in parameters:
-            raise SpecError(
-                f"run: setting {run.setting!r} takes no {name!r}; {nearest(name, parameters)}"
-            )
-    return load(**run.setting_fields)
+        own = _fields_beside(load)
+        changed = {name: given.pop(name) for name in own if name in given}
+        load = default_registry().make("setting", run.setting, **changed).load
+    taken = inspect.signature(load).parameters
+    for name in given:
+        if name not in taken:
+            hint = nearest(name, [*taken, *own])
+            raise SpecError(f"run: setting {run.setting!r} takes no {name!r}; {hint}")
+    return load(**given)
+
+
+def _fields_beside(load: Any) -> list[str]:
+    """Return the fields of a setting that are no arguments of its `load`, which come first."""
+    cls = type(load.__self__)
+    taken = inspect.signature(load).parameters
+    return [name for name in public_fields(cls) if name not in taken] if attrs.has(cls) else []
 
 
 def _inputs(run: Run, method: Any, world: Any) -> tuple[Any, Any, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -104,6 +106,20 @@ def _part(registry: Registry, entry: Entry) -> Iterator[str]:
         rows = [(n, _default(a), fields.spell(hints.get(a.name, Any))) for n, a in own.items()]
         yield ""
         yield table(("FIELD", "DEFAULT", "TYPE"), rows)
+    if attrs.has(type(target)) and (values := list(_value_rows(target))):
+        yield ""
+        yield table(("FIELD", "VALUE", "TYPE"), values)
+
+
+def _value_rows(made: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the fields of a part that is registered as it is, those that text can set."""
+    cls: Any = type(made)
+    hints = fields.hints(cls)
+    for name, attribute in fields.public_fields(cls).items():
+        value = getattr(made, attribute.name)
+        with suppress(TypeError):
+            json.dumps(value)
+            yield name, repr(value), fields.spell(hints.get(attribute.name, Any))
 
 
 def _default(attribute: attrs.Attribute[Any]) -> str:

@@ -278,6 +278,35 @@ def test_run_attributes_and_saves(tmp_path: Path, capsys: Any, no_trace: Any) ->
     assert dattri.method("grad-dot").attribute(task, train, test).values.shape == (5, 2)
 
 
+def test_show_lists_the_fields_of_a_setting_that_text_can_set(capsys: Any) -> None:
+    """With their values; those that hold functions are left out."""
+    status, out, err = run(capsys, "show", "mnist-mlp")
+    assert status == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert "order 'own' one of 'own', 'shared'".split() in lines
+    assert "length 'epochs' one of 'epochs', 'steps'".split() in lines
+    assert not any(line[:1] == ["network"] for line in lines)
+
+
+def test_a_run_sets_fields_of_a_registered_setting(tmp_path: Path, capsys: Any) -> None:
+    """What `load` takes and what the setting has of its own, in one table."""
+    output = tmp_path / "scores"
+    spec = (
+        f'method = "grad-dot"\noutput = {str(output)!r}\n[setting]\n'
+        'name = "digits"\nsize = [30, 20]\nmetrics = ["lds"]\nlength = "steps"\n'
+    )
+    status, _, err = run(capsys, "run", write_run(tmp_path, spec))
+    assert status == 0, err
+    import dattri_core as dattri
+
+    assert dattri.Scores.load(output).shape == (30, 20)
+    wrong = spec.replace('"steps"', '"hours"')
+    status, _, err = run(capsys, "run", write_run(tmp_path, wrong))
+    assert status == 2
+    assert "field 'length'" in err
+    assert "'hours'" in err
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     tmp_path: Path, capsys: Any, no_trace: Any
 ) -> None:
@@ -297,6 +326,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (
             'method = "grad-dot"\noutput = "o"\n[setting]\nname = "digits"\nsed = 1',
             "takes no 'sed'; did you mean 'seed'",
+        ),
+        (
+            'method = "grad-dot"\noutput = "o"\n[setting]\nname = "digits"\nordr = "own"',
+            "takes no 'ordr'; did you mean 'order'",
         ),
         ('method = "grad-dot"\nsetting = "no_module:x"\noutput = "o"', "cannot be imported"),
         ('method = "grad-dot"\nsetting = "toy_setting:absent"\noutput = "o"', "cannot be imported"),
