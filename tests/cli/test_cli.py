@@ -283,8 +283,8 @@ def test_show_lists_the_fields_of_a_setting_that_text_can_set(capsys: Any) -> No
     status, out, err = run(capsys, "show", "mnist-mlp")
     assert status == 0, err
     lines = [line.split() for line in out.splitlines()]
-    assert "order 'own' one of 'own', 'shared'".split() in lines
-    assert "length 'epochs' one of 'epochs', 'steps'".split() in lines
+    assert ["order", "'own'", "one", "of", "'own',", "'shared'"] in lines
+    assert ["length", "'epochs'", "one", "of", "'epochs',", "'steps'"] in lines
     assert not any(line[:1] == ["network"] for line in lines)
 
 
