@@ -436,8 +436,7 @@ class FittedMethod:
         def work() -> dict[str, Scores]:
             if out is None:  # no name holds the first fit, or it outlives the fit of the second
                 return runner.to_memory(request.names(self._fit(self._first()), self.checkpoints))
-            priced = self._fit(self._first()).priced(self.method.scorer)
-            return {WHOLE: runner.to_folder(Path(out), *priced)}
+            return {WHOLE: runner.to_folder(Path(out), *self._fit(self._first()).layout)}
 
         return runner.announced(work, lambda found: next(iter(found.values())).provenance)
 

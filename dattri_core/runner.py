@@ -24,7 +24,7 @@ from dattri_core.ids import id_array
 from dattri_core.locks import sole_writer
 from dattri_core.loop import Run, Whole, finish_tile, finished, fold_tiles
 from dattri_core.pairing import WHOLE
-from dattri_core.plans import Costs
+from dattri_core.plans import Route
 from dattri_core.processes import Processes, anywhere, leads, of_first, processes_now
 from dattri_core.progress import bar
 from dattri_core.protocols import Projector
@@ -139,12 +139,12 @@ class Runner:
         joined = self._processes.joined(named, len(self.run.train), torch.device("cpu"))
         return [joined[name] for name in sorted(joined)]
 
-    def to_folder(self, out: Path, costs: Costs, dtype: torch.dtype) -> Scores:
+    def to_folder(self, out: Path, routes: tuple[Route, ...], dtype: torch.dtype) -> Scores:
         """Return the scores on disk; a run of the same facts that was stopped goes on.
 
         Args:
             out: Their folder.
-            costs: Of one example; see `Fitted.priced`.
+            routes: Of queries to train rows, as the plan counts them; see `Fitted.layout`.
             dtype: Of the scores.
 
         Raises:
@@ -158,7 +158,7 @@ class Runner:
         lock = sole_writer(run_folder(out), f"scores {str(out)!r}") if leads() else nullcontext()
         with lock:
             self._know_contents()
-            return self._to_folder(out, costs, dtype)
+            return self._to_folder(out, routes, dtype)
 
     def finished(self, out: Path) -> Scores | None:
         """Return the finished scores of the same call, where they are there.
@@ -185,7 +185,7 @@ class Runner:
             contents["fitted_on"] = {**own, "train": self.fitted_on.content}
         self.provenance = {**self.provenance, **contents}
 
-    def _to_folder(self, out: Path, costs: Costs, dtype: torch.dtype) -> Scores:
+    def _to_folder(self, out: Path, routes: tuple[Route, ...], dtype: torch.dtype) -> Scores:
         sizes: dict[str, int] | None = None
         folder = run_folder(out)
         if leads():
@@ -199,7 +199,7 @@ class Runner:
         shared = leads() or self._processes is not None
         tiles: Tiles = FolderTiles(folder) if shared else MemoryTiles()
         resumed: dict[str, Any] = dict(sizes)
-        route = costs.choices[sizes["choice"] - 1]
+        route = routes[sizes["choice"] - 1]
         self.run = run = attrs.evolve(
             self.run,
             plan=attrs.evolve(self.run.plan, route=route, **resumed),

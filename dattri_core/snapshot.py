@@ -22,7 +22,7 @@ from dattri_core.memory import is_out_of_memory
 from dattri_core.outlook import outlook_before_fit, outlook_of
 from dattri_core.padding import require_unpadded
 from dattri_core.pages import NUMBER, best_batch
-from dattri_core.plans import MAXIMUM_BATCH, Costs
+from dattri_core.plans import MAXIMUM_BATCH, Costs, Route
 from dattri_core.problem import TrainProblem, collect
 from dattri_core.projected import Projected, weights_of
 from dattri_core.protocols import (
@@ -157,9 +157,10 @@ class Fitted:
         most = max(1, min(len(self.train), 1024, budget // 2 // max(1, per_row)))
         return best_batch(costs.tensors, len(self.train), most)
 
-    def priced(self, scorer: Scorer) -> tuple[Costs, torch.dtype]:
-        """Return what one example costs at one damping, and the dtype of the scores."""
-        return self.outline.costs(measured=self.outline.measures(scorer)), self.dtype
+    @property
+    def layout(self) -> tuple[tuple[Route, ...], torch.dtype]:
+        """Return how queries come to train rows, as a plan counts it, and the dtype of scores."""
+        return self.outline.costs().choices, self.dtype
 
     def at_dampings(self, dampings: Sequence[Damping | None]) -> Fitted:
         """Return the same with some stages at another damping, None where it stays."""

@@ -14,6 +14,7 @@ import pytest
 from attrs import frozen
 
 from dattri_core import cli
+from dattri_core.cli.run import _fields_beside
 from dattri_core.discovery import Origin, Plugin
 from dattri_core.entries import KINDS
 from dattri_core.registry import Registry, default_registry, using
@@ -276,6 +277,22 @@ def test_run_attributes_and_saves(tmp_path: Path, capsys: Any, no_trace: Any) ->
 
     task, train, test = toy_setting.make(5)
     assert dattri.method("grad-dot").attribute(task, train, test).values.shape == (5, 2)
+
+
+def test_what_load_takes_is_no_field_to_set() -> None:
+    """A setting whose `load` has an argument of the name of a field is called with it."""
+
+    @frozen
+    class Both:
+        """A setting."""
+
+        seed: int = 0
+        order: str = "own"
+
+        def load(self, seed: int = 1) -> None:
+            """Take a seed."""
+
+    assert _fields_beside(Both().load) == ["order"]
 
 
 def test_show_lists_the_fields_of_a_setting_that_text_can_set(capsys: Any) -> None:
