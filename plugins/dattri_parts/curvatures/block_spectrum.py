@@ -19,6 +19,7 @@ from dattri_core import (
     summed,
 )
 from dattri_parts.curvatures.eigenbasis import BlockBasis
+from dattri_parts.curvatures.live import eigenpairs
 
 FEW = 4
 """A block of at least so many times more numbers than rows is decomposed by its rows."""
@@ -85,7 +86,7 @@ def spectrum_of(
             _, found, turned = torch.linalg.svd(torch.cat(held.pop(spec.name)), full_matrices=False)
             columns[spec.name], values[spec.name] = turned.mT, found.square()
         else:
-            found, columns[spec.name] = torch.linalg.eigh(total.pop(spec.name))
+            found, columns[spec.name] = eigenpairs(total.pop(spec.name))
             values[spec.name] = found.clamp_min(0)  # a second moment: below zero is rounding
     return BlockBasis(space, columns), values
 

@@ -17,6 +17,7 @@ from dattri_core import (
     give_back,
     processes_now,
 )
+from dattri_parts.curvatures.live import eigenpairs
 from dattri_parts.curvatures.sides import sides_of, tensors_of
 from dattri_parts.curvatures.spectrum import Kronecker
 from dattri_parts.curvatures.uncovered import require_bytes
@@ -192,9 +193,7 @@ def decompose(factors: Factors, name: str) -> EigenFactors:
 def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[k]`` in float64 and eigenvectors ``[k, k]`` in the factor's dtype.
 
-    A factor is a sum of squares: eigenvalues that rounding made negative are 0. A coordinate whose
-    row is zero (a pixel that is always black, a dead unit) is its own eigenvector: the others are
-    decomposed without it.
+    A factor is a sum of squares: eigenvalues that rounding made negative are 0.
 
     Raises:
         NumericsError: The factor is not finite, not symmetric, not positive, or the decomposition
@@ -216,11 +215,8 @@ def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
             f"of {float(size):.3g}; matrix products are less exact than {factor.dtype} (TF32?): "
             "torch.set_float32_matmul_precision('highest'), or model.double()"
         )
-    live = _live(matrix)
-    if live is not None:
-        matrix = matrix[live[:, None], live]
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = eigenpairs(matrix)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericsError(
             f"{what}: its eigenvectors, {matrix.shape[-1]} x {matrix.shape[-1]}, were not found "
@@ -234,30 +230,8 @@ def eigenvectors(factor: Tensor, what: str) -> tuple[Tensor, Tensor]:
             f"{what}: its smallest eigenvalue is {smallest:.3g} and its largest entry "
             f"{float(size):.3g}, where a sum of squares has none below 0; try model.double()"
         )
-    values, vectors = values.clamp_(min=0), vectors.to(factor.dtype)
-    if live is not None:
-        values, vectors = _with_idle(values, vectors, live, factor.shape[-1])
     # As they would come from disk: products with another layout in memory round otherwise.
-    return values, vectors.contiguous()
-
-
-def _live(matrix: Tensor) -> Tensor | None:
-    """Return the coordinates whose row is not zero; None for all, and for several matrices."""
-    if matrix.dim() != 2:
-        return None
-    live = matrix.ne(0).any(dim=1).nonzero()[:, 0]
-    return live if len(live) < len(matrix) else None
-
-
-def _with_idle(values: Tensor, vectors: Tensor, live: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the pairs of all coordinates from those of the live ones; zeros are the smallest."""
-    idle = torch.ones(size, dtype=torch.bool, device=live.device)
-    idle[live] = False
-    first = size - len(live)
-    whole = vectors.new_zeros(size, size)
-    whole[idle.nonzero()[:, 0], torch.arange(first, device=live.device)] = 1
-    whole[live, first:] = vectors
-    return torch.cat([values.new_zeros(first), values]), whole
+    return values.clamp_(min=0), vectors.to(factor.dtype).contiguous()
 
 
 def _symmetrise(matrix: Tensor) -> Tensor:
