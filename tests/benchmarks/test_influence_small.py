@@ -31,7 +31,9 @@ THEME = Theme(
     "dattri's speed, or at most 1.3 times the floor. `small`: at most a quarter of dattri's peak. "
     "Each side is the best of two runs in a process of its own (explicit, CG and LiSSA of dattri "
     "one run); memory is the peak above what imports take. A run on 1000 examples of LR holds "
-    "about 20 ms that no example takes: the plan, and looks at the data, the loss and the model.",
+    "about 20 ms that no example takes: the plan, and looks at the data, the loss and the model. "
+    "Rows were measured at different times, those of Arnoldi, DataInf, K-FAC and EK-FAC when the "
+    "machine was about half as fast: seconds compare within a row.",
 )
 NETWORKS = {"LR": LR, "MLP": MLP}
 LIMIT = 1800.0
