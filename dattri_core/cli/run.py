@@ -77,8 +77,7 @@ def _world(run: Run, folder: Path) -> Any:
         except (ImportError, AttributeError) as error:
             raise SpecError(f"run: setting {run.setting!r} cannot be imported ({error})") from error
     else:
-        load = default_registry().make("setting", run.setting).load
-        own = _fields_beside(load)
+        own = _fields_beside_load(default_registry().make("setting", run.setting))
         changed = {name: given.pop(name) for name in own if name in given}
         load = default_registry().make("setting", run.setting, **changed).load
     taken = inspect.signature(load).parameters
@@ -89,11 +88,12 @@ def _world(run: Run, folder: Path) -> Any:
     return load(**given)
 
 
-def _fields_beside(load: Any) -> list[str]:
+def _fields_beside_load(setting: Any) -> list[str]:
     """Return the fields of a setting that are no arguments of its `load`, which come first."""
-    cls = type(load.__self__)
-    taken = inspect.signature(load).parameters
-    return [name for name in public_fields(cls) if name not in taken] if attrs.has(cls) else []
+    if not attrs.has(type(setting)):
+        return []
+    taken = inspect.signature(setting.load).parameters
+    return [name for name in public_fields(type(setting)) if name not in taken]
 
 
 def _inputs(run: Run, method: Any, world: Any) -> tuple[Any, Any, Any]:

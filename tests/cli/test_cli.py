@@ -14,7 +14,7 @@ import pytest
 from attrs import frozen
 
 from dattri_core import cli
-from dattri_core.cli.run import _fields_beside
+from dattri_core.cli.run import _fields_beside_load
 from dattri_core.discovery import Origin, Plugin
 from dattri_core.entries import KINDS
 from dattri_core.registry import Registry, default_registry, using
@@ -292,7 +292,8 @@ def test_what_load_takes_is_no_field_to_set() -> None:
         def load(self, seed: int = 1) -> None:
             """Take a seed."""
 
-    assert _fields_beside(Both().load) == ["order"]
+    assert _fields_beside_load(Both()) == ["order"]
+    assert _fields_beside_load(object()) == []
 
 
 def test_show_lists_the_fields_of_a_setting_that_text_can_set(capsys: Any) -> None:
