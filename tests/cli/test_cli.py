@@ -311,7 +311,7 @@ def test_a_run_sets_fields_of_a_registered_setting(tmp_path: Path, capsys: Any) 
     output = tmp_path / "scores"
     spec = (
         f'method = "grad-dot"\noutput = {str(output)!r}\n[setting]\n'
-        'name = "digits"\nsize = [30, 20]\nmetrics = ["lds"]\nlength = "steps"\n'
+        'name = "digits"\nseed = 1\nsizes = {full = [30, 20]}\nlength = "steps"\n'
     )
     status, _, err = run(capsys, "run", write_run(tmp_path, spec))
     assert status == 0, err
